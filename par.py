@@ -1,0 +1,344 @@
+"""PAR maths: Proposing, Aligning, Reducing one next-token law from two models' logits.
+
+Pure functions on tensors: no model, no cache, no configuration file. Shapes: B rows, V vocabulary (already
+cut to the tokenizer's length), T context, N candidates. The proposal's logits are `proposal_logits_BV` (z_P),
+the aligner's `aligner_logits_BV` (z_Q). No argument is ever changed in place.
+
+Source: "Leveraging Importance Sampling to Detach Alignment Modules from Large Language Models"
+(arXiv 2505.19700), section 3 and algorithm 1; the README lists where practice and derivation differ.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+
+NEG_INF = float("-inf")
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class PARParams:
+    """Settings of the next-token law; a temperature of 0 means argmax, a top_k of -1 or 0 means no limit.
+
+    The first block shapes the aligner (and what `post` is applied to), the `base_` block the proposal's
+    nucleus. Raises ValueError for a value outside its range or an unknown mode.
+    """
+
+    sample_mode: str = "par_kl"
+    temperature: float = 0.5
+    top_p: float = 0.9
+    top_k: int = -1
+    repetition_penalty: float = 1.05
+    base_temperature: float = 0.5
+    base_top_p: float = 0.95
+    base_top_k: int = -1
+    div_threshold: float = 0.1  # nats; par_kl falls back where KL(P_M || Q) is above it
+    kl_fallback: str = "proposal"
+    eos_priority: bool = False
+    base_repetition_penalty: float = 1.0  # only where the proposal decodes alone
+    expert_temperature: float | None = None  # mds only; None means 1.0
+    n_candidates: int | None = None  # snis only; required there
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, key: str, expected: str) -> None:
+            if not condition:
+                raise ValueError(f"{key}={getattr(self, key)!r}: expected {expected}")
+
+        for field in fields(self):
+            accepted = field.type | int if field.type in (float, float | None) else field.type
+            require(isinstance(getattr(self, field.name), accepted), field.name, f"a value of type {field.type}")
+        require(self.sample_mode in SAMPLE_MODES, "sample_mode", f"one of {', '.join(SAMPLE_MODES)}")
+        require(self.kl_fallback in KL_FALLBACKS, "kl_fallback", f"one of {', '.join(KL_FALLBACKS)}")
+        for key in ("temperature", "base_temperature"):
+            value = getattr(self, key)  # a smaller one would overflow float32 logits
+            require(value == 0 or value >= 1e-4, key, "0 (argmax) or a number >= 1e-4")
+        for key in ("top_p", "base_top_p"):
+            require(0 < getattr(self, key) <= 1, key, "a number in (0, 1]")
+        for key in ("top_k", "base_top_k"):
+            require(getattr(self, key) >= -1, key, "-1 (no limit) or a count")
+        for key in ("repetition_penalty", "base_repetition_penalty"):
+            require(getattr(self, key) > 0, key, "a number > 0 (1 = none)")
+        require(self.div_threshold >= 0, "div_threshold", "a divergence in nats, >= 0")
+        expert = self.expert_temperature
+        require(expert is None or expert >= 0, "expert_temperature", "null or a number >= 0")
+        n = self.n_candidates
+        require(n is None or n >= 1, "n_candidates", "a count >= 1")
+        require(
+            self.sample_mode != "snis" or n is not None, "n_candidates", "a count >= 1 where sample_mode=snis"
+        )
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+
+class Law(NamedTuple):
+    """One position's next-token law and what led to it."""
+
+    logprobs: torch.Tensor  # (B, V) normalised, -inf outside the support
+    fell_back: torch.Tensor  # (B,) bool, true where par_kl used its fall-back
+    kl: torch.Tensor  # (B,) KL(P_M || Q) in nats; zeros where one model decodes alone
+    proposal_logprobs: torch.Tensor | None  # (B, V) log P~ over the nucleus; None without a proposal
+
+
+# ---- filters: (B, V) logits -> (B, V) logits, -inf where dropped -------------------------------------------
+
+
+def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor | None, penalty: float) -> torch.Tensor:
+    """Divides positive and multiplies negative logits of every seen id by `penalty` (Keskar et al. 2019,
+    section 4.1).
+
+    Acts on logits: the rule is not invariant under a shift, so it must never see log-probabilities.
+    seen: (B, V) bool, the ids of the prompt and of the output so far.
+    """
+    if penalty == 1.0 or seen is None:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Keeps the k largest logits of each row, with every tie of the k-th."""
+    if k <= 0 or k >= logits.shape[-1]:
+        return logits
+    kth = torch.topk(logits, k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < kth, NEG_INF)
+
+
+def keep_top_p(logits: torch.Tensor, top_p: float, inclusive: bool = False) -> torch.Tensor:
+    """Keeps a rank where the probability mass before it is below `top_p`; the first rank always stays.
+
+    inclusive: keep also where the mass before equals top_p, as the proposal's nucleus is defined.
+    Ties are ranked by token id, so the result does not depend on the sort's implementation.
+    """
+    if top_p >= 1.0:
+        return logits
+    ranked, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    probs = torch.softmax(ranked, dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    drop = before > top_p if inclusive else before >= top_p
+    drop[..., 0] = False
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), NEG_INF)
+
+
+def point_mass(scores: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the law that always takes the first largest score of each row."""
+    law = torch.full_like(scores, NEG_INF)
+    return law.scatter(-1, scores.argmax(dim=-1, keepdim=True), 0.0)
+
+
+def warp(logits: torch.Tensor, params: PARParams, seen: torch.Tensor | None) -> torch.Tensor:
+    """`post`: temperature, penalty, top-p, top-k, log-softmax, with the aligner's settings. (B, V)"""
+    if params.temperature == 0:
+        # The penalty commutes with a positive scale, so the limit of small temperatures needs none.
+        return point_mass(penalise_repetition(logits, seen, params.repetition_penalty))
+    logits = penalise_repetition(logits / params.temperature, seen, params.repetition_penalty)
+    return torch.log_softmax(keep_top_k(keep_top_p(logits, params.top_p), params.top_k), dim=-1)
+
+
+def propose(
+    proposal_logits_BV: torch.Tensor, params: PARParams, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """log P~: the proposal's nucleus, renormalised; -inf outside it. (B, V)
+
+    seen: given only where the proposal decodes alone, for `base_repetition_penalty`.
+    """
+    logits = keep_top_k(proposal_logits_BV, params.base_top_k)
+    if params.base_temperature == 0:
+        return point_mass(penalise_repetition(logits, seen, params.base_repetition_penalty))
+    logits = penalise_repetition(logits / params.base_temperature, seen, params.base_repetition_penalty)
+    return torch.log_softmax(keep_top_p(logits, params.base_top_p, inclusive=True), dim=-1)
+
+
+def kl_divergence(proposal_logits_BV: torch.Tensor, aligner_logits_BV: torch.Tensor) -> torch.Tensor:
+    """KL(P_M || Q) in nats over the whole vocabulary, of the raw logits without a temperature. (B,)"""
+    log_p = torch.log_softmax(proposal_logits_BV, dim=-1)
+    log_q = torch.log_softmax(aligner_logits_BV, dim=-1)
+    # exp(log p) is exactly 0 far out; there the difference may be inf and the product NaN. The sum is float64
+    # because threads may split a long row differently in another batch, and the gate must not depend on that.
+    terms = torch.where(log_p.exp() > 0, log_p.exp() * (log_p - log_q), 0.0)
+    return terms.sum(dim=-1, dtype=torch.float64)
+
+
+# ---- the five modes: -> (B, V) log-probs -------------------------------------------------------------------
+# Each takes (z_P, z_Q, log P~, params, seen, candidates).
+
+
+def _par(z_p, z_q, log_nucleus, params, seen, candidates):
+    return warp(z_q.masked_fill(log_nucleus == NEG_INF, NEG_INF), params, seen)
+
+
+def _product(z_p, z_q, log_nucleus, params, seen, candidates):
+    if params.temperature == 0:
+        scores = penalise_repetition(z_q, seen, params.repetition_penalty).masked_fill(
+            log_nucleus == NEG_INF, NEG_INF
+        )
+        best = scores == scores.amax(dim=-1, keepdim=True)  # the limit: Q decides, P~ breaks ties
+        return point_mass(log_nucleus.masked_fill(~best, NEG_INF))
+    log_q = penalise_repetition(z_q / params.temperature, seen, params.repetition_penalty)
+    return torch.log_softmax(keep_top_k(keep_top_p(log_nucleus + log_q, params.top_p), params.top_k), dim=-1)
+
+
+def _snis(z_p, z_q, log_nucleus, params, seen, candidates):
+    if candidates is None:
+        raise ValueError(
+            "sample_mode=snis needs candidates (B, n_candidates), drawn from the proposal's nucleus"
+        )
+    counts = torch.zeros_like(z_q).scatter_add(-1, candidates, torch.ones_like(candidates, dtype=z_q.dtype))
+    if params.temperature == 0:
+        scores = penalise_repetition(z_q, seen, params.repetition_penalty).masked_fill(counts == 0, NEG_INF)
+        best = scores == scores.amax(dim=-1, keepdim=True)  # the limit: Q decides, the count breaks ties
+        return point_mass(counts.masked_fill(~best, NEG_INF))
+    log_q = penalise_repetition(z_q / params.temperature, seen, params.repetition_penalty)
+    return torch.log_softmax(counts.log() + log_q, dim=-1)
+
+
+def _mds(z_p, z_q, log_nucleus, params, seen, candidates):
+    expert_temperature = 1.0 if params.expert_temperature is None else params.expert_temperature
+    if params.base_temperature == 0 and expert_temperature == 0:
+        log_product = point_mass(
+            z_p + z_q
+        )  # both sharpened alike: two separate one-hots may have no common token
+    elif params.base_temperature == 0:
+        log_product = point_mass(z_p)
+    elif expert_temperature == 0:
+        log_product = point_mass(z_q)
+    else:
+        log_product = torch.log_softmax(z_p / params.base_temperature, dim=-1)
+        log_product = log_product + torch.log_softmax(z_q / expert_temperature, dim=-1)
+    log_product = log_product - log_product.logsumexp(dim=-1, keepdim=True)
+    floor = torch.full_like(log_product, 1e-10).log()
+    return warp(torch.logaddexp(log_product, floor), params, seen)
+
+
+SAMPLE_MODES: dict[str, Callable[..., torch.Tensor]] = {
+    "par": _par,
+    "par_kl": _par,  # the gate below replaces rows above the threshold
+    "product": _product,
+    "snis": _snis,
+    "mds": _mds,
+}
+KL_FALLBACKS: dict[str, Callable[..., torch.Tensor]] = {
+    "proposal": lambda z_p, log_nucleus, params, seen: log_nucleus,
+    "aligner": lambda z_p, log_nucleus, params, seen: warp(z_p, params, seen),
+}
+
+
+def next_token_law(
+    proposal_logits_BV: torch.Tensor | None,
+    aligner_logits_BV: torch.Tensor | None,
+    params: PARParams,
+    seen: torch.Tensor | None = None,
+    eos_token_ids: Sequence[int] = (),
+    candidates: torch.Tensor | None = None,
+) -> Law:
+    """The law of the next token, with the fall-back mask and the divergence that decided it.
+
+    proposal_logits_BV, aligner_logits_BV: (B, V) raw logits; either may be None (one model alone, by its own
+    settings). seen: (B, V) bool for the repetition penalties. candidates: (B, N) ids for snis. Computed in
+    float32, or float64 where the logits are. Raises ValueError where both logits are None, their shapes
+    differ, or snis lacks candidates.
+    """
+    if proposal_logits_BV is None and aligner_logits_BV is None:
+        raise ValueError("both logits are None: give the proposal's, the aligner's, or both")
+    z_p, z_q = (
+        z if z is None or z.dtype == torch.float64 else z.float()
+        for z in (proposal_logits_BV, aligner_logits_BV)
+    )
+    given = z_p if z_p is not None else z_q
+    never, zero = given.new_zeros(given.shape[0], dtype=torch.bool), given.new_zeros(given.shape[0])
+    if z_p is None:
+        return Law(warp(z_q, params, seen), never, zero, None)
+    if z_q is None:
+        log_nucleus = propose(z_p, params, seen)
+        return Law(log_nucleus, never, zero, log_nucleus)
+    if z_p.shape != z_q.shape:
+        shapes = f"{tuple(z_p.shape)} and {tuple(z_q.shape)}"
+        raise ValueError(f"logits of shapes {shapes}: cut both models' to the tokenizer's length")
+
+    log_nucleus = propose(z_p, params)
+    law = SAMPLE_MODES[params.sample_mode](z_p, z_q, log_nucleus, params, seen, candidates)
+    kl, fell_back = kl_divergence(z_p, z_q), never
+    if params.sample_mode == "par_kl":
+        fell_back = ~(kl <= params.div_threshold)
+        fallback = KL_FALLBACKS[params.kl_fallback](z_p, log_nucleus, params, seen)
+        law = torch.where(fell_back.unsqueeze(-1), fallback, law)
+    if params.eos_priority and len(eos_token_ids):
+        forced = torch.isin(z_p.argmax(dim=-1), torch.as_tensor(list(eos_token_ids), device=z_p.device))
+        law = torch.where(forced.unsqueeze(-1), point_mass(z_p), law)
+    return Law(law, fell_back, kl, log_nucleus)
+
+
+def seen_mask(context_ids: torch.Tensor | None, vocab_size: int) -> torch.Tensor | None:
+    """(B, V) bool: which ids stand in `context_ids` (B, T); -100 is padding, ids beyond V do not count."""
+    if context_ids is None:
+        return None
+    valid = (context_ids >= 0) & (context_ids < vocab_size)
+    seen = torch.zeros(context_ids.shape[0], vocab_size + 1, dtype=torch.bool, device=context_ids.device)
+    return seen.scatter(1, context_ids.masked_fill(~valid, vocab_size), True)[:, :vocab_size]
+
+
+def token_logprobs(
+    proposal_logits: torch.Tensor | None,
+    aligner_logits: torch.Tensor | None,
+    params: PARParams,
+    context_ids: torch.Tensor | None = None,
+    eos_token_ids: Sequence[int] = (),
+    candidates: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Log-probabilities (B, V) of the next token: normalised, -inf outside the support, never NaN.
+
+    context_ids: (B, T) prompt and output so far, -100 = padding; only the repetition penalties read it.
+    The rest as in `next_token_law`, which this wraps for callers who need nothing but the law.
+    """
+    logits = proposal_logits if proposal_logits is not None else aligner_logits
+    seen = None if logits is None else seen_mask(context_ids, logits.shape[-1])
+    return next_token_law(proposal_logits, aligner_logits, params, seen, eos_token_ids, candidates).logprobs
+
+
+# ---- counter-based Gumbel noise ----------------------------------------------------------------------------
+# SplitMix64's finaliser (Steele, Lea, Flood 2014) over a Weyl sequence, in wrapping int64 arithmetic, which
+# torch computes alike on every device. The noise of a token is a function of (seed, row, position, stream,
+# token) alone.
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN, _MIX_1, _MIX_2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mix64(x: torch.Tensor) -> torch.Tensor:
+    def xor_shift(x: torch.Tensor, bits: int) -> torch.Tensor:  # >> on int64 copies the sign: mask it off
+        return x ^ ((x >> bits) & ((1 << (64 - bits)) - 1))
+
+    return xor_shift(xor_shift(xor_shift(x, 30) * _MIX_1, 27) * _MIX_2, 31)
+
+
+def gumbel_noise(
+    seed: int, row_ids: torch.Tensor, positions: torch.Tensor, vocab_size: int, stream: int = 0
+) -> torch.Tensor:
+    """Standard Gumbel noise (B, V) in float64, the same for a (seed, row, position, stream, token) wherever
+    it is drawn.
+
+    row_ids, positions: (B,) int64; position counts generated tokens, so prompt length and padding never
+    enter. stream 0 draws the token; streams 1..n draw the candidates of snis.
+    """
+    device = row_ids.device
+    key = torch.full_like(row_ids, _signed(seed))
+    for part in (row_ids, positions, torch.full_like(row_ids, stream)):
+        key = _mix64(key + _GOLDEN) ^ _mix64(part * _GOLDEN + _MIX_1)
+    tokens = torch.arange(1, vocab_size + 1, device=device, dtype=torch.int64) * _GOLDEN
+    bits = _mix64(_mix64(key.unsqueeze(-1) + tokens.unsqueeze(0)))
+    # 53 bits in [1, 2^53 - 1]: u is neither 0 nor 1, so the noise is finite. float32 would round u to 1 now
+    # and then.
+    uniform = ((bits >> 11) & ((1 << 53) - 1)).clamp(min=1).double() * 2.0**-53
+    return -torch.log(-torch.log(uniform))
+
+
+def gumbel_argmax(logprobs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """One exact draw per row from `logprobs` (B, V) with `noise` (B, V): the Gumbel-max rule. (B,)"""
+    return (logprobs.double() + noise).argmax(dim=-1)

@@ -1,0 +1,435 @@
+"""Entry point of evaluation: `python pipeline.py experiment=llama_uc` (after train.py with the same
+overrides).
+
+    generate (answers of every system) -> judge -> leaderboard -> report, each step left alone where it is
+    done
+"""
+
+import csv
+import sys
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+import checkpoints
+import decoding
+import evaluation
+import prompts
+import recipes
+import report
+import sampling
+from par import PARParams
+from tokenization import encode_prompts
+from utils import (
+    UserError,
+    fingerprint,
+    log,
+    pick,
+    read_json,
+    read_rows,
+    run_entry_point,
+    setup_logging,
+    write_csv,
+    write_json,
+    write_jsonl,
+)
+
+# data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
+# the instruction is the whole dialogue up to and including "\n\nAssistant: ".
+test_files = {
+    "uc": {"helpful": "alpaca_eval_gpt4_baseline.json"},
+    "alpaca": {"helpful": "alpaca_eval_gpt4_baseline.json"},
+    "hh": {"helpful": "hh_helpful_test_chosen_300.json", "harmless": "hh_harmless_test_chosen_300.json"},
+    "summ-sft": {"summ": "openai_summarize_tldr_test_300.json"},
+    "toy": {"facts": "toy_test.json"},
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """One line of a leaderboard: which models decode, with which settings, and where the answers go."""
+
+    name: str
+    pair: sampling.Pair
+    settings: DictConfig  # the `sampling` keys
+    params: PARParams
+    folder: Path
+
+    @property
+    def generator(self) -> str:
+        return self.settings.generator or "/".join(self.folder.parts[-2:])
+
+
+def resolve_system(
+    name: str,
+    spec: dict[str, Any],
+    task: str,
+    config: DictConfig,
+    stages: dict[str, recipes.Stage],
+    given: set[str],
+) -> System:
+    """A system of the recipe: the root's `sampling`, then the task's keys, then the system's own.
+
+    A `sampling.key=` on the command line beats the task's key, not the system's: that is what its name says.
+    """
+    own = {key: value for key, value in spec.items() if key not in ("proposal", "aligner")}
+    by_task = {k: v for k, v in config.evaluation.tasks[task].items() if f"sampling.{k}" not in given}
+    known = set(config.sampling)
+    for key in [*own, *by_task]:
+        if key not in known:
+            raise UserError(f"evaluation: unknown sampling key {key!r}: {recipes.nearest(key, known)}")
+    settings = OmegaConf.merge(config.sampling, by_task, own)
+    params = recipes.par_params(settings)
+    paths = [spec.get(role) and recipes.model_source(spec[role], stages) for role in ("proposal", "aligner")]
+    pair = sampling.Pair(*paths, settings.dtype, settings.tokenizer_path)
+    main = Path(paths[1] or paths[0] or "")
+    dataset = config.evaluation.dataset
+    tag = settings_tag(pair, settings, config.seed)
+    folder = Path(config.output_dir) / dataset / task / main.parent.name / f"{main.name}#{tag}"
+    return System(name, pair, settings, params, folder)
+
+
+def settings_tag(pair: sampling.Pair, settings: DictConfig, seed: int) -> str:
+    """The settings that a person looks for, and a hash of all that decide an answer."""
+    s = settings
+    aligner = f"t{s.temperature}_p{s.top_p}_rp{s.repetition_penalty}" + (
+        f"_k{s.top_k}" if s.top_k > 0 else ""
+    )
+    base = f"base_t{s.base_temperature}_p{s.base_top_p}" + (f"_k{s.base_top_k}" if s.base_top_k > 0 else "")
+    parts = [aligner] * bool(pair.aligner) + [base] * bool(pair.proposal)
+    if pair.aligner and pair.proposal:
+        parts.append(s.sample_mode + (f"_dt{s.div_threshold}" if s.sample_mode == "par_kl" else ""))
+    decides = {
+        k: v
+        for k, v in OmegaConf.to_container(s, resolve=True).items()
+        if k not in ("batch_size", "speculative", "generator", "limit")
+    }
+    return "_".join([*parts, fingerprint([decides, pair.proposal, pair.aligner, seed])[:8]])
+
+
+def read_test_rows(config: DictConfig, task: str) -> list[tuple[int, dict]]:
+    """Records of a task's test file with their row ids."""
+    tasks = pick(test_files, config.evaluation.dataset, "evaluation.dataset")
+    path = Path(config.data_dir) / "test" / pick(tasks, task, f"task of {config.evaluation.dataset}")
+    rows = read_rows(path, (config.sampling.input_key, config.sampling.output_key))
+    return rows[: config.sampling.limit]
+
+
+# ---- the steps ---------------------------------------------------------------------------------------------
+
+
+def generate(system: System, rows: list[tuple[int, dict]], config: DictConfig) -> None:
+    """Writes output.json (AlpacaEval's rows) and trace.jsonl (tokens, events, figures) into the system's
+    folder.
+    """
+    settings = system.settings
+    texts = [prompts.from_record(row, settings) for _, row in rows]
+    row_ids = [index for index, _ in rows]
+    inputs = fingerprint(
+        [
+            texts,
+            row_ids,
+            asdict(system.params),
+            system.pair.fingerprint(),
+            config.seed,
+            settings.stop_str,
+            settings.max_length,
+            settings.max_prompt_length,
+        ]
+    )
+    output = system.folder / "output.json"
+    if sampling.finished(output, inputs, config.overwrite, f"generate {system.name}"):
+        return
+    answers, part = sampling.generate_file(
+        system.folder / "answers.part",
+        system.pair,
+        texts,
+        row_ids,
+        system.params,
+        settings,
+        seed=config.seed,
+        add_bos=config.add_bos,
+        overwrite=config.overwrite,
+        label=system.name,
+    )
+    write_jsonl(system.folder / "trace.jsonl", answers)
+    records = [
+        row | {settings.output_key: answer["text"], "generator": system.generator}
+        for (_, row), answer in zip(rows, answers, strict=True)
+    ]
+    sampling.write_marked(output, records, inputs)
+    part.remove()
+
+
+def read_answers(system: System, n: int) -> list[dict]:
+    """What `generate` kept of every row; raises UserError where that step has not run."""
+    path = system.folder / "trace.jsonl"
+    if not path.is_file():
+        raise UserError(
+            f"no answers of {system.name} in {system.folder}: run evaluation.steps=[generate] first"
+        )
+    answers = [answer for _, answer in read_rows(path)]
+    if len(answers) != n:
+        raise UserError(
+            f"{path} holds {len(answers)} answers to {n} test rows: run evaluation.steps=[generate] again"
+        )
+    return answers
+
+
+def judge(
+    systems: dict[str, System], rows: list[tuple[int, dict]], config: DictConfig
+) -> dict[str, list[dict]]:
+    """Judgements of every system by row, written beside its answers and read back where nothing changed."""
+    judge_function = pick(evaluation.JUDGES, config.judge.name, "judge")
+    records = [row for _, row in rows]
+    reference = config.evaluation.reference
+    if reference == "output":
+        references = [row[config.sampling.output_key] for row in records]
+    else:
+        references = [
+            a["text"] for a in read_answers(pick(systems, reference, "evaluation.reference"), len(rows))
+        ]
+    judgements: dict[str, list[dict]] = {}
+    for name, system in systems.items():
+        texts = [answer["text"] for answer in read_answers(system, len(rows))]
+        settings = OmegaConf.to_container(config.judge, resolve=True)
+        inputs = fingerprint([settings, records, texts, references])
+        path = system.folder / f"judgements_{settings['name']}_{fingerprint(reference)[:8]}.jsonl"
+        stored = read_json(sampling.marker(path)) if sampling.marker(path).is_file() else {}
+        if path.is_file() and stored.get("inputs") == inputs and not config.overwrite:
+            judgements[name] = [row for _, row in read_rows(path)]
+        else:
+            judgements[name] = judge_function(records, texts, references)
+            sampling.write_marked(path, judgements[name], inputs)
+    return judgements
+
+
+def leaderboard(
+    systems: dict[str, System], judgements: dict[str, list[dict]], task: str, config: DictConfig
+) -> list[dict[str, Any]]:
+    """One row of figures per system, also written beside its answers."""
+    rows = []
+    for name, system in systems.items():
+        answers = read_answers(system, len(judgements[name]))
+        figures = evaluation.summarise(judgements[name], answers, config.evaluation.bootstrap, config.seed)
+        row = {"system": name, "dataset": config.evaluation.dataset, "task": task, **figures}
+        row |= evaluation.style_shares(judgements[name])
+        row |= {
+            "judge": config.judge.name,
+            "reference": config.evaluation.reference,
+            "seed": config.seed,
+            "generator": system.generator,
+            "command": f"python pipeline.py {' '.join(sys.argv[1:])}",
+            "date": f"{datetime.now():%Y-%m-%d}",
+        }
+        write_csv(system.folder / "leaderboard.csv", [row])
+        rows.append(row)
+        if row.get("fallback_fraction", 0.0) > 0.5:
+            log.warning(
+                f"warning: {name} fell back to the proposal on {row['fallback_fraction']:.0%} of its tokens: "
+                "div_threshold undoes most of the alignment; compare sample_mode=par"
+            )
+    return rows
+
+
+def results(rows: list[dict[str, Any]], systems: dict[str, System], identical: bool | None) -> dict[str, Any]:
+    """results.json: the figures of every system, and of the decoding."""
+    keys = (
+        "correct",
+        "aligned",
+        "both",
+        "win_rate",
+        "n",
+        "average_length",
+        "fallback_fraction",
+        "mean_kl",
+        "acceptance",
+    )
+    table = {}
+    for row in rows:
+        table[row["system"]] = {key: row[key] for key in keys if key in row}
+        table[row["system"]]["win_rate_ci95"] = [row["win_rate_low"], row["win_rate_high"]]
+        if "both_low" in row:
+            table[row["system"]]["both_ci95"] = [row["both_low"], row["both_high"]]
+    speed = {
+        name: read_json(s.folder / "answers.speed.json")["tokens_per_second"]
+        for name, s in systems.items()
+        if (s.folder / "answers.speed.json").is_file()
+    }
+    return {"systems": table, "decoding": {"tokens_per_second": speed, "identical_to_plain": identical}}
+
+
+def identical_to_plain(system: System, rows: list[tuple[int, dict]], config: DictConfig) -> bool:
+    """Decodes some rows again, one at a time by the plain loop, and compares token for token what is
+    comparable.
+    """
+    settings, n = system.settings, config.evaluation.verify_rows
+    answers = read_answers(system, len(rows))[:n]
+    tokenizer, bos = checkpoints.load_pair(
+        system.pair.proposal, system.pair.aligner, system.pair.tokenizer_path
+    )
+    texts = [prompts.from_record(row, settings) for _, row in rows[:n]]
+    ids, _ = encode_prompts(
+        tokenizer, texts, settings.max_prompt_length, config.add_bos if bos is None else bos
+    )
+    again = decoding.generate(
+        *system.pair.load(),
+        tokenizer,
+        ids,
+        system.params,
+        seed=config.seed,
+        row_ids=[i for i, _ in rows[:n]],
+        max_new_tokens=settings.max_length - settings.max_prompt_length,
+        stop=[settings.stop_str] * bool(settings.stop_str),
+        speculative=False,
+        batch_size=1,
+    )
+    return [a["text"] for a in answers] == [g.text for g in again] and [a["n_tokens"] for a in answers] == [
+        len(g.token_ids) for g in again
+    ]
+
+
+# ---- the report --------------------------------------------------------------------------------------------
+
+
+def training_curves(stages: dict[str, recipes.Stage]) -> dict[str, list[dict]]:
+    """metrics.csv of every training stage that has run."""
+    curves = {}
+    for name, stage in stages.items():
+        path = stage.output / "metrics.csv"
+        if stage.kind == "train" and path.is_file():
+            with open(path, newline="", encoding="utf-8") as file:
+                curves[name] = list(csv.DictReader(file))
+    return curves
+
+
+def side_by_side(
+    systems: dict[str, System], rows: list[tuple[int, dict]], judgements: dict[str, list[dict]], n: int
+):
+    """Answers of all systems to prompts spread evenly over the test file."""
+    picked = sorted({round(i * (len(rows) - 1) / max(n - 1, 1)) for i in range(min(n, len(rows)))})
+    answers = {name: read_answers(system, len(rows)) for name, system in systems.items()}
+    found = []
+    for index in picked:
+        shown = []
+        for name, given in answers.items():
+            verdict = judgements[name][index]
+            words = [key for key in ("correct", "aligned") if verdict.get(key)] or (
+                ["neither"] if "correct" in verdict else []
+            )
+            shown.append(
+                {
+                    "system": name,
+                    "text": given[index]["text"],
+                    "tokens": given[index].get("tokens"),
+                    "events": given[index].get("events"),
+                    "verdict": ", ".join([*words, f"preference {verdict['preference']:.2f}"]),
+                }
+            )
+        record, settings = rows[index][1], next(iter(systems.values())).settings
+        found.append(
+            {"prompt": record[settings.input_key], "reference": record[settings.output_key], "systems": shown}
+        )
+    return found
+
+
+def run_task(
+    task: str, config: DictConfig, stages: dict[str, recipes.Stage], given: set[str], folder: Path
+) -> None:
+    """All steps of one task."""
+    steps = list(config.evaluation.steps)
+    systems = {
+        name: resolve_system(name, spec, task, config, stages, given)
+        for name, spec in OmegaConf.to_container(config.evaluation.systems, resolve=True).items()
+    }
+    rows = read_test_rows(config, task)
+    for system in systems.values():
+        for path in (system.pair.proposal, system.pair.aligner):
+            if path:
+                checkpoints.find_model(path)
+    if config.dry_run:
+        for system in systems.values():
+            log.info(
+                f"{task}: {system.name}\n  proposal {system.pair.proposal}\n  aligner  "
+                f"{system.pair.aligner}\n"
+                f"  writes   {system.folder}/output.json ({len(rows)} rows)"
+            )
+        return
+    if "generate" in steps:
+        for system in systems.values():
+            generate(system, rows, config)
+    if not set(steps) & {"judge", "leaderboard", "report"}:
+        return
+    judgements = judge(systems, rows, config)
+    if not set(steps) & {"leaderboard", "report"}:
+        return
+    board = leaderboard(systems, judgements, task, config)
+    write_csv(folder / "leaderboard.csv", board)
+    pairs = [s for s in systems.values() if s.pair.proposal and s.pair.aligner]
+    identical = (
+        all(identical_to_plain(s, rows, config) for s in pairs)
+        if config.evaluation.verify_rows and pairs
+        else None
+    )
+    write_json(folder / "results.json", results(board, systems, identical))
+    log.info(
+        f"{config.experiment_name}, task {task}, judge {config.judge.name}, "
+        f"against {config.evaluation.reference}\n\n{evaluation.table(board)}\n"
+    )
+    if "report" in steps:
+        notes = [
+            f"{config.experiment_name}: {len(rows)} test rows of {config.evaluation.dataset}/{task}, seed "
+            f"{config.seed}, "
+            f"judge {config.judge.name}, answers compared with {config.evaluation.reference}."
+        ]
+        notes += [
+            f"warning: {row['system']} fell back to the proposal on {row['fallback_fraction']:.0%} of its "
+            "tokens: "
+            "at this div_threshold the gate undoes most of the alignment."
+            for row in board
+            if row.get("fallback_fraction", 0.0) > 0.5
+        ]
+        report.write_report(
+            folder / "report.html",
+            title=f"{config.experiment_name}: {task}",
+            notes=notes,
+            rows=board,
+            curves=training_curves(stages),
+            answers=side_by_side(systems, rows, judgements, config.evaluation.examples),
+        )
+        log.info(f"report   {folder / 'report.html'}")
+
+
+def run(config: DictConfig, overrides: list[str]) -> None:
+    """Evaluates every task of a recipe, then rebuilds the leaderboard of everything evaluated so far."""
+    if not config.evaluation.systems:
+        raise UserError("evaluation.systems is empty: give experiment=NAME (config/experiment/*.yaml)")
+    stages = {stage.name: stage for stage in recipes.resolve(overrides)}
+    tasks = list(config.evaluation.tasks)
+    given = {override.partition("=")[0] for override in overrides}
+    for task in tasks:
+        folder = Path(config.report_dir) / (task if len(tasks) > 1 else "")
+        run_task(task, config, stages, given, folder)
+    boards = sorted(Path(config.output_dir).glob("*/*/*/*/leaderboard.csv"))
+    merged = []
+    for path in boards:
+        with open(path, newline="", encoding="utf-8") as file:
+            merged += list(csv.DictReader(file))
+    if merged:
+        write_csv(Path(config.output_dir) / "all_systems.csv", merged)
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="config")
+def main(config: DictConfig) -> None:
+    run_entry_point(lambda: run(config, list(HydraConfig.get().overrides.task)))
+
+
+if __name__ == "__main__":
+    setup_logging(Path("_log") / f"pipeline-{datetime.now():%Y%m%d-%H%M%S}.log")
+    run_entry_point(lambda: recipes.preflight(sys.argv[1:]))
+    main()

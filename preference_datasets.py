@@ -1,0 +1,424 @@
+"""Data sets: where each one lies, how its rows become examples, and how examples become token ids.
+
+    name -> get_dataset -> [Example] -> tokenization.py -> TokenizedDataset -> get_batch_iterator -> collate
+
+A data set's name is BASE[_PROPOSAL][_aligner_warmup|_aligner_common]: `uc` is the plain set, `uc_llama8b` the
+one with that proposal's samples as the second answer, the last part turns it into the Aligner baseline's
+task.
+"""
+
+import hashlib
+import html
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import prompts
+from tokenization import Example, TokenizedDataset, tokenize_cached
+from utils import BadRows, UserError, hub_cache, log, nearest, progress, read_rows
+
+IGNORE_INDEX = -100
+VARIANTS = ("aligner_warmup", "aligner_common")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a loader needs to know: which part and whose samples, and where data lies."""
+
+    part: str  # "train" or "test": the folder under data_dir, or the hub's split
+    proposal: str | None  # whose samples to use as the second answer
+    data_dir: Path
+    cache_dir: str | None
+    bad: BadRows
+
+
+# ---- loaders -----------------------------------------------------------------------------------------------
+
+
+def sampled_name(file_name: str, proposal: str | None) -> str:
+    """`x.json` -> `x_sampling_{proposal}.json`; unchanged without a proposal."""
+    stem, suffix = file_name.split(".", 1)
+    return f"{stem}_sampling_{proposal}.{suffix}" if proposal else file_name
+
+
+def _instruction_examples(
+    data_file: Path, request: Request, template: str | None = prompts.TEMPLATE
+) -> list[Example]:
+    required = ("instruction", "output") + (("sampling",) if request.proposal else ())
+    return [
+        Example(
+            index,
+            prompts.render(row["instruction"], template) if template else row["instruction"],
+            row["output"],
+            row["sampling"] if request.proposal else None,
+            row,
+        )
+        for index, row in read_rows(data_file, required, request.bad)
+    ]
+
+
+def get_uc(request: Request) -> list[Example]:
+    """UltraChat's first rounds: {instruction, output}, and `sampling` in the sampled file."""
+    data_file = request.data_dir / "train" / sampled_name("ultrachat_round_one.json", request.proposal)
+    return _instruction_examples(data_file, request)
+
+
+def get_summ_sft(request: Request) -> list[Example]:
+    """TL;DR posts with the human summary: {instruction, output}, and `sampling` in the sampled file."""
+    data_file = request.data_dir / "train" / sampled_name("openai_summarize_tldr.jsonl", request.proposal)
+    return _instruction_examples(data_file, request)
+
+
+def get_alpaca(request: Request) -> list[Example]:
+    """Alpaca, cleaned. With a proposal's samples the prompt is the raw instruction, as those runs had it."""
+    data_file = request.data_dir / "train" / sampled_name("alpaca_data_cleaned.json", request.proposal)
+    return _instruction_examples(data_file, request, template=None if request.proposal else prompts.TEMPLATE)
+
+
+def get_toy(request: Request, part: str = "aligned") -> list[Example]:
+    """The demo's world (demo.py): its general corpus or its aligned subset."""
+    return _instruction_examples(
+        request.data_dir / "train" / sampled_name(f"toy_{part}.jsonl", request.proposal), request
+    )
+
+
+def split_dialogue(text: str) -> tuple[str, str] | None:
+    """A dialogue as (all up to its last "\\n\\nAssistant: ", the last answer); None where there is none."""
+    prompt, header, answer = text.rpartition(prompts.ASSISTANT.rstrip())
+    return (prompt + prompts.ASSISTANT, answer.removeprefix(" ")) if header else None
+
+
+def get_hh(request: Request, subset: str = "") -> list[Example]:
+    """Anthropic HH: `chosen` and `rejected` whole dialogues; local files in data_dir/{train,test}/hh, else
+    the hub.
+
+    A row whose two dialogues differ before the last answer compares answers to different prompts; it is left
+    out and counted, whatever `on_bad_row` says, because the published files hold some.
+    """
+    if request.proposal:
+        whole = "harmless.jsonl" if subset else "hh.jsonl"
+        data_file = request.data_dir / "train" / sampled_name(whole, request.proposal)
+        rows = read_rows(data_file, ("chosen", "rejected", "sampling"), request.bad)
+    else:
+        rows = _local_or_hub(
+            request, "hh", f"{subset}*.jsonl*", "Anthropic/hh-rlhf", ("chosen", "rejected"), subset
+        )
+    examples, unequal = [], 0
+    for index, row in rows:
+        chosen, rejected = split_dialogue(row["chosen"]), split_dialogue(row["rejected"])
+        if chosen is None or rejected is None:
+            request.bad.add(f"hh, row {index}", "no '\\n\\nAssistant:' in the dialogue")
+        elif chosen[0] != rejected[0]:
+            unequal += 1
+        else:
+            negative = row["sampling"] if request.proposal else rejected[1]
+            examples.append(Example(index, *chosen, negative, row))
+    if unequal:
+        log.info(f"hh: left out {unequal} of {len(rows)} rows whose chosen and rejected prompts differ")
+    return examples
+
+
+def get_harmless(request: Request) -> list[Example]:
+    """The harmless-base part of Anthropic HH alone."""
+    return get_hh(request, subset="harmless-base")
+
+
+def get_summ(request: Request) -> list[Example]:
+    """TL;DR comparisons: prompt + "\\nTL;DR:", two summaries."""
+    rows = _local_or_hub(
+        request, "summ", "*.jsonl*", "CarperAI/openai_summarize_comparisons", ("prompt", "chosen", "rejected")
+    )
+
+    def clean(answer: str) -> str:
+        return re.sub(r"^TL;DR:\s*", "", answer.split("<|endoftext|>")[0])
+
+    return [
+        Example(index, row["prompt"] + prompts.SUMMARY, clean(row["chosen"]), clean(row["rejected"]), row)
+        for index, row in rows
+    ]
+
+
+def get_shp(request: Request) -> list[Example]:
+    """Stanford Human Preferences: pairs whose scores differ by a factor of two or more."""
+    required = ("history", "human_ref_A", "human_ref_B")
+    examples = []
+    for index, row in _local_or_hub(request, "shp", "*.jsonl*", "stanfordnlp/SHP", required):
+        low, high = sorted((row["score_A"], row["score_B"]))
+        if high < 2 * low:
+            continue
+        answers = [" " + row["human_ref_A"], " " + row["human_ref_B"]]
+        target, negative = answers if row["labels"] == 1 else answers[::-1]
+        examples.append(Example(index, f"\n\nHuman: {row['history']}\n\nAssistant:", target, negative, row))
+    return examples
+
+
+def get_se(request: Request) -> list[Example]:
+    """StackExchange preferences: every pair of differently scored answers, HTML as text, <code> kept."""
+    examples = []
+    rows = _local_or_hub(request, "se", "*.jsonl*", "HuggingFaceH4/stack-exchange-preferences", ("question",))
+    for index, row in progress(rows, desc="stack exchange"):
+        prompt = f"\n\nHuman: {html_to_text(row['question'])}\n\nAssistant:"
+        answers = sorted(
+            ((a["pm_score"], " " + html_to_text(a["text"])) for a in row["answers"]), reverse=True
+        )
+        for better, (score, target) in enumerate(answers):
+            examples += [
+                Example(index, prompt, target, text, row)
+                for other, text in answers[better + 1 :]
+                if other < score
+            ]
+    return examples
+
+
+class _Text(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+    def handle_starttag(self, tag: str, attrs) -> None:
+        if tag == "code":
+            self.parts.append("<code>")
+        elif tag in ("p", "li", "pre", "br", "blockquote"):
+            self.parts.append("\n\n" if tag != "br" else "\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "code":
+            self.parts.append("</code>")
+
+
+def html_to_text(source: str) -> str:
+    """The text of an HTML fragment: paragraphs apart by an empty line, <code> tags kept, the rest dropped."""
+    parser = _Text()
+    parser.feed(source)
+    parser.close()
+    return re.sub(r"\s*\n\s*\n\s*", "\n\n", html.unescape("".join(parser.parts))).strip()
+
+
+def _local_or_hub(
+    request: Request, folder: str, pattern: str, hub_id: str, required: Sequence[str], hub_dir: str = ""
+) -> list[tuple[int, dict]]:
+    """Rows of data_dir/{part}/{folder}/{pattern} where such files lie, else of the hub's data set."""
+    local = sorted((request.data_dir / request.part / folder).glob(pattern))
+    if local:
+        found = [row for path in local for _, row in read_rows(path, required, request.bad)]
+    else:
+        found = _hub_rows(hub_id, hub_dir, request, folder)
+    return list(enumerate(found))
+
+
+def _hub_rows(hub_id: str, hub_dir: str, request: Request, folder: str) -> list[dict]:
+    import datasets
+
+    local = request.data_dir / request.part / folder
+    log.info(f"{hub_id}: no local files in {local}, asking the hub")
+    try:
+        data = datasets.load_dataset(
+            hub_id, data_dir=hub_dir or None, split=request.part, cache_dir=request.cache_dir
+        )
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise UserError(
+            f"{hub_id} ({request.part}) cannot be loaded from the hub ({type(error).__name__}); put its "
+            ".jsonl or "
+            f".jsonl.gz files into {local}, or run `bash bin/prepare_data.sh` where the hub is reachable"
+        ) from None
+    return list(data)
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set: its loader, its file, whether proposals may sample it, the folder of its own test
+    split.
+    """
+
+    load: Callable[[Request], list[Example]]
+    file: str | None = None  # under data_dir/train; what sampled variants are named after
+    sampled: bool = True  # whether `NAME_PROPOSAL` exists
+    on_hub: bool = False  # whether the hub serves what is not in local files
+    test_folder: str | None = None  # under data_dir/test; None: held-out prompts are split off
+
+    def has_test_split(self, data_dir: Path) -> bool:
+        """Whether the set brings its own test split: not if only its training part lies in local files."""
+        if self.test_folder is None:
+            return False
+        train, test = (
+            list((data_dir / part / self.test_folder).glob("*.jsonl*")) for part in ("train", "test")
+        )
+        return bool(test) or not train
+
+
+DATASETS: dict[str, Source] = {
+    "uc": Source(get_uc, "ultrachat_round_one.json"),
+    "summ-sft": Source(get_summ_sft, "openai_summarize_tldr.jsonl"),
+    "hh": Source(get_hh, "hh.jsonl", on_hub=True, test_folder="hh"),
+    "harmless": Source(get_harmless, "harmless.jsonl", on_hub=True, test_folder="hh"),
+    "summ": Source(get_summ, sampled=False, on_hub=True, test_folder="summ"),
+    "alpaca": Source(get_alpaca, "alpaca_data_cleaned.json"),
+    "shp": Source(get_shp, sampled=False, on_hub=True, test_folder="shp"),
+    "se": Source(get_se, sampled=False, on_hub=True),
+    "toy": Source(get_toy, "toy_aligned.jsonl"),
+    "toy-mixture": Source(lambda request: get_toy(request, "mixture"), "toy_mixture.jsonl"),
+    "toy-general": Source(lambda request: get_toy(request, "general"), "toy_general.jsonl", sampled=False),
+}
+
+
+def parse_name(name: str) -> tuple[str, str | None, str | None]:
+    """`uc_llama8b_aligner_warmup` -> ("uc", "llama8b", "aligner_warmup"); raises UserError if unknown."""
+    rest, variant = name, None
+    for candidate in VARIANTS:
+        if name.endswith(f"_{candidate}"):
+            rest, variant = name.removesuffix(f"_{candidate}"), candidate
+    base, _, proposal = rest.partition("_")
+    source = DATASETS.get(base)
+    if source is None:
+        forms = "each also as NAME_PROPOSAL and NAME[_PROPOSAL]_aligner_warmup or _aligner_common"
+        raise UserError(f"unknown data set {name!r}: {nearest(base, DATASETS)}; {forms}")
+    if proposal and not source.sampled:
+        raise UserError(f"data set {name!r}: {base!r} has no sampled variant; drop '_{proposal}'")
+    return base, proposal or None, variant
+
+
+def local_file(name: str, data_dir: str | Path) -> Path | None:
+    """The one training file of a data set's name; None for a set that may come in other files or from the
+    hub.
+    """
+    base, proposal, _ = parse_name(name)
+    if DATASETS[base].on_hub and not proposal:
+        return None
+    return Path(data_dir) / "train" / sampled_name(DATASETS[base].file, proposal)
+
+
+def get_dataset(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | Path = "_data",
+    cache_dir: str | None = None,
+    heldout_fraction: float = 0.005,
+    bad: BadRows | None = None,
+) -> list[Example]:
+    """Examples of a data set's split "train" or "heldout", never sharing a prompt, or "all" of its training
+    part.
+
+    A set with a test split of its own holds that out; any other holds out the `heldout_fraction` of its
+    distinct prompts that come first by hash of their text, the same ones in the plain and in the sampled
+    file. Raises UserError for an unknown name, a missing or broken file, or an empty result.
+    """
+    base, proposal, variant = parse_name(name)
+    source = DATASETS[base]
+    own_split = not proposal and source.has_test_split(Path(data_dir))
+    part = "test" if own_split and split == "heldout" else "train"
+    examples = source.load(Request(part, proposal, Path(data_dir), cache_dir, bad or BadRows()))
+    if split != "all" and not own_split:
+        heldout = heldout_prompts((example.prompt for example in examples), heldout_fraction)
+        examples = [example for example in examples if (example.prompt in heldout) == (split == "heldout")]
+    if variant:
+        examples = [_as_correction(example, variant, name) for example in examples]
+    if not examples and split != "heldout":
+        raise UserError(f"data set {name!r} has no {split} examples in {data_dir}")
+    return examples
+
+
+def heldout_prompts(all_prompts, fraction: float) -> set[str]:
+    """The share of the distinct prompts with the smallest hashes: at least one unless the fraction is 0."""
+    ranked = sorted({(hashlib.sha256(prompt.encode()).digest(), prompt) for prompt in all_prompts})
+    count = min(len(ranked) - 1, max(1, round(fraction * len(ranked)))) if fraction > 0 else 0
+    return {prompt for _, prompt in ranked[:count]}
+
+
+def _as_correction(example: Example, variant: str, name: str) -> Example:
+    answer = example.negative
+    if answer is None:
+        raise UserError(
+            f"data set {name!r} needs an answer to correct: use a sampled variant (NAME_PROPOSAL_{variant})"
+        )
+    target = answer if variant == "aligner_warmup" else example.target
+    return replace(example, prompt=prompts.corrector(example.prompt, answer), target=target, negative=None)
+
+
+# ---- batches -----------------------------------------------------------------------------------------------
+
+
+def load_tokenized(
+    names: Sequence[str], split: str, tokenizer, settings, bad: BadRows, needs_negative: bool
+) -> TokenizedDataset:
+    """The tokenised split of all named sets, from the cache when text, tokenizer and lengths are the same.
+
+    settings: data_dir, output_dir, local_dirs, heldout_fraction, max_length, max_prompt_length, add_bos.
+    """
+    examples: list[Example] = []
+    for name in names:
+        found = get_dataset(
+            name,
+            split,
+            data_dir=settings.data_dir,
+            cache_dir=hub_cache(settings.local_dirs),
+            heldout_fraction=settings.heldout_fraction,
+            bad=bad,
+        )
+        if needs_negative and any(example.negative is None for example in found):
+            raise UserError(
+                f"data set {name!r} has one answer per prompt, but this loss needs two: "
+                "use its sampled variant (NAME_PROPOSAL) or a preference set"
+            )
+        examples += found if needs_negative else [replace(example, negative=None) for example in found]
+    data = tokenize_cached(examples, f"{'+'.join(names)}.{split}", tokenizer, settings)
+    cut = {key: count for key, count in data.counts.items() if key.endswith("_cut") and count}
+    note = ", ".join(f"{count} {key.replace('_', ' ')}" for key, count in cut.items()) or "none cut"
+    log.info(f"{'+'.join(names)} {split}: {len(data):,} examples, {data.counts['tokens']:,} tokens, {note}")
+    return data
+
+
+def get_batch_iterator(
+    n_rows: int,
+    batch_size: int,
+    *,
+    n_epochs: int | None = None,
+    n_examples: int | None = None,
+    shuffle: bool = True,
+    seed: int = 0,
+) -> Iterator[np.ndarray]:
+    """Index arrays of the global batches: every epoch in an order of its own, drawn from (seed, epoch).
+
+    Ends after `n_examples` where given, else after `n_epochs`. An epoch's last batch may be short; none is
+    dropped.
+    """
+    if n_examples is None and n_epochs is None:
+        raise ValueError("give n_epochs or n_examples")
+    left = n_examples if n_examples is not None else n_epochs * n_rows
+    epoch = 0
+    while left > 0:
+        order = np.random.default_rng((seed, epoch)).permutation(n_rows) if shuffle else np.arange(n_rows)
+        order = order[:left]
+        left, epoch = left - len(order), epoch + 1
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+
+
+def collate(data: TokenizedDataset, rows: Sequence[int], answer: str, pad_id: int) -> dict[str, torch.Tensor]:
+    """Right-padded input_ids, attention_mask and labels (B, T) of prompt + `answer` ("target" or "negative").
+
+    Labels are -100 on the prompt and on padding by *position*, so a pad token that equals the EOS is never
+    learnt, and an EOS that ends an answer always is.
+    """
+    pairs = [(data.part("prompt", row), data.part(answer, row)) for row in rows]
+    width = max(len(prompt) + len(response) for prompt, response in pairs)
+    input_ids = torch.full((len(pairs), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(len(pairs), width, dtype=torch.int64)
+    labels = torch.full((len(pairs), width), IGNORE_INDEX, dtype=torch.int64)
+    for i, (prompt, response) in enumerate(pairs):
+        end = len(prompt) + len(response)
+        input_ids[i, :end] = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+        attention_mask[i, :end] = 1
+        labels[i, len(prompt) : end] = input_ids[i, len(prompt) : end]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

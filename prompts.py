@@ -1,0 +1,109 @@
+"""The only place where a record becomes the text a model reads: templates, corrector prompts, shortening.
+
+FastChat's conversation templates carry the prompts; the project's own, `ram`, is registered here. FastChat is
+imported inside the functions, so that decoding and training run where it is not installed.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+from utils import UserError, nearest
+
+TEMPLATE = "ram"
+STOP = "\n\nHuman"  # where a model begins to speak for the user
+ASSISTANT = "\n\nAssistant: "
+SUMMARY = "\nTL;DR:"
+
+# What must survive a cut: the opening header of a turn, and what asks the model to answer.
+_TURN = re.compile(r"(?=\n\nHuman: )")
+_OPENING = re.compile(r"\A\n\nHuman: ")
+_CLOSING = re.compile(
+    r"(?:\s*TL;DR:)?\s*(?:\n\nAssistant: ?|\n\nCorrection: |\n\n### Correction:\n)\Z|\s*TL;DR:\s*\Z"
+)
+
+
+def conversation_template(name: str = TEMPLATE):
+    """A fresh FastChat conversation; raises UserError for a name that FastChat does not know."""
+    from fastchat.conversation import (
+        Conversation,
+        SeparatorStyle,
+        conv_templates,
+        get_conv_template,
+        register_conv_template,
+    )
+
+    if TEMPLATE not in conv_templates:
+        # ADD_COLON_SPACE_SINGLE ends in "Assistant: "; ADD_COLON_SINGLE would lose the last space.
+        style = SeparatorStyle.ADD_COLON_SPACE_SINGLE
+        ours = Conversation(
+            TEMPLATE, roles=("Human", "Assistant"), sep_style=style, sep="\n\n", stop_str=STOP
+        )
+        ours.messages = []
+        register_conv_template(ours)
+    if name not in conv_templates:
+        raise UserError(f"unknown template {name!r}: {nearest(name, conv_templates)}")
+    return get_conv_template(name)
+
+
+def render(instruction: str, template: str = TEMPLATE, system: str | None = None) -> str:
+    """One instruction as a single-turn prompt; `ram` gives "\\n\\nHuman: …\\n\\nAssistant: "."""
+    conversation = conversation_template(template)
+    if system is not None:
+        conversation.set_system_message(system)
+    conversation.append_message(conversation.roles[0], instruction)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
+def corrector(prompt: str, answer: str) -> str:
+    """The Aligner baseline's prompt: the dialogue, the answer to be corrected, the request."""
+    return f"{prompt}{answer}\n\nCorrection: "
+
+
+def from_record(record: Mapping, settings) -> str:
+    """The prompt of a test record by the `sampling` settings: its text as it is (multiround) or rendered."""
+    text = record[settings.input_key]
+    if settings.multiround:
+        prompt = text
+    else:
+        system = record[settings.system_key] if settings.system_key else None
+        prompt = render(text, settings.template, system)
+    return corrector(prompt, record[settings.output_key]) if settings.for_aligner else prompt
+
+
+def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) -> str:
+    """The prompt cut to at most `max_tokens` tokens at text level, so that every reader tokenises the same
+    text.
+
+    A dialogue loses its oldest turns first. What is still too long loses the end of its last human turn; the
+    header that opens it and what asks for the answer ("\\n\\nAssistant: ", "TL;DR:", "\\n\\nCorrection: ")
+    stay whole. Raises UserError where those alone do not fit.
+    """
+    if count_tokens(prompt) <= max_tokens:
+        return prompt
+    turns = [turn for turn in _TURN.split(prompt) if turn]
+    while len(turns) > 1:
+        turns = turns[1:]
+        if count_tokens("".join(turns)) <= max_tokens:
+            return "".join(turns)
+    text = turns[0]
+    head = text[: opening.end()] if (opening := _OPENING.search(text)) else ""
+    tail = text[closing.start() :] if (closing := _CLOSING.search(text, len(head))) else ""
+    body = text[len(head) : len(text) - len(tail)]
+
+    fits, too_long = (
+        -1,
+        len(body),
+    )  # characters of the body: the largest count that fits is searched by halves
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if count_tokens(head + body[:middle] + tail) <= max_tokens:
+            fits = middle
+        else:
+            too_long = middle
+    if fits < 0:
+        needed = count_tokens(head + tail)
+        raise UserError(
+            f"max_prompt_length={max_tokens}: the role headers of a prompt need {needed} tokens by themselves"
+        )
+    return head + body[:fits] + tail

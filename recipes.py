@@ -1,0 +1,408 @@
+"""From a configuration to stages: what each one runs with, reads and writes, checked before any model loads.
+
+A recipe (config/experiment/*.yaml) names stages; each is the root configuration with some keys changed. A key
+given on the command line applies to every stage, `stage.NAME.key=value` to one.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import checkpoints
+from losses import LOSSES
+from par import PARParams
+from preference_datasets import DATASETS, local_file, parse_name
+from trainers import pick_trainer
+from utils import UserError, nearest, pick, pick_dtype
+
+CONFIG_DIR = Path(__file__).resolve().parent / "config"
+GROUPS = ("model", "loss", "judge", "experiment")
+STAGE_KEYS = {  # what a stage may say beside configuration keys, by kind
+    "train": {"kind", "only_if", "init_from"},
+    "sample": {"kind", "only_if", "proposal", "dataset"},
+    "world": {"kind", "only_if"},
+}
+# Keys that change neither weights nor samples; all the others are a run's identity.
+NOT_IDENTITY = {
+    "data_dir",
+    "output_dir",
+    "report_dir",
+    "local_dirs",
+    "experiment_name",
+    "stage",
+    "stages",
+    "dry_run",
+    "overwrite",
+    "exp_name",
+    "exp_prefix",
+    "exp_flag",
+    "debug",
+    "n_eval_examples",
+    "eval_batch_size",
+    "activation_checkpointing",
+    "do_first_eval",
+    "eval_every",
+    "save_every",
+    "sample_during_eval",
+    "n_eval_model_samples",
+    "wandb",
+    "minimum_log_interval_secs",
+    "fsdp_port",
+    "divergence",
+    "sampling",
+    "evaluation",
+    "judge",
+    "pair",
+    "world",
+    "hh_negatives",
+    "hh_data",
+}
+# Types of the keys whose default is null, and keys that may be set to null though their default is not.
+NULL_DEFAULTS = {
+    "n_examples": int,
+    "sampling.limit": int,
+    "sampling.n_candidates": int,
+    "sampling.expert_temperature": float,
+    "exp_name": str,
+    "exp_flag": str,
+}
+NULLABLE = {
+    "divergence.min_sampled_logp_per_token",
+    "save_every",
+    "model.fsdp_policy_mp",
+    "n_eval_examples",
+    "n_epochs",
+}
+
+
+@dataclass
+class Stage:
+    """One resolved stage. output: the run folder, the sampled file, or the toy world's data folder."""
+
+    name: str
+    kind: str
+    config: DictConfig
+    output: Path
+    source: str | None = None  # the weights it starts from or samples with; None: fresh ones
+    reads: list[Path] = field(default_factory=list)  # data files that must be there before it starts
+
+
+# ---- composing ---------------------------------------------------------------------------------------------
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that `python train.py OVERRIDES` sees; raises UserError for an unknown key or
+    choice.
+    """
+    try:
+        return _compose(overrides)
+    except Exception as error:
+        package = type(error).__module__.split(".")[0]
+        if package == "yaml":
+            mark = getattr(error, "problem_mark", None)
+            where = f"{mark.name}, line {mark.line + 1}" if mark else "a file in config/"
+            raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        if package not in ("hydra", "omegaconf", "antlr4"):
+            raise
+        raise UserError(_explain(overrides, error)) from None
+
+
+def preflight(arguments: Sequence[str]) -> None:
+    """Explains overrides that Hydra would refuse at length; flags such as --help and --multirun are
+    Hydra's.
+    """
+    if not any(argument.startswith("-") for argument in arguments):
+        compose(arguments)
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    if GlobalHydra.instance().is_initialized():  # inside @hydra.main
+        return hydra.compose("config", overrides=list(overrides))
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return hydra.compose("config", overrides=list(overrides))
+
+
+def _explain(overrides: Sequence[str], error: Exception) -> str:
+    """Names the one override that cannot be used, with the nearest known key or choice."""
+    groups: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            return f"{override!r}: expected key=value, e.g. lr=1e-6"
+        if key.lstrip("+") in GROUPS:
+            choices = {path.stem for path in (CONFIG_DIR / key.lstrip("+")).glob("*.yaml")}
+            if value not in choices:
+                return f"unknown {key} {value!r}: {nearest(value, choices)}"
+            groups.append(override)
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        try:
+            _compose([*groups, override])
+        except Exception:
+            known = leaves(_compose(groups))
+            if key not in known:
+                return f"unknown key {key!r}: {nearest(key, known) or 'config/config.yaml lists them all'}"
+            return f"{override}: not a value that {key} can take; quote text with special characters"
+    return str(error).strip().splitlines()[0]
+
+
+def leaves(config: DictConfig) -> dict[str, Any]:
+    """Dotted key -> value of every leaf; a value that is missing or cannot be resolved counts as None."""
+    found: dict[str, Any] = {}
+    for key in config:
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and len(node):
+            found |= {f"{key}.{inner}": value for inner, value in leaves(node).items()}
+        elif OmegaConf.is_missing(config, key):
+            found[str(key)] = None
+        else:
+            value = config[key]
+            found[str(key)] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return found
+
+
+def literal(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{quoted}'"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{literal(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(literal(inner) for inner in value) + "]"
+    return repr(value)
+
+
+def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of one stage: the recipe's, then the stage's keys, then what the user gave."""
+    groups = [f"{group}={spec[group]}" for group in ("model", "loss") if group in spec]
+    keys = {
+        key: value for key, value in spec.items() if key not in ("model", "loss", *STAGE_KEYS[spec["kind"]])
+    }
+    for group in ("model", "loss"):
+        for key, value in keys.pop(f"{group}_settings", {}).items():
+            keys[f"{group}.{key}"] = value
+    own = {key: f"{key}={literal(value)}" for key, value in keys.items()}
+
+    # `loss.alpha=` is meant for the stages whose loss has an alpha, and so on.
+    known = leaves(compose([o for o in overrides if o.startswith("experiment=")] + groups))
+    given = {o.partition("=")[0]: o for o in overrides if not o.startswith(("model=", "loss="))}
+    for_this = {f"stage.{name}.{key}" for key in own}
+    usable = [o for key, o in given.items() if not key.startswith(("model.", "loss.")) or key in known]
+    specific = [own[key] for key in own if f"stage.{name}.{key}" in given.keys() & for_this]
+    return compose([*groups, *own.values(), *usable, *specific])
+
+
+# ---- resolving ---------------------------------------------------------------------------------------------
+
+
+def resolve(overrides: Sequence[str]) -> list[Stage]:
+    """All stages of a configuration in the recipe's order, each checked; without a recipe the one stage
+    `run`.
+
+    Raises UserError for anything that can be known to be wrong without loading a model or data.
+    """
+    config = compose(overrides)
+    if not config.stage:
+        return [_stage("run", {"kind": "train"}, config, {})]
+    for override in overrides:
+        if override.startswith(("model=", "loss=")):
+            key = override.partition("=")[0]
+            raise UserError(
+                f"{override}: a recipe has several stages; give stage.NAME.{key}=, pair.proposal= or "
+                "pair.aligner= instead"
+            )
+    stages: dict[str, Stage] = {}
+    for name, spec in OmegaConf.to_container(config.stage, resolve=True).items():
+        pick(STAGE_KEYS, spec.get("kind"), f"kind of stage.{name}")
+        if any(OmegaConf.select(config, key) != value for key, value in spec.get("only_if", {}).items()):
+            continue
+        stages[name] = _stage(name, spec, stage_config(spec, name, overrides), stages)
+    return list(stages.values())
+
+
+def _stage(name: str, spec: dict[str, Any], config: DictConfig, earlier: dict[str, Stage]) -> Stage:
+    check_types(config)
+    kind, data_dir = spec["kind"], Path(config.data_dir)
+    if kind == "world":
+        return Stage(name, kind, config, data_dir)
+    if kind == "sample":
+        par_params(config.sampling)
+        base, _, variant = parse_name(spec["dataset"])
+        if not DATASETS[base].sampled or variant:
+            raise UserError(f"stage.{name}: data set {spec['dataset']!r} is not one that proposals sample")
+        source, label = model_source(spec["proposal"], earlier), spec["proposal"]
+        if label in earlier:
+            label = earlier[label].config.model.name
+        output = local_file(f"{spec['dataset']}_{Path(label).name}", data_dir)
+        OmegaConf.update(config, "datasets", [spec["dataset"]])
+        return Stage(name, kind, config, output, source, _files([spec["dataset"]], data_dir))
+    if spec.get("init_from"):
+        OmegaConf.update(config, "model.archive", model_source(spec["init_from"], earlier))
+    check_training(config)
+    model = config.model
+    source = model.archive if model.archive or model.architecture else model.name_or_path or model.hub_id
+    output = Path(config.output_dir) / "model" / run_name(config)
+    return Stage(name, kind, config, output, source, _files(config.datasets, data_dir))
+
+
+def model_source(reference: str, stages: dict[str, Stage]) -> str:
+    """Where the weights of a stage of this recipe will lie, or the folder that was named."""
+    if reference in stages:
+        if stages[reference].kind != "train":
+            raise UserError(f"stage {reference!r} trains no model")
+        return str(stages[reference].output / "LATEST")
+    if "/" not in reference and not Path(reference).exists():
+        raise UserError(f"{reference!r} is no earlier stage and no folder: {nearest(reference, stages)}")
+    return reference
+
+
+def _files(names: Sequence[str], data_dir: Path) -> list[Path]:
+    return [path for path in (local_file(name, data_dir) for name in names) if path is not None]
+
+
+def run_name(config: DictConfig) -> str:
+    """The run folder's name: {prefix}{loss}_{data set}_{model}_b{batch}_lr{lr}[_a{alpha}][_@flag]."""
+    if config.exp_name:
+        return config.exp_name
+    data = "+".join(parse_name(name)[0] for name in config.datasets)
+    name = f"{config.exp_prefix}{config.loss.name}_{data}_{config.model.name}"
+    name += f"_b{config.batch_size}_lr{float(config.lr)}"
+    if config.loss.get("alpha") is not None and float(config.loss.alpha) != 1e-4:
+        name += f"_a{float(config.loss.alpha)}"
+    return f"{name}_@{config.exp_flag}" if config.exp_flag else name
+
+
+def identity(config: DictConfig) -> dict[str, Any]:
+    """What makes two training runs the same run: every key but those that change no weight."""
+    found = {key: value for key, value in leaves(config).items() if key.split(".")[0] not in NOT_IDENTITY}
+    located = {
+        "model.name",
+        "model.name_or_path",
+        "model.hub_id",
+        "model.archive",
+        "model.tokenizer_name_or_path",
+        "model.block_name",
+    }
+    return {key: value for key, value in found.items() if key not in located}  # weights go by their content
+
+
+def par_params(sampling: DictConfig | dict[str, Any]) -> PARParams:
+    """The decoding settings as PARParams; raises UserError for a value out of range."""
+    try:
+        return PARParams(**{key: sampling[key] for key in PARParams.field_names()})
+    except ValueError as error:
+        raise UserError(f"sampling.{error}") from None
+
+
+# ---- checks ------------------------------------------------------------------------------------------------
+
+
+def check_types(config: DictConfig) -> None:
+    """Raises UserError where a value is not of its default's type."""
+    defaults = leaves(_compose([]))
+    for key, value in leaves(config).items():
+        default = defaults.get(key)
+        wanted = NULL_DEFAULTS.get(key) or (type(default) if default is not None else None)
+        if wanted not in (bool, int, float, str, list) or (value is None and _may_be_null(key, default)):
+            continue
+        fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
+        if key == "warmup_steps":  # a count, or a share below 1
+            fits = isinstance(value, int | float)
+        if wanted is not bool and isinstance(value, bool) or not fits:
+            raise UserError(f"{key}={value!r}: expected {wanted.__name__}, e.g. {key}={literal(default)}")
+
+
+def _may_be_null(key: str, default: Any) -> bool:
+    return default is None or key in NULLABLE
+
+
+def check_training(config: DictConfig) -> None:
+    """Raises UserError for a training configuration that cannot work."""
+    pick_trainer(config.trainer)
+    loss = pick(LOSSES, config.loss.name, "loss")
+    optimizers = {
+        n: c
+        for n, c in vars(torch.optim).items()
+        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
+    }
+    pick(optimizers, config.optimizer, "optimizer")
+    pick({"constant": 0, "cosine": 0}, config.lr_schedule, "lr_schedule")
+    pick_dtype(config.export_dtype, torch.device("cpu"))
+    if OmegaConf.is_missing(config, "datasets") or not config.datasets:
+        raise UserError(f"datasets is not set: give e.g. datasets=[hh]; known: {', '.join(sorted(DATASETS))}")
+    for name in config.datasets:
+        parse_name(name)
+    if not (
+        config.model.name_or_path or config.model.hub_id or config.model.archive or config.model.architecture
+    ):
+        raise UserError("no model: give model=NAME (config/model/*.yaml), or model.name_or_path=FOLDER")
+    if config.model.policy_dtype != "float32":
+        raise UserError(
+            f"model.policy_dtype={config.model.policy_dtype}: only float32; narrower weights do not move at "
+            "small learning rates (model.fsdp_policy_mp sets what the forward pass computes in)"
+        )
+    if config.max_prompt_length >= config.max_length:
+        raise UserError(
+            f"max_prompt_length={config.max_prompt_length} leaves no room for an answer: "
+            f"expected less than max_length={config.max_length}"
+        )
+    if config.batch_size < 1 or config.batch_size % config.gradient_accumulation_steps:
+        raise UserError(
+            f"batch_size={config.batch_size} is not a multiple of gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps}: change one of them"
+        )
+    if config.n_examples is None and config.n_epochs is None:
+        raise UserError("n_epochs and n_examples are both null: give one of them")
+    for key in ("lr", "eval_every", "max_grad_norm", "eval_batch_size"):
+        if config[key] <= 0:
+            raise UserError(f"{key}={config[key]}: expected a number > 0")
+    if loss.function is LOSSES["ours_sft"].function and not 0 <= config.loss.alpha <= 1:
+        raise UserError(f"loss.alpha={config.loss.alpha}: expected a number in [0, 1]")
+
+
+def check_inputs(stages: Sequence[Stage], running: Sequence[Stage]) -> None:
+    """Raises UserError where a stage to run needs a file or weights that neither exist nor come from one
+    before it.
+    """
+    made: set[str] = set()
+    for stage in stages:
+        if stage in running:
+            for path in stage.reads:
+                if not path.is_file() and str(path) not in made and str(path.parent.parent) not in made:
+                    raise UserError(
+                        f"stage {stage.name!r} reads {path}, which is not there: {_maker(path, stages)}"
+                    )
+            if stage.source and f"{stage.source}" not in made and not stage.config.model.architecture:
+                checkpoints.find_model(stage.source, stage.config.model.hub_id, quiet=True)
+            made |= {str(stage.output), f"{stage.output}/LATEST"}
+
+
+def _maker(path: Path, stages: Sequence[Stage]) -> str:
+    makers = [
+        s.name for s in stages if s.output == path or (s.kind == "world" and path.is_relative_to(s.output))
+    ]
+    if makers:
+        return f"run stage {makers[0]!r} first (stages=[{makers[0]}])"
+    return "`bash bin/prepare_data.sh` makes the data files; data_dir says where they lie"
+
+
+def select(stages: Sequence[Stage], wanted: Sequence[str] | None) -> list[Stage]:
+    """The stages to run, in the order that was asked for; all of them for None."""
+    table = {stage.name: stage for stage in stages}
+    return list(stages) if wanted is None else [pick(table, name, "stage") for name in wanted]
+
+
+def plain(text: str) -> str:
+    """A name fit for a folder: letters, digits and ._+@=#[]- stay."""
+    return re.sub(r"[^\w.+@=#\[\]-]+", "-", text)

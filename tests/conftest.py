@@ -1,0 +1,23 @@
+"""Every test runs on one thread (tiny tensors gain nothing from more) and never asks a hub for anything."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+
+import utils
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+    utils.setup_logging()
+    utils.quiet_transformers()
+
+
+@pytest.fixture(autouse=True)
+def propagated_log(monkeypatch):
+    """Lets caplog see the project's log."""
+    monkeypatch.setattr(utils.log, "propagate", True)

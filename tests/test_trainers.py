@@ -1,0 +1,331 @@
+"""The training loop: what a step depends on, what it does to the weights, when it stops, what it leaves
+behind.
+"""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import checkpoints
+import recipes
+import trainers
+from preference_datasets import collate
+from tokenization import Example, tokenize
+from trainers import BasicTrainer, Diverged
+
+TOKENIZER = byte_tokenizer()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "then",
+    "it",
+    "went",
+    "away",
+    "from",
+    "here",
+    "to",
+    "there",
+]
+
+
+def examples(count, seed=0):
+    """Examples of uneven lengths with two answers each."""
+    rng = np.random.default_rng(seed)
+
+    def text(low, high):
+        return " ".join(rng.choice(WORDS, size=rng.integers(low, high)))
+
+    return [Example(i, f"Q: {text(1, 5)} A:", text(1, 6), text(1, 6)) for i in range(count)]
+
+
+def dataset(count, seed=0):
+    return tokenize(examples(count, seed), TOKENIZER, max_length=96, max_prompt_length=48)
+
+
+def settings(*overrides):
+    """The shipped configuration with a few keys changed."""
+    base = [
+        "datasets=[uc]",
+        "model.name_or_path=none",
+        "max_length=96",
+        "max_prompt_length=48",
+        "batch_size=8",
+        "warmup_steps=0",
+        "do_first_eval=false",
+        "model.fsdp_policy_mp=float32",
+    ]
+    config = recipes.compose([*base, *overrides])
+    OmegaConf.resolve(config.sampling)
+    return config
+
+
+def trainer(run_dir, *overrides, n=20, seed=0, dtype=torch.float32, reference=None, card=None):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    model = tiny_model(len(TOKENIZER), seed=seed, layers=2, dtype=dtype)
+    heldout = dataset(6, seed=99)
+    return BasicTrainer(
+        settings(*overrides), model, TOKENIZER, dataset(n), heldout, run_dir, card or {}, reference
+    )
+
+
+def path_of(run):
+    """Loss and gradient norm of every update, from metrics.csv."""
+    with open(run.run_dir / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    return [(float(row["loss"]), float(row["grad_norm"])) for row in rows]
+
+
+def weights(run):
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss", ["sft", "ours_sft", "ours_dpo"])
+def test_path_does_not_depend_on_micro_batches(tmp_path, loss):
+    """8 examples at once, or in 2, 4 or 8 pieces: the same losses, gradient norms and weights to rounding."""
+    paths, finals = [], []
+    for pieces in (1, 2, 4, 8):
+        run = trainer(
+            tmp_path / str(pieces), f"loss={loss}", f"gradient_accumulation_steps={pieces}", "lr=1e-3"
+        )
+        run.train()
+        paths.append(path_of(run))
+        finals.append(weights(run))
+    assert len(paths[0]) == 3  # 20 examples: two full batches and one of 4
+    for path in paths[1:]:
+        torch.testing.assert_close(torch.tensor(path), torch.tensor(paths[0]), rtol=2e-5, atol=0)
+    for name, weight in finals[0].items():
+        # RMSprop divides by the gradient's size: rounding of a tiny gradient moves its weight by a share of
+        # one step.
+        torch.testing.assert_close(finals[-1][name], weight, rtol=1e-3, atol=3e-4)
+
+
+def test_short_batch_is_divided_by_its_true_count(tmp_path):
+    """The last batch of 3 gives the gradient of the mean over 3, not over 8."""
+    run = trainer(tmp_path, "optimizer=SGD", "lr=0.5", "max_grad_norm=1e9", "gradient_accumulation_steps=4")
+    before, rows = weights(run), np.array([1, 5, 7])
+    run.update(rows)
+    model = tiny_model(len(TOKENIZER), seed=0, layers=2)
+    batch = collate(run.train_data, rows, "target", 0)
+    labels = batch.pop("labels")
+    logits = model(**batch).logits[:, :-1].log_softmax(-1)
+    mask = labels[:, 1:] != -100
+    logps = logits.gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    (-(logps * mask).sum() / 3).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(weights(run)[name], before[name] - 0.5 * p.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_small_learning_rate_moves_every_weight_of_the_export(tmp_path):
+    """At LR 2e-7 nearly every float32 weight that got a gradient moves; in bf16, as once published, hardly
+    any does.
+    """
+    run = trainer(tmp_path, "loss=ours_sft", "lr=2e-7", "batch_size=4", n=40)
+    before, touched = weights(run), {name: torch.zeros_like(p) for name, p in run.model.named_parameters()}
+    update = run.optimizer.step
+
+    def step():
+        for name, p in run.model.named_parameters():
+            touched[name] += (p.grad != 0).float()
+        update()
+
+    run.optimizer.step = step
+    run.train()
+    after = AutoModelForCausalLM.from_pretrained(run.run_dir / "LATEST", dtype="auto").state_dict()
+    moved = reached = kept_in_bf16 = 0
+    for name, start in before.items():
+        assert after[name].dtype == torch.float32
+        assert not torch.equal(after[name], start), name
+        got = touched[name] > 0
+        moved += ((after[name] != start) & got).sum().item()
+        reached += got.sum().item()
+        kept_in_bf16 += ((after[name].bfloat16() != start.bfloat16()) & got).sum().item()
+    assert moved / reached >= 0.98
+    assert kept_in_bf16 / reached < 0.05
+
+
+def test_every_parameter_learns(tmp_path):
+    """After one epoch no weight tensor is what it was, and the loss on the training set fell."""
+    run = trainer(tmp_path, "lr=3e-3", "n_epochs=6")
+    before = weights(run)
+    run.train()
+    path = path_of(run)
+    assert path[-1][0] < 0.8 * path[0][0]
+    assert all(not torch.equal(before[name], weight) for name, weight in weights(run).items())
+
+
+@pytest.mark.parametrize("loss, first", [("dpo", math.log(2)), ("ipo", 1.0)])
+def test_reference_losses_start_where_policy_equals_reference(tmp_path, loss, first):
+    """With policy = reference the margin is 0: DPO starts at log 2, IPO at 1/(2 beta)^2 = 1 for beta 0.5."""
+    reference = tiny_model(len(TOKENIZER), seed=0, layers=2)
+    frozen = {name: p.clone() for name, p in reference.named_parameters()}
+    run = trainer(tmp_path, f"loss={loss}", "lr=1e-4", "n_epochs=8", reference=reference)
+    run.train()
+    path = path_of(run)
+    assert path[0][0] == pytest.approx(first, abs=1e-5)
+    assert path[-1][0] < path[0][0]
+    assert all(torch.equal(frozen[name], p) for name, p in reference.named_parameters())
+
+
+def test_bf16_compute_keeps_float32_masters(tmp_path):
+    """fsdp_policy_mp=bfloat16 changes the forward pass only: weights, gradients and export stay float32."""
+    run = trainer(tmp_path, "model.fsdp_policy_mp=bfloat16", "lr=1e-3")
+    exact = trainer(tmp_path / "exact", "lr=1e-3")
+    run.train()
+    exact.train()
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+    found, wanted = path_of(run), path_of(exact)
+    assert found != wanted
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0.05, atol=0.05)
+
+
+def test_not_a_number_stops_and_keeps_the_weights_before(tmp_path, monkeypatch):
+    """A loss that is no number stops the run before its update; the weights before it are saved, LATEST is
+    not.
+    """
+    run = trainer(tmp_path, "lr=1e-3", "batch_size=4")
+    real, good = run.losses, {}
+
+    def losses(data, rows):
+        values, sums = real(data, rows)
+        if run.updates == 2 and data is run.train_data:
+            good.update(weights(run))
+            return values * float("nan"), sums | {"loss": float("nan")}
+        return values, sums
+
+    monkeypatch.setattr(run, "losses", losses)
+    with pytest.raises(Diverged, match=r"after 8 examples.*step-8"):
+        run.train()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "step-8").state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in good.items())
+    assert not (tmp_path / "LATEST").exists()
+
+
+def test_runaway_sampled_term_stops_and_keeps_what_was_saved(tmp_path):
+    """alpha = 1 drives the sampled answers' probability down for ever; the floor stops it, saved weights
+    stand.
+    """
+    run = trainer(
+        tmp_path,
+        "loss=ours_sft",
+        "loss.alpha=1",
+        "lr=1e-2",
+        "n_epochs=60",
+        "save_every=40",
+        "divergence.min_sampled_logp_per_token=-12",
+    )
+    with pytest.raises(Diverged, match=r"runs away.*step-\d+.*lower loss.alpha"):
+        run.train()
+    assert not (tmp_path / "LATEST").exists()
+    saved = AutoModelForCausalLM.from_pretrained(sorted(tmp_path.glob("step-*"))[0])
+    assert all(torch.isfinite(p).all() for p in saved.parameters())
+
+
+def test_counts_and_columns(tmp_path):
+    """metrics.csv has every update and evaluation; examples are exact over two epochs with a remainder."""
+    run = trainer(
+        tmp_path, "loss=ours_sft", "n_epochs=2", "eval_every=16", "save_every=null", "do_first_eval=true"
+    )
+    final = run.train()
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    train = [row for row in rows if row["split"] == "train"]
+    assert [int(row["examples"]) for row in train] == [8, 16, 20, 28, 36, 40]
+    assert [int(row["examples"]) for row in rows if row["split"] == "heldout"] == [0, 16, 36, 40]
+    answers = sum(len(run.train_data.ids[part]) for part in ("target", "negative"))
+    assert int(train[-1]["tokens"]) == 2 * answers
+    assert set(rows[0]) == set(trainers.COLUMNS)
+    for row in train:
+        assert float(row["loss"]) == pytest.approx(
+            -float(row["target_logp"]) + 1e-4 * float(row["sampled_logp"]), rel=1e-5
+        )
+    assert final["loss"] == pytest.approx(float(rows[-1]["loss"]), rel=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "metrics.csv"]
+
+
+def test_evaluation_reads_heldout_data_only(tmp_path):
+    """The held-out loss is that of the held-out examples, all of them, whatever the forward batch."""
+    run = trainer(tmp_path, "eval_batch_size=4", "loss=ours_sft")
+    log = trainers.MetricsLog(tmp_path, run.settings)
+    found = run.evaluate(log)
+    log.close()
+    with torch.no_grad():
+        _, sums = run.losses(run.eval_data, np.arange(6))
+    assert found["loss"] == pytest.approx(sums["loss"] / 6, rel=1e-6)
+
+
+def test_n_examples_beats_epochs_and_wraps_round(tmp_path):
+    """n_examples=50 of 20 takes two and a half epochs, each in an order of its own."""
+    run = trainer(tmp_path, "n_examples=50")
+    assert (run.total_examples, run.total_updates) == (50, 3 + 3 + 2)
+    run.train()
+    assert (run.examples, run.updates) == (50, 8)
+
+
+def test_learning_rate_warms_up_by_count_and_by_share(tmp_path):
+    """warmup_steps below 1 is a share of the run's updates; both rise linearly to lr."""
+    run = trainer(tmp_path, "warmup_steps=0.5", "n_epochs=4", "lr=1.0")
+    assert run.total_updates == 12 and run.warmup == 6
+    assert [round(run.lr_factor(i), 4) for i in (0, 2, 5, 6, 11)] == [0.1429, 0.4286, 0.8571, 1.0, 1.0]
+    cosine = trainer(tmp_path / "c", "warmup_steps=2", "n_epochs=4", "lr_schedule=cosine")
+    assert cosine.lr_factor(2) == 1.0 and cosine.lr_factor(12) == pytest.approx(0.1)
+
+
+def test_pad_is_not_learnt_and_eos_is(tmp_path):
+    """A pad token that equals the EOS carries no label, the EOS that ends an answer does."""
+    data = tokenize([Example(0, "a", "bb"), Example(1, "a", "bbbb")], TOKENIZER, 16, 8)
+    batch = collate(data, [0, 1], "target", TOKENIZER.eos_token_id)
+    eos = TOKENIZER.eos_token_id
+    assert (batch["labels"] == eos).sum(dim=1).tolist() == [1, 1]
+    assert batch["input_ids"][0].tolist()[-3:] == [eos, eos, eos]
+    assert batch["labels"][0].tolist()[-2:] == [-100, -100]
+
+
+def test_debug_writes_no_weights(tmp_path):
+    run = trainer(tmp_path, "debug=true")
+    run.train()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_samples_during_evaluation_are_logged(tmp_path, caplog):
+    run = trainer(tmp_path, "sample_during_eval=true", "n_eval_model_samples=2")
+    run.train()
+    assert sum("sample   'Q:" in record.message for record in caplog.records) == 2
+
+
+def test_export_stands_whole_when_a_later_one_breaks(tmp_path, monkeypatch):
+    """A save that fails half-way leaves the earlier folder as it was and no half folder beside it."""
+    folder = tmp_path / "LATEST"
+    checkpoints.export_model(tiny_model(len(TOKENIZER), 0), TOKENIZER, folder, "float32", {"add_bos": False})
+    before = checkpoints.weights_fingerprint(str(folder))
+    monkeypatch.setattr(
+        TOKENIZER, "save_pretrained", lambda path: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.export_model(tiny_model(len(TOKENIZER), 1), TOKENIZER, folder, "float32", {})
+    assert checkpoints.weights_fingerprint(str(folder)) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["LATEST"]
+
+
+def test_pair_is_refused_before_weights_are_read(tmp_path):
+    """Different vocabularies, or a BOS in one model and not in the other, are named before loading."""
+    same = save_model_folder(tmp_path / "a", tiny_model(len(TOKENIZER), 0), TOKENIZER)
+    other = save_model_folder(tmp_path / "b", tiny_model(5, 0), tiny_tokenizer("abc"))
+    with pytest.raises(recipes.UserError, match="tokenizer of the aligner"):
+        checkpoints.load_pair(same, other)
+    for name, bos in (("c", True), ("d", False)):
+        checkpoints.export_model(
+            tiny_model(len(TOKENIZER), 0), TOKENIZER, tmp_path / name, "float32", {"add_bos": bos}
+        )
+    with pytest.raises(recipes.UserError, match="add_bos differs"):
+        checkpoints.load_pair(str(tmp_path / "c"), str(tmp_path / "d"))

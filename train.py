@@ -1,0 +1,180 @@
+"""Entry point of training: `python train.py experiment=llama_uc`, or one run: `python train.py model=…
+loss=…`.
+
+Resolves and checks all stages first, then runs them one after the other; what is finished is left alone.
+"""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+import checkpoints
+import demo
+import recipes
+import sampling
+from losses import LOSSES
+from preference_datasets import load_tokenized
+from trainers import pick_trainer
+from utils import (
+    BadRows,
+    UserError,
+    log,
+    read_json,
+    run_entry_point,
+    seed_everything,
+    setup_logging,
+    write_json,
+)
+
+
+def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
+    """Trains one model into its run folder; raises UserError where the folder belongs to another run."""
+    config, run_dir = stage.config, stage.output
+    identity = recipes.identity(config)
+    done_file = run_dir / "done.json"
+    done = read_json(done_file) if done_file.is_file() and not overwrite else None
+    if done is not None and (changed := differences(done["settings"], identity)):
+        raise UserError(
+            f"stage {stage.name}: {run_dir} holds a run with other settings ({changed}); set "
+            "overwrite=true to replace it, or exp_flag=NAME to keep both"
+        )
+
+    source = None
+    if not config.model.architecture or config.model.archive:
+        source = checkpoints.find_model(stage.source, None if config.model.archive else config.model.hub_id)
+    tokenizer = checkpoints.load_tokenizer(config.model.tokenizer_name_or_path or source)
+    loss = LOSSES[config.loss.name]
+    bad = BadRows(config.on_bad_row)
+    data = {
+        split: load_tokenized(list(config.datasets), split, tokenizer, config, bad, loss.needs_negative)
+        for split in ("train", "heldout")
+    }
+    inputs = {"data": data["train"].key, "weights": source and checkpoints.weights_fingerprint(source)}
+    if done is not None:
+        if done["inputs"] != inputs:
+            raise UserError(
+                f"stage {stage.name}: {run_dir} was trained from other data or weights; set "
+                "overwrite=true to train it anew"
+            )
+        log.info(f"stage {stage.name}: done before, {run_dir}")
+        return
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    done_file.unlink(missing_ok=True)
+    bad.report(run_dir / "bad_rows.jsonl")
+    OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+    seed_everything(config.seed)
+    if source is None:
+        architecture = OmegaConf.to_container(config.model.architecture, resolve=True)
+        model = checkpoints.new_model(architecture, tokenizer, config.seed)
+    else:
+        model = checkpoints.load_model(source, "float32")
+    reference = None
+    if loss.needs_reference and not config.loss.reference_free:
+        reference = checkpoints.load_model(source, config.model.reference_dtype)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    log.info(
+        f"stage {stage.name}: {config.loss.name} of {config.model.name} ({size:.2f} M weights) into {run_dir}"
+    )
+    card = {
+        "add_bos": config.add_bos,
+        "max_length": config.max_length,
+        "run": run_dir.name,
+        "max_prompt_length": config.max_prompt_length,
+    }
+    trainer = pick_trainer(config.trainer)(
+        config, model, tokenizer, data["train"], data["heldout"], run_dir, card, reference
+    )
+    metrics = trainer.train()
+    if not config.debug:
+        finished = datetime.now().isoformat(timespec="seconds")
+        write_json(
+            done_file, {"settings": identity, "inputs": inputs, "metrics": metrics, "finished": finished}
+        )
+
+
+def differences(before: dict, now: dict) -> str:
+    """The keys that differ between two settings, as `key: old -> new`."""
+    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
+
+
+def sample_stage(stage: recipes.Stage, overwrite: bool) -> None:
+    sampling.sample_training_set(stage, overwrite)
+
+
+def world_stage(stage: recipes.Stage, overwrite: bool) -> None:
+    """Writes the toy world's data files and tokenizer."""
+    settings = OmegaConf.to_container(stage.config.world, resolve=True)
+    demo.build_world(stage.output, settings, stage.config.seed, overwrite)
+
+
+RUN = {"train": train_stage, "sample": sample_stage, "world": world_stage}
+
+
+def whereabouts(stage: recipes.Stage) -> str:
+    """Size of a folder of weights, or where they will come from instead."""
+    folder, hub_id = Path(stage.source), stage.config.model.hub_id
+    if folder.is_dir():
+        return f"{sum(f.stat().st_size for f in folder.glob('*.safetensors')) / 1e6:,.1f} MB"
+    return f"hub: {hub_id}" if hub_id and not stage.config.model.archive else "not there yet"
+
+
+def describe(stage: recipes.Stage) -> str:
+    """A stage for the dry run: inputs, outputs, sizes."""
+    config = stage.config
+    lines = [
+        f"{stage.name} ({stage.kind})",
+        f"  writes  {stage.output}{'/LATEST' if stage.kind == 'train' else ''}",
+    ]
+    if stage.source:
+        lines.append(f"  weights {stage.source} ({whereabouts(stage)})")
+    for path in stage.reads:
+        size = f"{path.stat().st_size / 1e6:,.1f} MB" if path.is_file() else "not there yet"
+        lines.append(f"  reads   {path} ({size})")
+    if stage.kind == "train":
+        length = f"n_examples {config.n_examples}" if config.n_examples else f"n_epochs {config.n_epochs}"
+        lines.append(
+            f"  run     {config.loss.name}, {length}, batch {config.batch_size} in "
+            f"{config.gradient_accumulation_steps} micro-batches, lr {config.lr}, lengths "
+            f"{config.max_length}/"
+            f"{config.max_prompt_length}, seed {config.seed}"
+        )
+    if stage.kind == "sample":
+        s = config.sampling
+        lines.append(
+            f"  draws   temperature {s.base_temperature}, top-p {s.base_top_p}, top-k {s.base_top_k}, "
+            "penalty "
+            f"{s.base_repetition_penalty}, lengths {s.max_length}/{s.max_prompt_length}, seed {config.seed}"
+        )
+    return "\n".join(lines)
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="config")
+def main(config: DictConfig) -> None:
+    run_entry_point(lambda: run(config, list(HydraConfig.get().overrides.task)))
+
+
+def run(config: DictConfig, overrides: list[str]) -> None:
+    """Resolves and checks all stages, then runs those that were asked for."""
+    stages = recipes.resolve(overrides)
+    running = recipes.select(stages, config.stages)
+    if config.dry_run:
+        for stage in running:
+            log.info(describe(stage))
+    recipes.check_inputs(stages, running)
+    if config.dry_run:
+        log.info(f"{len(running)} stages: everything they need is there or made by an earlier one")
+        return
+    for stage in running:
+        RUN[stage.kind](stage, config.overwrite)
+
+
+if __name__ == "__main__":
+    setup_logging(Path("_log") / f"train-{datetime.now():%Y%m%d-%H%M%S}.log")
+    run_entry_point(lambda: recipes.preflight(sys.argv[1:]))
+    main()

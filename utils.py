@@ -1,0 +1,275 @@
+"""What every other file may use: user errors, records on disk, fingerprints, devices, progress."""
+
+import contextlib
+import csv
+import difflib
+import gzip
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+log = logging.getLogger("ram")
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: says what was given, what was expected and what to do, in one line."""
+
+
+def setup_logging(log_file: Path | None = None) -> None:
+    """Sends the project's log to stdout, past any progress bar, and, where given, to a file too."""
+
+    class TqdmHandler(logging.StreamHandler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line = self.format(record)
+            if sys.stderr.isatty():
+                tqdm.write(line, file=sys.stdout)
+            else:
+                sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+
+    log.handlers[:] = [TqdmHandler()]
+    log.handlers[0].setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(log_file)
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # transformers draws a bar for every model it loads; ours say what takes long.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def quiet_transformers() -> None:
+    """Silences transformers' own progress bars and advice; call once before the first model is loaded."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def run_entry_point(main: Callable[[], Any]) -> None:
+    """Runs an entry point: a UserError becomes one line and exit code 2, Ctrl-C one line and 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nstopped: what is finished stands, the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+class _LineBar(tqdm):
+    """A progress bar for logs that are no terminal: a line now and then instead of one that is redrawn."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if msg is None:
+            log.info(str(self))
+        return True
+
+
+def progress(iterable: Iterable | None = None, **kwargs: Any) -> tqdm:
+    """A progress bar that appears only for what takes over two seconds and leaves no line behind."""
+    if sys.stderr.isatty():
+        return tqdm(iterable, delay=2.0, leave=False, dynamic_ncols=True, **kwargs)
+    return _LineBar(
+        iterable, delay=30.0, leave=False, mininterval=30.0, maxinterval=60.0, ncols=100, **kwargs
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint for an unknown name: the closest known one, then all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}" if len(known) <= 40 else hint.rstrip()
+
+
+def pick(table: dict[str, Any], name: str, what: str) -> Any:
+    """table[name], or a UserError that names the nearest key."""
+    if name not in table:
+        raise UserError(f"unknown {what} {name!r}: {nearest(str(name), table)}")
+    return table[name]
+
+
+# ---- records on disk ---------------------------------------------------------------------------------------
+
+
+class BadRows:
+    """Counts and keeps rows that cannot be used; raises at the first one unless told to skip them."""
+
+    def __init__(self, on_bad_row: str = "error") -> None:
+        if on_bad_row not in ("error", "skip"):
+            raise UserError(f"on_bad_row={on_bad_row!r}: expected 'error' or 'skip'")
+        self.skip, self.rows = on_bad_row == "skip", []
+
+    def add(self, where: str, reason: str) -> None:
+        if not self.skip:
+            raise UserError(f"{where}: {reason}; mend the row, or set on_bad_row=skip to leave such rows out")
+        self.rows.append({"where": where, "reason": reason})
+
+    def report(self, path: Path) -> None:
+        """Writes the list beside the run and says how many; nothing where there are none."""
+        if self.rows:
+            write_jsonl(path, self.rows)
+            log.warning(f"skipped {len(self.rows)} bad rows, listed in {path}")
+
+
+def open_text(path: Path):
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+
+
+def read_rows(
+    path: str | Path, required: Sequence[str] = (), bad: BadRows | None = None
+) -> list[tuple[int, dict]]:
+    """Records of a .json list or .jsonl file (either may be gzipped) with their 0-based index in the file.
+
+    Raises UserError with file and line for what is missing, malformed, cut short, lacks a required field or
+    is empty. A row that `bad` skips keeps its index: the ids of the others do not move.
+    """
+    path, bad = Path(path), bad or BadRows()
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; {_how_to_get(path)}")
+    rows: list[tuple[int, Any, str]] = []
+    try:
+        with open_text(path) as file:
+            if ".jsonl" in path.suffixes:
+                for line_number, line in enumerate(file, start=1):
+                    where = f"{path}, line {line_number}"
+                    try:
+                        rows.append((line_number - 1, json.loads(line), where))
+                    except json.JSONDecodeError as error:
+                        bad.add(where, f"not valid JSON ({error.msg} at column {error.colno})")
+            else:
+                data = json.load(file)
+                if not isinstance(data, list):
+                    raise UserError(f"{path}: expected a JSON list of records, found a {type(data).__name__}")
+                rows = [(index, row, f"{path}, row {index}") for index, row in enumerate(data)]
+    except json.JSONDecodeError as error:
+        message = f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file cut short?"
+        raise UserError(message) from None
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); is the file cut short?") from None
+
+    good = []
+    for index, row, where in rows:
+        missing = [key for key in required if not isinstance(row, dict) or not isinstance(row.get(key), str)]
+        if not isinstance(row, dict):
+            bad.add(where, f"expected a record with {', '.join(required)}, found a {type(row).__name__}")
+        elif missing:
+            found = ", ".join(row) or "none"
+            bad.add(where, f"field {missing[0]!r} is missing or not text (fields found: {found})")
+        else:
+            good.append((index, row))
+    if not good:
+        raise UserError(
+            f"{path}: holds no usable record; expected at least one with {', '.join(required) or 'fields'}"
+        )
+    return good
+
+
+def _how_to_get(path: Path) -> str:
+    if "_sampling_" in path.name:
+        return "the sample stage writes it: run train.py with stages=[sample] first"
+    return "`bash bin/prepare_data.sh` makes the data files, or check data_dir"
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, and renames it over `path` only when the block ends well.
+
+    Works for a file and for a folder; what was at `path` stands until the rename.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    _remove(aside)
+    try:
+        yield aside
+        if aside.is_dir():
+            _remove(path)
+        os.replace(aside, path)
+    finally:
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
+    """One line per row; the columns are the keys of all rows in order of first appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with replacing(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+
+
+def fingerprint(value: Any) -> str:
+    """Content hash of a JSON-like value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- devices and seeds -------------------------------------------------------------------------------------
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """torch dtype by name; 'auto' is bfloat16 where the device computes in it natively, float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    return pick(names, name, "dtype")
+
+
+def hub_cache(local_dirs: Sequence[str]) -> str | None:
+    """The first of the folders that exists, as the cache of what comes from the hub; None for its default."""
+    return next((str(path) for path in local_dirs if Path(path).is_dir()), None)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
