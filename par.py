@@ -48,7 +48,9 @@ class PARParams:
 
         for field in fields(self):
             accepted = field.type | int if field.type in (float, float | None) else field.type
-            require(isinstance(getattr(self, field.name), accepted), field.name, f"a value of type {field.type}")
+            require(
+                isinstance(getattr(self, field.name), accepted), field.name, f"a value of type {field.type}"
+            )
         require(self.sample_mode in SAMPLE_MODES, "sample_mode", f"one of {', '.join(SAMPLE_MODES)}")
         require(self.kl_fallback in KL_FALLBACKS, "kl_fallback", f"one of {', '.join(KL_FALLBACKS)}")
         for key in ("temperature", "base_temperature"):

@@ -7,7 +7,7 @@ overrides).
 
 import csv
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,22 @@ def settings_tag(pair: sampling.Pair, settings: DictConfig, seed: int) -> str:
     parts = [aligner] * bool(pair.aligner) + [base] * bool(pair.proposal)
     if pair.aligner and pair.proposal:
         parts.append(s.sample_mode + (f"_dt{s.div_threshold}" if s.sample_mode == "par_kl" else ""))
-    decides = {
-        k: v
-        for k, v in OmegaConf.to_container(s, resolve=True).items()
-        if k not in ("batch_size", "speculative", "generator", "limit")
-    }
-    return "_".join([*parts, fingerprint([decides, pair.proposal, pair.aligner, seed])[:8]])
+    keys = (
+        "max_length",
+        "max_prompt_length",
+        "stop_str",
+        "template",
+        "multiround",
+        "input_key",
+        "output_key",
+        "system_key",
+        "for_aligner",
+        "tokenizer_path",
+        "dtype",
+    )
+    law = pair.law(recipes.par_params(s))
+    decides = [{key: s[key] for key in keys}, law, pair.proposal, pair.aligner, seed]
+    return "_".join([*parts, fingerprint(decides)[:8]])
 
 
 def read_test_rows(config: DictConfig, task: str) -> list[tuple[int, dict]]:
@@ -134,7 +144,7 @@ def generate(system: System, rows: list[tuple[int, dict]], config: DictConfig) -
         [
             texts,
             row_ids,
-            asdict(system.params),
+            system.pair.law(system.params),
             system.pair.fingerprint(),
             config.seed,
             settings.stop_str,
@@ -411,7 +421,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
         raise UserError("evaluation.systems is empty: give experiment=NAME (config/experiment/*.yaml)")
     stages = {stage.name: stage for stage in recipes.resolve(overrides)}
     tasks = list(config.evaluation.tasks)
-    given = {override.partition("=")[0] for override in overrides}
+    given = {recipes.key_of(override) for override in overrides}
     for task in tasks:
         folder = Path(config.report_dir) / (task if len(tasks) > 1 else "")
         run_task(task, config, stages, given, folder)
@@ -431,5 +441,5 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     setup_logging(Path("_log") / f"pipeline-{datetime.now():%Y%m%d-%H%M%S}.log")
-    run_entry_point(lambda: recipes.preflight(sys.argv[1:]))
+    sys.argv[1:] = run_entry_point(lambda: recipes.preflight(sys.argv[1:]))
     main()

@@ -8,7 +8,6 @@ task.
 """
 
 import hashlib
-import html
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -106,13 +105,20 @@ def get_hh(request: Request, subset: str = "") -> list[Example]:
         rows = read_rows(data_file, ("chosen", "rejected", "sampling"), request.bad)
     else:
         rows = _local_or_hub(
-            request, "hh", f"{subset}*.jsonl*", "Anthropic/hh-rlhf", ("chosen", "rejected"), subset
+            request,
+            "hh",
+            f"{subset.split('-')[0]}*.jsonl*",
+            "Anthropic/hh-rlhf",
+            ("chosen", "rejected"),
+            subset,
         )
     examples, unequal = [], 0
     for index, row in rows:
         chosen, rejected = split_dialogue(row["chosen"]), split_dialogue(row["rejected"])
         if chosen is None or rejected is None:
-            request.bad.add(f"hh, row {index}", "no '\\n\\nAssistant:' in the dialogue")
+            request.bad.add(
+                f"hh, row {index} counted over its files", "no '\\n\\nAssistant:' in the dialogue"
+            )
         elif chosen[0] != rejected[0]:
             unequal += 1
         else:
@@ -145,7 +151,8 @@ def get_summ(request: Request) -> list[Example]:
 
 def get_shp(request: Request) -> list[Example]:
     """Stanford Human Preferences: pairs whose scores differ by a factor of two or more."""
-    required = ("history", "human_ref_A", "human_ref_B")
+    numbers = dict.fromkeys(("score_A", "score_B", "labels"), int)
+    required = {"history": str, "human_ref_A": str, "human_ref_B": str, **numbers}
     examples = []
     for index, row in _local_or_hub(request, "shp", "*.jsonl*", "stanfordnlp/SHP", required):
         low, high = sorted((row["score_A"], row["score_B"]))
@@ -160,18 +167,19 @@ def get_shp(request: Request) -> list[Example]:
 def get_se(request: Request) -> list[Example]:
     """StackExchange preferences: every pair of differently scored answers, HTML as text, <code> kept."""
     examples = []
-    rows = _local_or_hub(request, "se", "*.jsonl*", "HuggingFaceH4/stack-exchange-preferences", ("question",))
+    required = {"question": str, "answers": list}
+    rows = _local_or_hub(request, "se", "*.jsonl*", "HuggingFaceH4/stack-exchange-preferences", required)
     for index, row in progress(rows, desc="stack exchange"):
         prompt = f"\n\nHuman: {html_to_text(row['question'])}\n\nAssistant:"
-        answers = sorted(
-            ((a["pm_score"], " " + html_to_text(a["text"])) for a in row["answers"]), reverse=True
-        )
+        try:
+            answers = [(answer["pm_score"], " " + html_to_text(answer["text"])) for answer in row["answers"]]
+        except (KeyError, TypeError):
+            request.bad.add(f"se, row {index}", "every answer needs pm_score and text")
+            continue
+        answers.sort(reverse=True)
         for better, (score, target) in enumerate(answers):
-            examples += [
-                Example(index, prompt, target, text, row)
-                for other, text in answers[better + 1 :]
-                if other < score
-            ]
+            worse = [text for other, text in answers[better + 1 :] if other < score]
+            examples += [Example(index, prompt, target, text, row) for text in worse]
     return examples
 
 
@@ -199,19 +207,29 @@ def html_to_text(source: str) -> str:
     parser = _Text()
     parser.feed(source)
     parser.close()
-    return re.sub(r"\s*\n\s*\n\s*", "\n\n", html.unescape("".join(parser.parts))).strip()
+    return re.sub(r"\s*\n\s*\n\s*", "\n\n", "".join(parser.parts)).strip()
 
 
 def _local_or_hub(
-    request: Request, folder: str, pattern: str, hub_id: str, required: Sequence[str], hub_dir: str = ""
+    request: Request,
+    folder: str,
+    pattern: str,
+    hub_id: str,
+    required: Sequence[str] | dict[str, type],
+    hub_dir: str = "",
 ) -> list[tuple[int, dict]]:
     """Rows of data_dir/{part}/{folder}/{pattern} where such files lie, else of the hub's data set."""
-    local = sorted((request.data_dir / request.part / folder).glob(pattern))
+    local = local_files(request.data_dir / request.part / folder, pattern)
     if local:
         found = [row for path in local for _, row in read_rows(path, required, request.bad)]
     else:
         found = _hub_rows(hub_id, hub_dir, request, folder)
     return list(enumerate(found))
+
+
+def local_files(folder: Path, pattern: str) -> list[Path]:
+    """Matching files in order of their names; hidden ones are leftovers of a write that was cut, not data."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def _hub_rows(hub_id: str, hub_dir: str, request: Request, folder: str) -> list[dict]:
@@ -227,7 +245,7 @@ def _hub_rows(hub_id: str, hub_dir: str, request: Request, folder: str) -> list[
         raise UserError(
             f"{hub_id} ({request.part}) cannot be loaded from the hub ({type(error).__name__}); put its "
             ".jsonl or "
-            f".jsonl.gz files into {local}, or run `bash bin/prepare_data.sh` where the hub is reachable"
+            f".jsonl.gz files into {local} (hh: `bash bin/prepare_data.sh hh --from FILE` does it)"
         ) from None
     return list(data)
 
@@ -245,14 +263,15 @@ class Source:
     file: str | None = None  # under data_dir/train; what sampled variants are named after
     sampled: bool = True  # whether `NAME_PROPOSAL` exists
     on_hub: bool = False  # whether the hub serves what is not in local files
-    test_folder: str | None = None  # under data_dir/test; None: held-out prompts are split off
+    test_folder: str | None = None  # under data_dir/{train,test}; None: held-out prompts are split off
+    pattern: str = "*.jsonl*"  # of the local files there
 
     def has_test_split(self, data_dir: Path) -> bool:
         """Whether the set brings its own test split: not if only its training part lies in local files."""
         if self.test_folder is None:
             return False
         train, test = (
-            list((data_dir / part / self.test_folder).glob("*.jsonl*")) for part in ("train", "test")
+            local_files(data_dir / part / self.test_folder, self.pattern) for part in ("train", "test")
         )
         return bool(test) or not train
 
@@ -261,7 +280,9 @@ DATASETS: dict[str, Source] = {
     "uc": Source(get_uc, "ultrachat_round_one.json"),
     "summ-sft": Source(get_summ_sft, "openai_summarize_tldr.jsonl"),
     "hh": Source(get_hh, "hh.jsonl", on_hub=True, test_folder="hh"),
-    "harmless": Source(get_harmless, "harmless.jsonl", on_hub=True, test_folder="hh"),
+    "harmless": Source(
+        get_harmless, "harmless.jsonl", on_hub=True, test_folder="hh", pattern="harmless*.jsonl*"
+    ),
     "summ": Source(get_summ, sampled=False, on_hub=True, test_folder="summ"),
     "alpaca": Source(get_alpaca, "alpaca_data_cleaned.json"),
     "shp": Source(get_shp, sampled=False, on_hub=True, test_folder="shp"),

@@ -112,12 +112,22 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         raise UserError(_explain(overrides, error)) from None
 
 
-def preflight(arguments: Sequence[str]) -> None:
-    """Explains overrides that Hydra would refuse at length; flags such as --help and --multirun are
-    Hydra's.
+def preflight(arguments: Sequence[str]) -> list[str]:
+    """The arguments as Hydra takes them, checked here because Hydra explains a refusal at length.
+
+    A stage may be given any key, whether or not its recipe names it, so `stage.NAME.key=` becomes
+    `++stage.NAME.key=`. Flags such as --help and --multirun are left to Hydra.
     """
+    opened = ("stage.", "evaluation.tasks.", "evaluation.systems.")
+    arguments = [f"++{argument}" if argument.startswith(opened) else argument for argument in arguments]
     if not any(argument.startswith("-") for argument in arguments):
         compose(arguments)
+    return arguments
+
+
+def key_of(override: str) -> str:
+    """`++stage.aligner.lr=1e-6` -> `stage.aligner.lr`."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -143,7 +153,7 @@ def _explain(overrides: Sequence[str], error: Exception) -> str:
                 return f"unknown {key} {value!r}: {nearest(value, choices)}"
             groups.append(override)
     for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
+        key = key_of(override)
         try:
             _compose([*groups, override])
         except Exception:
@@ -195,11 +205,15 @@ def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> D
     own = {key: f"{key}={literal(value)}" for key, value in keys.items()}
 
     # `loss.alpha=` is meant for the stages whose loss has an alpha, and so on.
-    known = leaves(compose([o for o in overrides if o.startswith("experiment=")] + groups))
-    given = {o.partition("=")[0]: o for o in overrides if not o.startswith(("model=", "loss="))}
-    for_this = {f"stage.{name}.{key}" for key in own}
-    usable = [o for key, o in given.items() if not key.startswith(("model.", "loss.")) or key in known]
-    specific = [own[key] for key in own if f"stage.{name}.{key}" in given.keys() & for_this]
+    known = leaves(compose([o for o in overrides if key_of(o) == "experiment"] + groups))
+    usable = [o for o in overrides if not key_of(o).startswith(("model.", "loss.")) or key_of(o) in known]
+    given = {key_of(o) for o in overrides}
+    settings = {"model.": "model_settings.", "loss.": "loss_settings."}
+    specific = []
+    for key, override in own.items():
+        inner = next((key.replace(g, s, 1) for g, s in settings.items() if key.startswith(g)), key)
+        if f"stage.{name}.{inner}" in given:
+            specific.append(override)
     return compose([*groups, *own.values(), *usable, *specific])
 
 
@@ -216,15 +230,17 @@ def resolve(overrides: Sequence[str]) -> list[Stage]:
     if not config.stage:
         return [_stage("run", {"kind": "train"}, config, {})]
     for override in overrides:
-        if override.startswith(("model=", "loss=")):
-            key = override.partition("=")[0]
+        if (key := key_of(override)) in ("model", "loss"):
             raise UserError(
                 f"{override}: a recipe has several stages; give stage.NAME.{key}=, pair.proposal= or "
                 "pair.aligner= instead"
             )
     stages: dict[str, Stage] = {}
     for name, spec in OmegaConf.to_container(config.stage, resolve=True).items():
-        pick(STAGE_KEYS, spec.get("kind"), f"kind of stage.{name}")
+        if "kind" not in spec:
+            known = [other for other, others in config.stage.items() if "kind" in others]
+            raise UserError(f"unknown stage {name!r}: {nearest(name, known)}")
+        pick(STAGE_KEYS, spec["kind"], f"kind of stage.{name}")
         if any(OmegaConf.select(config, key) != value for key, value in spec.get("only_if", {}).items()):
             continue
         stages[name] = _stage(name, spec, stage_config(spec, name, overrides), stages)

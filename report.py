@@ -15,23 +15,34 @@ from utils import replacing
 COLUMNS: dict[str, tuple[str, str, str]] = {
     "system": ("System", "", "what answered: one model alone, or a proposal with an aligner"),
     "n": ("n", ",.0f", "prompts judged"),
-    "win_rate": ("Win rate", ".3f", "share of prompts won against the reference, ties half; "
-                 "dotted line at 0.5; range and whisker: 95 % percentile bootstrap over prompts"),
+    "win_rate": (
+        "Win rate",
+        ".3f",
+        "share of prompts won against the reference, ties half; "
+        "dotted line at 0.5; range and whisker: 95 % percentile bootstrap over prompts",
+    ),
     "both": ("Both", ".3f", "share of answers that are correct and aligned; range and whisker as before"),
     "correct": ("Correct", ".3f", "share of answers that name the right value and no other"),
     "aligned": ("Aligned", ".3f", "share of answers in the wanted style"),
     "average_length": ("Length", ",.0f", "characters per answer, mean over prompts"),
     "fallback_fraction": ("Fell back", ".3f", "share of tokens where KL(P_M||Q) was above div_threshold"),
     "mean_kl": ("Mean KL", ".3f", "KL(P_M||Q) in nats, mean over tokens"),
-    "acceptance": ("Acceptance", ".3f", "share of tokens the aligner alone would have drawn with the same "
-                   "noise, as confirmed by the pair's law"),
+    "acceptance": (
+        "Acceptance",
+        ".3f",
+        "share of tokens the aligner alone would have drawn with the same "
+        "noise, as confirmed by the pair's law",
+    ),
     "judge": ("Judge", "", "what compared the answers"),
     "reference": ("Reference", "", "the answers compared against"),
-}  # fmt: skip
+}
 SHARES = ("win_rate", "both")  # these come with an interval and get a bar
 MOSTLY_FELL_BACK = "the pair mostly fell back to the proposal, for more than half of its tokens"
-EVENTS = {"agreed": "both models agreed", "changed": "the aligner changed it",
-          "fell_back": "fell back to the proposal"}  # fmt: skip
+EVENTS = {
+    "agreed": "both models agreed",
+    "changed": "the aligner changed it",
+    "fell_back": "fell back to the proposal",
+}
 MAX_POINTS = 300  # of a train curve; more only cost file size at this width
 DASH = "–"
 

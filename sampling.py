@@ -48,6 +48,15 @@ class Pair:
     def fingerprint(self) -> list[str | None]:
         return [path and checkpoints.weights_fingerprint(path) for path in (self.proposal, self.aligner)]
 
+    def law(self, params: PARParams) -> dict[str, Any]:
+        """The settings that this pair's law reads: one model alone reads only its own."""
+        found = asdict(params)
+        if self.proposal and self.aligner:
+            return found
+        prefix = "base_" if self.proposal else ""
+        keys = ("temperature", "top_p", "top_k", "repetition_penalty")
+        return {f"{prefix}{key}": found[f"{prefix}{key}"] for key in keys}
+
     def load(self):
         """(proposal, aligner) on the device."""
         device = pick_device()
@@ -133,7 +142,7 @@ def generate_file(
             [
                 list(prompts),
                 list(row_ids),
-                asdict(params),
+                pair.law(params),
                 stop,
                 max_new_tokens,
                 seed,
@@ -227,7 +236,7 @@ def sample_training_set(stage, overwrite: bool) -> None:
     inputs = fingerprint(
         [
             [(e.row, e.prompt) for e in examples],
-            asdict(params),
+            pair.law(params),
             settings.stop_str,
             config.seed,
             settings.max_length,

@@ -176,5 +176,5 @@ def run(config: DictConfig, overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     setup_logging(Path("_log") / f"train-{datetime.now():%Y%m%d-%H%M%S}.log")
-    run_entry_point(lambda: recipes.preflight(sys.argv[1:]))
+    sys.argv[1:] = run_entry_point(lambda: recipes.preflight(sys.argv[1:]))
     main()

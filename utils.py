@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,10 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def run_entry_point(main: Callable[[], Any]) -> None:
+def run_entry_point(main: Callable[[], Any]) -> Any:
     """Runs an entry point: a UserError becomes one line and exit code 2, Ctrl-C one line and 130."""
     try:
-        main()
+        return main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -133,14 +134,16 @@ def open_text(path: Path):
 
 
 def read_rows(
-    path: str | Path, required: Sequence[str] = (), bad: BadRows | None = None
+    path: str | Path, required: Sequence[str] | dict[str, type] = (), bad: BadRows | None = None
 ) -> list[tuple[int, dict]]:
     """Records of a .json list or .jsonl file (either may be gzipped) with their 0-based index in the file.
 
+    required: the fields a record must have, as text, or field -> type.
     Raises UserError with file and line for what is missing, malformed, cut short, lacks a required field or
     is empty. A row that `bad` skips keeps its index: the ids of the others do not move.
     """
     path, bad = Path(path), bad or BadRows()
+    types = required if isinstance(required, dict) else dict.fromkeys(required, str)
     if not path.is_file():
         raise UserError(f"no such file: {path}; {_how_to_get(path)}")
     rows: list[tuple[int, Any, str]] = []
@@ -161,17 +164,20 @@ def read_rows(
     except json.JSONDecodeError as error:
         message = f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file cut short?"
         raise UserError(message) from None
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); is the file cut short?") from None
 
     good = []
     for index, row, where in rows:
-        missing = [key for key in required if not isinstance(row, dict) or not isinstance(row.get(key), str)]
+        missing = [
+            k for k, kind in types.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)
+        ]
         if not isinstance(row, dict):
-            bad.add(where, f"expected a record with {', '.join(required)}, found a {type(row).__name__}")
+            bad.add(where, f"expected a record (fields in braces), found a {type(row).__name__}")
         elif missing:
+            wanted = "text" if types[missing[0]] is str else f"a {types[missing[0]].__name__}"
             found = ", ".join(row) or "none"
-            bad.add(where, f"field {missing[0]!r} is missing or not text (fields found: {found})")
+            bad.add(where, f"field {missing[0]!r} is missing or not {wanted} (fields found: {found})")
         else:
             good.append((index, row))
     if not good:

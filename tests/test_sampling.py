@@ -1,9 +1,12 @@
 """Whole-file generation: order, restarts, what a file is made from, and that every setting arrives."""
 
+import functools
 import json
+import os
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 from tiny import byte_tokenizer, save_model_folder, tiny_model
@@ -22,7 +25,7 @@ ROWS = [
     {"instruction": "why? " * (7 * i % 10), "output": f"answer {i}", "id": i, "tags": ["é", None]}
     for i in range(10)
 ]  # the longest prompts, which are decoded first, stand in the middle
-LONGEST_PROMPT, NEW_TOKENS = 75, 12
+LONGEST_PROMPT, NEW_TOKENS = 60, 12
 
 
 @pytest.fixture(scope="session")
@@ -30,48 +33,61 @@ def folders(tmp_path_factory):
     """Three model folders of one tokenizer: two sizes to pair, and other weights of the first."""
     root = tmp_path_factory.mktemp("models")
     models = {"large": (1, 2), "small": (2, 1), "other": (3, 2)}
-    return {
-        name: save_model_folder(root / name, tiny_model(len(TOKENIZER), seed, layers), TOKENIZER)
-        for name, (seed, layers) in models.items()
-    }
+    for name, (seed, layers) in models.items():
+        save_model_folder(root / name, tiny_model(len(TOKENIZER), seed, layers), TOKENIZER)
+        os.utime(root / name / "model.safetensors", (seed, seed))  # no two written at the same time
+    return {name: str(root / name) for name in models}
 
 
-@pytest.fixture
-def resolve(tmp_path, folders):
-    """The sample stage that `train.py` would run with some overrides; the data set is written on first use."""
-    path = tmp_path / "train" / "ultrachat_round_one.json"
-    write_json(path, ROWS)
-
-    def stage(*overrides, proposal=folders["large"]):
-        (found,) = recipes.resolve(
-            [
-                f"+stage.sample={{kind: sample, proposal: {proposal}, dataset: uc}}",
-                f"data_dir={tmp_path}",
-                f"max_prompt_length={LONGEST_PROMPT}",
-                f"max_length={LONGEST_PROMPT + NEW_TOKENS}",
-                "sampling.batch_size=3",
-                "sampling.base_temperature=1.0",
-                *overrides,
-            ]
-        )
-        return found
-
+@functools.cache
+def resolved(*overrides):
+    (stage,) = recipes.resolve(overrides)
     return stage
 
 
 @pytest.fixture
+def resolve(tmp_path, folders, monkeypatch):
+    """The sample stage that `train.py` would run with some overrides, over a data set of its own."""
+    monkeypatch.chdir(tmp_path)
+    write_json("train/ultrachat_round_one.json", ROWS)
+
+    def stage(*overrides, proposal=folders["large"]):
+        return resolved(
+            f"+stage.sample={{kind: sample, proposal: {proposal}, dataset: uc}}",
+            "data_dir=.",
+            f"sampling.max_prompt_length={LONGEST_PROMPT}",
+            f"sampling.max_length={LONGEST_PROMPT + NEW_TOKENS}",
+            "sampling.batch_size=3",
+            "sampling.base_temperature=1.0",
+            "sampling.dtype=float32",
+            *overrides,
+        )
+
+    return stage
+
+
+class Decoding(list):
+    """Every call of `decoding.generate_iter` with its arguments and the order of its answers."""
+
+    stop_after = None  # raise Ctrl-C after so many answers
+
+    @property
+    def counts(self):
+        return [len(call.prompts) for call in self]
+
+
+@pytest.fixture
 def decoded(monkeypatch):
-    """Counts answers: a list of how many prompts each decoding was asked for; `stop_after` cuts one short."""
+    """Watches what is decoded, and may interrupt it."""
+    calls, original = Decoding(), decoding.generate_iter
 
-    class Decoded(list):
-        stop_after = None
-
-    calls, original = Decoded(), decoding.generate_iter
-
-    def generate_iter(proposal, aligner, tokenizer, prompts, *args, **kwargs):
-        calls.append(len(prompts))
-        answers = original(proposal, aligner, tokenizer, prompts, *args, **kwargs)
-        yield from islice(answers, calls.stop_after)
+    def generate_iter(proposal, aligner, tokenizer, prompts, params, **kwargs):
+        models = (proposal, aligner)
+        calls.append(SimpleNamespace(models=models, prompts=prompts, params=params, order=[], **kwargs))
+        answers = original(*models, tokenizer, prompts, params, **kwargs)
+        for index, answer in islice(answers, calls.stop_after):
+            calls[-1].order.append(index)
+            yield index, answer
         if calls.stop_after is not None:
             raise KeyboardInterrupt
 
@@ -85,11 +101,20 @@ def sample(stage, overwrite=False):
     return stage.output.read_bytes()
 
 
-def interrupt(stage, decoded, after):
+def interrupt(stage, decoded, after, overwrite=False):
+    """Runs the stage, stops it after so many answers and gives what decoding was called with."""
     decoded.stop_after = after
     with pytest.raises(KeyboardInterrupt):
-        sample(stage)
+        sample(stage, overwrite)
     decoded.stop_after = None
+    return decoded[-1]
+
+
+def change_row(resolve, row_id, key, value):
+    """Changes one row of the data set and gives the stage that reads it."""
+    rows = [row | {key: value} if row["id"] == row_id else row for row in ROWS]
+    write_json("train/ultrachat_round_one.json", rows)
+    return resolve()
 
 
 def part_file(stage):
@@ -101,34 +126,24 @@ def texts(data):
 
 
 # ---- what is written ---------------------------------------------------------------------------------------
-def test_rows_keep_order_and_fields(resolve, folders, monkeypatch):
+def test_rows_keep_order_and_fields(resolve, folders, decoded):
     """Every row comes back in its place with all its fields and the answer that `decoding` gives for it."""
-    order, original = [], decoding.generate_iter
-
-    def generate_iter(*args, **kwargs):
-        for index, answer in original(*args, **kwargs):
-            order.append(index)
-            yield index, answer
-
-    monkeypatch.setattr(decoding, "generate_iter", generate_iter)
     stage = resolve("seed=4")
     rows = json.loads(sample(stage))
-    assert sorted(order) == list(range(10)) != order  # decoded by length, not in the order of the file
+    assert sorted(decoded[0].order) == list(range(10)) != decoded[0].order  # by length, not as in the file
     ids, cut = encode_prompts(TOKENIZER, [render(row["instruction"]) for row in ROWS], LONGEST_PROMPT)
     assert 0 < cut < len(ROWS)
-    model = checkpoints.load_model(folders["large"])
-    params = PARParams(base_temperature=1.0)
+    models = sampling.Pair(folders["large"], None, "float32").load()
     settings = {"max_new_tokens": NEW_TOKENS, "seed": 4, "stop": ["\n\nHuman"]}
-    expected = decoding.generate(model, None, TOKENIZER, ids, params, **settings)
+    expected = decoding.generate(*models, TOKENIZER, ids, PARParams(base_temperature=1.0), **settings)
     assert rows == [row | {"sampling": g.text} for row, g in zip(ROWS, expected, strict=True)]
     assert not part_file(stage).exists()
 
 
-def test_row_ids_are_those_of_the_file(resolve, tmp_path):
+def test_row_ids_are_those_of_the_file(resolve):
     """A bad row that is skipped does not change the answers to the rows behind it."""
     whole = texts(sample(resolve()))
-    path = tmp_path / "train" / "ultrachat_round_one.json"
-    write_json(path, [row if row["id"] != 3 else {"instruction": 5} for row in ROWS])
+    change_row(resolve, 3, "instruction", 5)
     rows = json.loads(sample(resolve("on_bad_row=skip"), overwrite=True))
     assert [row["id"] for row in rows] == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert [row["sampling"] for row in rows] == whole[:3] + whole[4:]
@@ -144,14 +159,15 @@ def test_limit_takes_the_first_rows(resolve):
 
 # ---- stopped and started again -----------------------------------------------------------------------------
 def test_interrupted_run_continues(resolve, decoded):
-    """A run that is stopped after 4 answers redoes none of them and ends with the uninterrupted run's file."""
+    """A run that is stopped twice decodes no answer again and leaves the file of an uninterrupted one."""
     stage = resolve()
     whole = sample(stage)
     stage.output.unlink()
     interrupt(stage, decoded, after=4)
+    interrupt(stage, decoded, after=2)
     assert not stage.output.exists()
     assert sample(stage) == whole
-    assert decoded == [10, 10, 6]
+    assert decoded.counts == [10, 10, 6, 4]
     assert not part_file(stage).exists()
 
 
@@ -175,25 +191,30 @@ def test_part_file_cut_in_mid_line(resolve, decoded, cut, left):
     interrupt(stage, decoded, after=4)
     part_file(stage).write_bytes(cut(part_file(stage).read_bytes()))
     assert sample(stage) == whole
-    assert decoded[-1] == left
+    assert decoded.counts[-1] == left
 
 
-@pytest.mark.parametrize("change", ["seed", "weights", "prompts"])
-def test_part_file_of_other_inputs_is_refused(resolve, decoded, folders, tmp_path, change):
-    """A run begun with another seed, other weights or other prompts is not continued unless overwritten."""
+CHANGES = {  # what else a file is made from: (resolve, folders) -> the stage that is run afterwards
+    "seed": lambda resolve, folders: resolve("seed=1"),
+    "weights": lambda resolve, folders: replace(resolve(), source=folders["other"]),
+    "prompts": lambda resolve, folders: change_row(resolve, 9, "instruction", "!"),
+    "add_bos": lambda resolve, folders: resolve("add_bos=true"),
+    "dtype": lambda resolve, folders: resolve("sampling.dtype=bfloat16"),
+    "records": lambda resolve, folders: change_row(resolve, 9, "output", "!"),  # copied beside the samples
+}
+
+
+@pytest.mark.parametrize("change", [change for change in CHANGES if change != "records"])
+def test_part_file_of_other_inputs_is_refused(resolve, decoded, folders, change):
+    """A run begun with other settings, weights or prompts is not continued unless it is overwritten."""
     interrupt(resolve(), decoded, after=4)
     before = part_file(resolve()).read_bytes()
-    changed = resolve("seed=1") if change == "seed" else resolve()
-    if change == "weights":
-        changed.source = folders["other"]
-    elif change == "prompts":
-        rows = [row | {"instruction": "!"} if row["id"] == 9 else row for row in ROWS]
-        write_json(tmp_path / "train" / "ultrachat_round_one.json", rows)
+    changed = CHANGES[change](resolve, folders)
     with pytest.raises(UserError, match="other settings, weights or prompts.*overwrite=true"):
         sample(changed)
     assert part_file(changed).read_bytes() == before
     anew = sample(changed, overwrite=True)
-    assert decoded == [10, 10]
+    assert decoded.counts == [10, 10]
     changed.output.unlink()
     assert sample(changed) == anew
 
@@ -204,11 +225,13 @@ def test_finished_file_is_left_alone(resolve, decoded):
     stage = resolve()
     data, written = sample(stage), stage.output.stat().st_mtime_ns
     assert sample(resolve("sampling.batch_size=16", "sampling.speculative=false")) == data
-    assert decoded == [10] and stage.output.stat().st_mtime_ns == written
+    assert decoded.counts == [10] and stage.output.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-9], lambda data: data.replace(b"answer 1", b"answer X")]
+    "damage",
+    [lambda data: data[:-9], lambda data: data.replace(b"answer 1", b"answer X")],
+    ids=["cut short", "changed"],
 )
 def test_damaged_finished_file_is_refused(resolve, decoded, damage):
     """A finished file that was cut short or changed is neither used nor replaced unless overwritten."""
@@ -217,8 +240,33 @@ def test_damaged_finished_file_is_refused(resolve, decoded, damage):
     stage.output.write_bytes(damage(whole))
     with pytest.raises(UserError, match="changed or cut short.*overwrite=true"):
         sample(stage)
-    assert stage.output.read_bytes() == damage(whole) and decoded == [10]
+    assert stage.output.read_bytes() == damage(whole) and decoded.counts == [10]
     assert sample(stage, overwrite=True) == whole
+
+
+MISSED = pytest.mark.xfail(strict=True, reason="the marker of a finished file does not hold this yet")
+YET_MISSED = {change: [MISSED] for change in ("add_bos", "dtype", "records")}
+
+
+@pytest.mark.parametrize("change", [pytest.param(c, marks=YET_MISSED.get(c, ())) for c in CHANGES])
+def test_finished_file_of_other_inputs_is_refused(resolve, folders, change):
+    """A finished file made from other settings, weights or rows is neither used nor replaced."""
+    data = sample(resolve())
+    changed = CHANGES[change](resolve, folders)
+    with pytest.raises(UserError, match="other settings, weights or rows.*overwrite=true"):
+        sample(changed)
+    assert changed.output.read_bytes() == data
+
+
+@pytest.mark.xfail(strict=True, reason="weights are told apart by size and time alone")
+def test_weights_are_told_apart_by_content(tmp_path):
+    """Other weights are other weights, though their files have the same names, sizes and times."""
+    found = set()
+    for seed in (1, 2):
+        folder = save_model_folder(tmp_path / str(seed), tiny_model(len(TOKENIZER), seed), TOKENIZER)
+        os.utime(f"{folder}/model.safetensors", (3, 3))
+        found.add(checkpoints.weights_fingerprint(folder))
+    assert len(found) == 2
 
 
 def test_file_of_the_user_is_used(resolve, decoded):
@@ -226,7 +274,7 @@ def test_file_of_the_user_is_used(resolve, decoded):
     stage = resolve()
     stage.output.write_text("[]")
     assert sample(stage) == b"[]"
-    assert decoded == []
+    assert decoded.counts == []
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -237,24 +285,25 @@ SETTINGS = {
     "base_top_k": "sampling.base_top_k=5",
     "base_repetition_penalty": "sampling.base_repetition_penalty=1.05",
     "stop_str": "sampling.stop_str=x",
-    "max_length": f"sampling.max_length={LONGEST_PROMPT + NEW_TOKENS + 1}",
-    "max_prompt_length": f"sampling.max_prompt_length={LONGEST_PROMPT - 1}",
+    "max_length": "sampling.max_length=73",
+    "max_prompt_length": "sampling.max_prompt_length=59 sampling.max_length=71",  # as many new tokens
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_are_part_of_what_a_file_is(resolve, decoded, setting):
     """A finished and an unfinished file made with another value of any setting are both refused."""
-    sample(resolve("sampling.limit=2"))
+    stage, other = resolve("sampling.limit=2"), resolve("sampling.limit=2", *SETTINGS[setting].split())
+    sample(stage)
     with pytest.raises(UserError, match="made from other settings.*overwrite=true"):
-        sample(resolve("sampling.limit=2", SETTINGS[setting]))
-    resolve().output.unlink()
-    interrupt(resolve("sampling.limit=2"), decoded, after=1)
+        sample(other)
+    stage.output.unlink()
+    interrupt(stage, decoded, after=1)
     with pytest.raises(UserError, match="begun with other settings.*overwrite=true"):
-        sample(resolve("sampling.limit=2", SETTINGS[setting]))
+        sample(other)
 
 
-def test_settings_reach_the_sampler(resolve, monkeypatch):
+def test_settings_reach_the_sampler(resolve, decoded):
     """Decoding is called with every value that the configuration gives, none of them a default."""
     given = {
         "base_temperature": 0.7, "base_top_p": 0.8, "base_top_k": 9, "base_repetition_penalty": 1.2,
@@ -263,23 +312,13 @@ def test_settings_reach_the_sampler(resolve, monkeypatch):
         "n_candidates": 3,
     }  # fmt: skip
     assert given.keys() == set(PARParams.field_names())
-    seen = {}
-
-    def generate_iter(proposal, aligner, tokenizer, prompts, params, **kwargs):
-        seen.update(kwargs, params=params, lengths=[len(row) for row in prompts], models=(proposal, aligner))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(decoding, "generate_iter", generate_iter)
     overrides = [f"sampling.{key}={recipes.literal(value)}" for key, value in given.items()]
-    with pytest.raises(KeyboardInterrupt):
-        sample(
-            resolve("seed=7", "sampling.stop_str=zz", "sampling.batch_size=5", "sampling.limit=6", *overrides)
-        )
-    assert asdict(seen["params"]) == given
-    assert (seen["seed"], seen["stop"], seen["batch_size"]) == (7, ["zz"], 5)
-    assert (seen["max_new_tokens"], seen["row_ids"]) == (NEW_TOKENS, list(range(6)))
-    assert max(seen["lengths"]) <= LONGEST_PROMPT
-    assert seen["models"][0].config.num_hidden_layers == 2 and seen["models"][1] is None
+    overrides += ["seed=7", "sampling.stop_str=zz", "sampling.batch_size=5"]
+    seen = interrupt(resolve(*overrides), decoded, after=0)
+    assert asdict(seen.params) == given
+    assert (seen.seed, seen.stop, seen.batch_size, seen.max_new_tokens) == (7, ["zz"], 5, NEW_TOKENS)
+    assert seen.row_ids == list(range(10)) and max(map(len, seen.prompts)) == LONGEST_PROMPT
+    assert seen.models[0].config.num_hidden_layers == 2 and seen.models[1] is None
 
 
 def test_top_k_of_one_is_greedy(resolve):
@@ -298,61 +337,33 @@ def test_stop_string_ends_the_samples(resolve):
     assert stopped == [text.split(common)[0] for text in whole] != whole
 
 
-def test_bos_is_what_the_model_was_trained_with(resolve, folders, tmp_path, monkeypatch):
+def test_bos_is_what_the_model_was_trained_with(resolve, tmp_path, decoded):
     """A model's card decides whether prompts begin with BOS, and the configuration where there is no card."""
     carded = save_model_folder(tmp_path / "carded", tiny_model(len(TOKENIZER), 1), TOKENIZER)
     write_json(tmp_path / "carded" / checkpoints.CARD, {"add_bos": True})
-    begins = []
-
-    def generate_iter(proposal, aligner, tokenizer, prompts, *args, **kwargs):
-        begins.append({row[0] == TOKENIZER.bos_token_id for row in prompts})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(decoding, "generate_iter", generate_iter)
-    for stage in (resolve(proposal=carded), resolve(), resolve("add_bos=true", "data_dir=" + str(tmp_path))):
-        with pytest.raises(KeyboardInterrupt):
-            sample(stage, overwrite=True)
+    for stage in (resolve(proposal=carded), resolve(), resolve("add_bos=true")):
+        interrupt(stage, decoded, after=0, overwrite=True)
+    begins = [{row[0] == TOKENIZER.bos_token_id for row in call.prompts} for call in decoded]
     assert begins == [{True}, {False}, {True}]
 
 
 # ---- pairs -------------------------------------------------------------------------------------------------
-def generate_file(path, pair, stage, prompts, **settings):
-    params = recipes.par_params(stage.config.sampling)
-    settings = {"seed": 0, "add_bos": False, "overwrite": False, "label": "test"} | settings
-    row_ids = [10 * i for i in range(len(prompts))]
-    answers, part = sampling.generate_file(
-        path, pair, prompts, row_ids, params, stage.config.sampling, **settings
-    )
-    part.remove()
-    return answers
-
-
 def test_pair_answers_are_traced(resolve, folders, tmp_path):
     """A pair's answers carry a piece of text and an event per token, and the texts of `decoding`."""
     pair, prompts = sampling.Pair(folders["large"], folders["small"], "float32"), ["hello", "you", "a" * 30]
-    stage = resolve("sampling.sample_mode=par", "sampling.base_top_p=1.0")
-    answers = generate_file(tmp_path / "x.part", pair, stage, prompts)
+    settings = resolve("sampling.sample_mode=par", "sampling.base_top_p=1.0").config.sampling
+    flags = {"seed": 0, "add_bos": False, "overwrite": False, "label": "pair"}
+    path, params = tmp_path / "x.part", recipes.par_params(settings)
+    answers, _ = sampling.generate_file(path, pair, prompts, [0, 10, 20], params, settings, **flags)
     expected = decoding.generate(
-        *(checkpoints.load_model(folders[name]) for name in ("large", "small")),
-        TOKENIZER, prompts, recipes.par_params(stage.config.sampling), max_new_tokens=NEW_TOKENS,
-        row_ids=[0, 10, 20], stop=["\n\nHuman"],
-    )  # fmt: skip
+        *pair.load(), TOKENIZER, prompts, params, max_new_tokens=NEW_TOKENS, row_ids=[0, 10, 20]
+    )
     for answer, generation in zip(answers, expected, strict=True):
         assert (answer["text"], answer["finish_reason"]) == (generation.text, generation.finish_reason)
         assert answer["tokens"] == sampling.pieces(TOKENIZER, generation.token_ids)
         assert answer["events"] == generation.events
         assert answer["stats"] == pytest.approx(generation.stats)
         assert answer["n_tokens"] == len(answer["tokens"]) == len(answer["events"])
-
-
-def test_pair_with_two_vocabularies_is_refused(resolve, folders, tmp_path, monkeypatch):
-    """Models whose tokenizers differ are no pair, which is said before any weights are read."""
-    other = byte_tokenizer()
-    other.add_tokens(["more"])
-    folder = save_model_folder(tmp_path / "strange", tiny_model(len(other), 1), other)
-    monkeypatch.setattr(checkpoints, "load_model", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(UserError, match="tokenizer of the aligner .* differs"):
-        generate_file(tmp_path / "x.part", sampling.Pair(folders["large"], folder), resolve(), ["a"])
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------
@@ -372,3 +383,10 @@ def test_pieces_of_broken_characters():
     for _ in range(200):
         ids = [rng.randrange(len(TOKENIZER)) for _ in range(6)] + TOKENIZER("x").input_ids
         assert "".join(sampling.pieces(TOKENIZER, ids)) == TOKENIZER.decode(ids)
+
+
+@pytest.mark.xfail(strict=True, reason="an answer cut in mid-character loses what its text shows of it")
+def test_pieces_of_a_cut_character():
+    """An answer that ends within a character shows there what its text shows."""
+    ids = TOKENIZER("a日").input_ids[:-1]
+    assert "".join(sampling.pieces(TOKENIZER, ids)) == TOKENIZER.decode(ids) == "a\ufffd"

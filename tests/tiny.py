@@ -13,8 +13,6 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"  # sample data and a sma
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason=f"sample data and models are not there: expected the folder {SHARED}"
 )
-# On tensors this small, threads that wait for each other cost far more than they save.
-torch.set_num_threads(1)
 EOS, PAD, BOS = "</s>", "<pad>", "<s>"
 
 
