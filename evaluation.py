@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+import decoding
 import demo
 from utils import UserError
 
@@ -71,7 +72,7 @@ def summarise(
 
 
 def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
-    """Fall-back fraction, mean KL and acceptance over all tokens of a pair; empty for one model alone."""
+    """Fall-back and changed fraction, mean KL, acceptance over a pair's tokens; empty for one model alone."""
     pairs = [answer for answer in answers if answer["stats"]["drafted"]]
     tokens = sum(answer["n_tokens"] for answer in pairs)
     if not tokens:
@@ -81,7 +82,23 @@ def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
         for key in ("fallback_fraction", "mean_kl")
     }
     drafted = sum(a["stats"]["drafted"] for a in pairs)
-    return weighted | {"acceptance": sum(a["stats"]["accepted"] for a in pairs) / drafted}
+    changed = sum(answer["events"].count(decoding.CHANGED) for answer in pairs)
+    weighted["acceptance"] = sum(a["stats"]["accepted"] for a in pairs) / drafted
+    return weighted | {"changed_fraction": changed / tokens}
+
+
+def gate_warning(row: dict[str, Any]) -> str | None:
+    """Why a par_kl system may not be what it seems: the gate sent most tokens back, or the aligner changed
+    none.
+    """
+    fallen, changed = row.get("fallback_fraction", 0.0), row.get("changed_fraction", 1.0)
+    if not (fallen > 0.5 or (fallen > 0.1 and changed < 0.01)):
+        return None
+    return (
+        f"warning: {row['system']} fell back to the proposal on {fallen:.0%} of its tokens and the aligner "
+        "changed "
+        f"{changed:.1%} of them: div_threshold undoes the alignment; compare sample_mode=par"
+    )
 
 
 def style_shares(judgements: Sequence[Judgement]) -> dict[str, float]:
@@ -97,7 +114,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     has_both = any("both" in row for row in rows)
     header = ["system", "n", "win rate", "95 % interval"]
     header += ["correct", "aligned", "both"] if has_both else []
-    header += ["length", "fell back", "mean KL", "acceptance"]
+    header += ["length", "changed", "fell back", "mean KL", "acceptance"]
     lines = [header]
     for row in rows:
         line = [
@@ -109,7 +126,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         line += [f"{row[key]:.3f}" for key in ("correct", "aligned", "both") if has_both]
         line.append(f"{row['average_length']:.0f}")
         pair = "fallback_fraction" in row
-        line += [f"{row[k]:.2f}" if pair else "-" for k in ("fallback_fraction", "mean_kl", "acceptance")]
+        line += [
+            f"{row[k]:.2f}" if pair else "-"
+            for k in ("changed_fraction", "fallback_fraction", "mean_kl", "acceptance")
+        ]
         lines.append(line)
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = [

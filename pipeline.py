@@ -24,7 +24,6 @@ import recipes
 import report
 import sampling
 from par import PARParams
-from tokenization import encode_prompts
 from utils import (
     UserError,
     fingerprint,
@@ -36,7 +35,6 @@ from utils import (
     setup_logging,
     write_csv,
     write_json,
-    write_jsonl,
 )
 
 # data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
@@ -59,6 +57,11 @@ class System:
     settings: DictConfig  # the `sampling` keys
     params: PARParams
     folder: Path
+
+    @property
+    def output(self) -> Path:
+        """AlpacaEval's rows; what else is known of each answer lies beside it."""
+        return self.folder / "output.json"
 
     @property
     def generator(self) -> str:
@@ -133,52 +136,24 @@ def read_test_rows(config: DictConfig, task: str) -> list[tuple[int, dict]]:
 # ---- the steps ---------------------------------------------------------------------------------------------
 
 
-def generate(system: System, rows: list[tuple[int, dict]], config: DictConfig) -> None:
-    """Writes output.json (AlpacaEval's rows) and trace.jsonl (tokens, events, figures) into the system's
-    folder.
-    """
-    settings = system.settings
-    texts = [prompts.from_record(row, settings) for _, row in rows]
-    row_ids = [index for index, _ in rows]
-    inputs = fingerprint(
-        [
-            texts,
-            row_ids,
-            system.pair.law(system.params),
-            system.pair.fingerprint(),
-            config.seed,
-            settings.stop_str,
-            settings.max_length,
-            settings.max_prompt_length,
-        ]
-    )
-    output = system.folder / "output.json"
-    if sampling.finished(output, inputs, config.overwrite, f"generate {system.name}"):
-        return
-    answers, part = sampling.generate_file(
-        system.folder / "answers.part",
-        system.pair,
-        texts,
-        row_ids,
-        system.params,
-        settings,
+def job_of(system: System, rows: list[tuple[int, dict]], config: DictConfig) -> sampling.Job:
+    """What has to be decoded for a system on a test file."""
+    return sampling.Job(
+        label=system.name,
+        pair=system.pair,
+        params=system.params,
+        settings=system.settings,
+        records=[row for _, row in rows],
+        prompts=[prompts.from_record(row, system.settings) for _, row in rows],
+        row_ids=[index for index, _ in rows],
         seed=config.seed,
         add_bos=config.add_bos,
-        overwrite=config.overwrite,
-        label=system.name,
     )
-    write_jsonl(system.folder / "trace.jsonl", answers)
-    records = [
-        row | {settings.output_key: answer["text"], "generator": system.generator}
-        for (_, row), answer in zip(rows, answers, strict=True)
-    ]
-    sampling.write_marked(output, records, inputs)
-    part.remove()
 
 
 def read_answers(system: System, n: int) -> list[dict]:
     """What `generate` kept of every row; raises UserError where that step has not run."""
-    path = system.folder / "trace.jsonl"
+    path = sampling.trace_path(system.output)
     if not path.is_file():
         raise UserError(
             f"no answers of {system.name} in {system.folder}: run evaluation.steps=[generate] first"
@@ -239,11 +214,8 @@ def leaderboard(
         }
         write_csv(system.folder / "leaderboard.csv", [row])
         rows.append(row)
-        if row.get("fallback_fraction", 0.0) > 0.5:
-            log.warning(
-                f"warning: {name} fell back to the proposal on {row['fallback_fraction']:.0%} of its tokens: "
-                "div_threshold undoes most of the alignment; compare sample_mode=par"
-            )
+        if warning := evaluation.gate_warning(row):
+            log.warning(warning)
     return rows
 
 
@@ -256,6 +228,7 @@ def results(rows: list[dict[str, Any]], systems: dict[str, System], identical: b
         "win_rate",
         "n",
         "average_length",
+        "changed_fraction",
         "fallback_fraction",
         "mean_kl",
         "acceptance",
@@ -267,40 +240,34 @@ def results(rows: list[dict[str, Any]], systems: dict[str, System], identical: b
         if "both_low" in row:
             table[row["system"]]["both_ci95"] = [row["both_low"], row["both_high"]]
     speed = {
-        name: read_json(s.folder / "answers.speed.json")["tokens_per_second"]
+        name: read_json(s.folder / "output.json.speed.json")["tokens_per_second"]
         for name, s in systems.items()
-        if (s.folder / "answers.speed.json").is_file()
+        if (s.folder / "output.json.speed.json").is_file()
     }
     return {"systems": table, "decoding": {"tokens_per_second": speed, "identical_to_plain": identical}}
 
 
 def identical_to_plain(system: System, rows: list[tuple[int, dict]], config: DictConfig) -> bool:
-    """Decodes some rows again, one at a time by the plain loop, and compares token for token what is
-    comparable.
+    """Decodes the first rows again, one at a time by the plain loop, and compares the answers token by
+    token.
     """
-    settings, n = system.settings, config.evaluation.verify_rows
-    answers = read_answers(system, len(rows))[:n]
-    tokenizer, bos = checkpoints.load_pair(
-        system.pair.proposal, system.pair.aligner, system.pair.tokenizer_path
-    )
-    texts = [prompts.from_record(row, settings) for _, row in rows[:n]]
-    ids, _ = encode_prompts(
-        tokenizer, texts, settings.max_prompt_length, config.add_bos if bos is None else bos
-    )
+    n = config.evaluation.verify_rows
+    answers, job = read_answers(system, len(rows))[:n], job_of(system, rows[:n], config)
+    tokenizer, ids = job.encode()
     again = decoding.generate(
         *system.pair.load(),
         tokenizer,
         ids,
         system.params,
-        seed=config.seed,
-        row_ids=[i for i, _ in rows[:n]],
-        max_new_tokens=settings.max_length - settings.max_prompt_length,
-        stop=[settings.stop_str] * bool(settings.stop_str),
+        seed=job.seed,
+        row_ids=job.row_ids,
+        max_new_tokens=job.max_new_tokens,
+        stop=job.stop,
         speculative=False,
         batch_size=1,
     )
-    return [a["text"] for a in answers] == [g.text for g in again] and [a["n_tokens"] for a in answers] == [
-        len(g.token_ids) for g in again
+    return [answer["tokens"] for answer in answers] == [
+        sampling.pieces(tokenizer, g.token_ids) for g in again
     ]
 
 
@@ -372,7 +339,8 @@ def run_task(
         return
     if "generate" in steps:
         for system in systems.values():
-            generate(system, rows, config)
+            key, extra = system.settings.output_key, {"generator": system.generator}
+            sampling.answer_file(system.output, job_of(system, rows, config), key, extra, config.overwrite)
     if not set(steps) & {"judge", "leaderboard", "report"}:
         return
     judgements = judge(systems, rows, config)
@@ -397,13 +365,7 @@ def run_task(
             f"{config.seed}, "
             f"judge {config.judge.name}, answers compared with {config.evaluation.reference}."
         ]
-        notes += [
-            f"warning: {row['system']} fell back to the proposal on {row['fallback_fraction']:.0%} of its "
-            "tokens: "
-            "at this div_threshold the gate undoes most of the alignment."
-            for row in board
-            if row.get("fallback_fraction", 0.0) > 0.5
-        ]
+        notes += [warning for row in board if (warning := evaluation.gate_warning(row))]
         report.write_report(
             folder / "report.html",
             title=f"{config.experiment_name}: {task}",

@@ -4,6 +4,7 @@ A recipe (config/experiment/*.yaml) names stages; each is the root configuration
 given on the command line applies to every stage, `stage.NAME.key=value` to one.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,11 @@ class Stage:
     source: str | None = None  # the weights it starts from or samples with; None: fresh ones
     reads: list[Path] = field(default_factory=list)  # data files that must be there before it starts
 
+    @property
+    def weights(self) -> Path:
+        """The finished weights of a training stage."""
+        return self.output / "LATEST"
+
 
 # ---- composing ---------------------------------------------------------------------------------------------
 
@@ -123,6 +129,11 @@ def preflight(arguments: Sequence[str]) -> list[str]:
     if not any(argument.startswith("-") for argument in arguments):
         compose(arguments)
     return arguments
+
+
+@functools.cache
+def _known_keys(overrides: tuple[str, ...]) -> dict[str, Any]:
+    return leaves(compose(overrides))
 
 
 def key_of(override: str) -> str:
@@ -205,7 +216,7 @@ def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> D
     own = {key: f"{key}={literal(value)}" for key, value in keys.items()}
 
     # `loss.alpha=` is meant for the stages whose loss has an alpha, and so on.
-    known = leaves(compose([o for o in overrides if key_of(o) == "experiment"] + groups))
+    known = _known_keys(tuple(o for o in overrides if key_of(o) == "experiment") + tuple(groups))
     usable = [o for o in overrides if not key_of(o).startswith(("model.", "loss.")) or key_of(o) in known]
     given = {key_of(o) for o in overrides}
     settings = {"model.": "model_settings.", "loss.": "loss_settings."}
@@ -277,7 +288,7 @@ def model_source(reference: str, stages: dict[str, Stage]) -> str:
     if reference in stages:
         if stages[reference].kind != "train":
             raise UserError(f"stage {reference!r} trains no model")
-        return str(stages[reference].output / "LATEST")
+        return str(stages[reference].weights)
     if "/" not in reference and not Path(reference).exists():
         raise UserError(f"{reference!r} is no earlier stage and no folder: {nearest(reference, stages)}")
     return reference
@@ -326,7 +337,7 @@ def par_params(sampling: DictConfig | dict[str, Any]) -> PARParams:
 
 def check_types(config: DictConfig) -> None:
     """Raises UserError where a value is not of its default's type."""
-    defaults = leaves(_compose([]))
+    defaults = _known_keys(())
     for key, value in leaves(config).items():
         default = defaults.get(key)
         wanted = NULL_DEFAULTS.get(key) or (type(default) if default is not None else None)
@@ -401,7 +412,7 @@ def check_inputs(stages: Sequence[Stage], running: Sequence[Stage]) -> None:
                     )
             if stage.source and f"{stage.source}" not in made and not stage.config.model.architecture:
                 checkpoints.find_model(stage.source, stage.config.model.hub_id, quiet=True)
-            made |= {str(stage.output), f"{stage.output}/LATEST"}
+            made |= {str(stage.output), str(stage.weights)}
 
 
 def _maker(path: Path, stages: Sequence[Stage]) -> str:

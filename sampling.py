@@ -7,6 +7,7 @@ is never continued. Because a row's text depends only on (seed, row id), a resta
 uninterrupted run gives.
 """
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -31,14 +32,13 @@ from utils import (
     read_json,
     replacing,
     write_json,
+    write_jsonl,
 )
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The models of one system by where they lie; either may be None. Loaded only when something is to be
-    decoded.
-    """
+    """The models of one system by where they lie; either may be None."""
 
     proposal: str | None
     aligner: str | None
@@ -59,11 +59,71 @@ class Pair:
 
     def load(self):
         """(proposal, aligner) on the device."""
-        device = pick_device()
-        return tuple(
-            path and checkpoints.load_model(path, self.dtype, device)
-            for path in (self.proposal, self.aligner)
+        device, paths = pick_device(), (self.proposal, self.aligner)
+        return tuple(path and checkpoints.load_model(path, self.dtype, device) for path in paths)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A file of answers before it is made: everything that decides them.
+
+    records: the input rows, written back beside the answers. settings: the `sampling` keys. label: for the
+    log.
+    """
+
+    label: str
+    pair: Pair
+    params: PARParams
+    settings: Any
+    records: list[dict[str, Any]]
+    prompts: list[str]
+    row_ids: list[int]
+    seed: int
+    add_bos: bool
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.settings.max_length - self.settings.max_prompt_length
+
+    @property
+    def stop(self) -> list[str]:
+        return [self.settings.stop_str] if self.settings.stop_str else []
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Equal exactly where two jobs give the same file."""
+        pair, settings = self.pair, self.settings
+        return fingerprint(
+            [
+                self.records,
+                self.prompts,
+                self.row_ids,
+                pair.law(self.params),
+                pair.dtype,
+                self.seed,
+                pair.tokenizer_path,
+                pair.fingerprint(),
+                self.add_bos,
+                settings.max_length,
+                settings.max_prompt_length,
+                settings.stop_str,
+            ]
         )
+
+    def encode(self):
+        """The tokenizer and all prompts as ids; raises UserError where the pair does not fit together."""
+        tokenizer, trained_bos = checkpoints.load_pair(
+            self.pair.proposal, self.pair.aligner, self.pair.tokenizer_path
+        )
+        add_bos = self.add_bos if trained_bos is None else trained_bos
+        if add_bos != self.add_bos:
+            log.info(f"{self.label}: add_bos={str(add_bos).lower()}, as the models were trained")
+        ids, cut = encode_prompts(tokenizer, self.prompts, self.settings.max_prompt_length, add_bos)
+        if cut:
+            log.info(
+                f"{self.label}: {cut} of {len(ids)} prompts cut to {self.settings.max_prompt_length} tokens"
+            )
+        return tokenizer, ids
 
 
 class PartFile:
@@ -110,101 +170,56 @@ class PartFile:
         self.path.unlink()
 
 
-def generate_file(
-    part_path: Path,
-    pair: Pair,
-    prompts: Sequence[str],
-    row_ids: Sequence[int],
-    params: PARParams,
-    settings,
-    *,
-    seed: int,
-    add_bos: bool,
-    overwrite: bool,
-    label: str,
-) -> tuple[list[dict[str, Any]], PartFile]:
-    """Answers all prompts, going on from the part file; returns them in order of the prompts.
+def answer_all(job: Job, part: PartFile) -> list[dict[str, Any]]:
+    """Decodes what the part file lacks; returns all answers in order of the prompts.
 
-    settings: the `sampling` keys max_length, max_prompt_length, stop_str, batch_size, speculative. Each
-    answer is a dict of text, finish_reason, stats and, for a pair, tokens and events. The caller removes the
-    part file once it has written its result. Raises UserError for tokenizers that differ, before weights are
-    read.
+    An answer is a dict of index, text, finish_reason, n_tokens, stats and, for a pair, tokens and events.
     """
-    tokenizer, trained_bos = checkpoints.load_pair(pair.proposal, pair.aligner, pair.tokenizer_path)
-    if trained_bos is not None and trained_bos != add_bos:
-        log.info(f"{label}: add_bos={str(trained_bos).lower()} as the models were trained")
-        add_bos = trained_bos
-    stop = [settings.stop_str] if settings.stop_str else []
-    max_new_tokens = settings.max_length - settings.max_prompt_length
-    part = PartFile(
-        part_path,
-        fingerprint(
-            [
-                list(prompts),
-                list(row_ids),
-                pair.law(params),
-                stop,
-                max_new_tokens,
-                seed,
-                add_bos,
-                pair.dtype,
-                settings.max_prompt_length,
-                pair.fingerprint(),
-            ]
-        ),
-        overwrite,
+    todo = [index for index in range(len(job.prompts)) if index not in part.done]
+    if not todo:
+        return [part.done[index] for index in range(len(job.prompts))]
+    if part.done:
+        log.info(f"{job.label}: going on after {len(part.done)} of {len(job.prompts)} answers")
+    tokenizer, ids = job.encode()
+    proposal, aligner = job.pair.load()
+    start, tokens = time.monotonic(), 0
+    with progress(total=len(ids), initial=len(part.done), desc=job.label, unit="row") as bar:
+        answers = decoding.generate_iter(
+            proposal,
+            aligner,
+            tokenizer,
+            [ids[i] for i in todo],
+            job.params,
+            max_new_tokens=job.max_new_tokens,
+            seed=job.seed,
+            row_ids=[job.row_ids[i] for i in todo],
+            stop=job.stop,
+            batch_size=job.settings.batch_size,
+        )
+        for position, answer in answers:
+            value = {"index": todo[position], "text": answer.text, "finish_reason": answer.finish_reason}
+            value |= {"n_tokens": len(answer.token_ids), "stats": answer.stats}
+            if answer.events is not None:
+                value |= {"tokens": pieces(tokenizer, answer.token_ids), "events": answer.events}
+            part.add(value)
+            tokens += len(answer.token_ids)
+            bar.update()
+    seconds = time.monotonic() - start
+    speed = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    write_json(part.path.with_suffix(".speed.json"), speed)
+    log.info(
+        f"{job.label}: {len(todo)} answers, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} "
+        "tokens/s"
     )
-    todo = [index for index in range(len(prompts)) if index not in part.done]
-    if part.done and todo:
-        log.info(f"{label}: going on after {len(part.done)} of {len(prompts)} answers")
-    if todo:
-        ids, cut = encode_prompts(tokenizer, [prompts[i] for i in todo], settings.max_prompt_length, add_bos)
-        if cut:
-            log.info(
-                f"{label}: {cut} of {len(todo)} prompts cut to max_prompt_length={settings.max_prompt_length}"
-            )
-        proposal, aligner = pair.load()
-        start, tokens = time.monotonic(), 0
-        with progress(total=len(prompts), initial=len(part.done), desc=label, unit="row") as bar:
-            answers = decoding.generate_iter(
-                proposal,
-                aligner,
-                tokenizer,
-                ids,
-                params,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                row_ids=[row_ids[i] for i in todo],
-                stop=stop,
-                batch_size=settings.batch_size,
-            )
-            for position, answer in answers:
-                value = {"index": todo[position], "text": answer.text, "finish_reason": answer.finish_reason}
-                value["n_tokens"], value["stats"] = len(answer.token_ids), answer.stats
-                if answer.events is not None:
-                    value["tokens"], value["events"] = pieces(tokenizer, answer.token_ids), answer.events
-                part.add(value)
-                tokens += len(answer.token_ids)
-                bar.update()
-        seconds = time.monotonic() - start
-        write_json(
-            part_path.with_suffix(".speed.json"), {"tokens_per_second": tokens / seconds, "tokens": tokens}
-        )
-        log.info(
-            f"{label}: {len(todo)} answers, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} "
-            "tokens/s"
-        )
-    return [part.done[index] for index in range(len(prompts))], part
+    return [part.done[index] for index in range(len(job.prompts))]
 
 
 def pieces(tokenizer, token_ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; what spans several tokens (a split character) stands with the last of
-    them.
-    """
+    """The text that each token adds; a character split over tokens stands with the last of them."""
     found, before = [], ""
     for end in range(1, len(token_ids) + 1):
         text = tokenizer.decode(token_ids[:end], clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd"):
+        if text.endswith("\ufffd") and end < len(token_ids):
             found.append("")
             continue
         found.append(text[len(before) :])
@@ -212,57 +227,51 @@ def pieces(tokenizer, token_ids: Sequence[int]) -> list[str]:
     return found
 
 
-def sample_training_set(stage, overwrite: bool) -> None:
-    """The sample stage: answers every training prompt once with the proposal, beside the rows, key
-    `sampling`.
+def answer_file(output: Path, job: Job, key: str, extra: dict[str, Any], overwrite: bool) -> None:
+    """Makes `output`: every record with its answer under `key` and `extra` beside it, in order of the input.
 
-    A finished file of the same inputs is left alone; one of other inputs raises UserError unless overwrite.
+    A finished file of the same job is left alone; an unfinished one goes on where it stopped. The answers'
+    figures go to OUTPUT.trace.jsonl. Raises UserError where the file is another job's and overwrite is not
+    set.
     """
-    config, output = stage.config, stage.output
-    name, settings = config.datasets[0], config.sampling
-    bad = BadRows(config.on_bad_row)
+    if finished(output, job.identity, overwrite, job.label):
+        return
+    part = PartFile(output.with_name(f"{output.name}.part"), job.identity, overwrite)
+    answers = answer_all(job, part)
+    write_jsonl(trace_path(output), answers)
+    rows = [{**row, key: answer["text"], **extra} for row, answer in zip(job.records, answers, strict=True)]
+    write_marked(output, rows, job.identity)
+    part.remove()
+    log.info(f"saved    {output}")
+
+
+def trace_path(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.trace.jsonl")
+
+
+def sample_training_set(stage, overwrite: bool) -> None:
+    """The sample stage: answers every training prompt once with the proposal, under the key `sampling`."""
+    config, settings = stage.config, stage.config.sampling
+    name, bad = config.datasets[0], BadRows(config.on_bad_row)
     examples = get_dataset(
         name, "all", data_dir=config.data_dir, cache_dir=hub_cache(config.local_dirs), bad=bad
     )
-    if settings.limit is not None:
-        examples = examples[: settings.limit]
+    examples = examples[: settings.limit]
     params = PARParams(**{key: settings[key] for key in PARParams.field_names()})
-    pair = Pair(
-        proposal=checkpoints.find_model(stage.source),
-        aligner=None,
-        dtype=settings.dtype,
-        tokenizer_path=settings.tokenizer_path,
-    )
-    inputs = fingerprint(
-        [
-            [(e.row, e.prompt) for e in examples],
-            pair.law(params),
-            settings.stop_str,
-            config.seed,
-            settings.max_length,
-            settings.max_prompt_length,
-            pair.fingerprint(),
-        ]
-    )
-    if finished(output, inputs, overwrite, f"stage {stage.name}"):
-        return
-    bad.report(output.with_name(output.name + ".bad_rows.jsonl"))
-    answers, part = generate_file(
-        output.with_name(output.name + ".part"),
-        pair,
-        [e.prompt for e in examples],
-        [e.row for e in examples],
-        params,
-        settings,
+    proposal = checkpoints.find_model(stage.source)
+    job = Job(
+        label=f"stage {stage.name}",
+        pair=Pair(proposal, None, settings.dtype, settings.tokenizer_path),
+        params=params,
+        settings=settings,
+        records=[example.record for example in examples],
+        prompts=[example.prompt for example in examples],
+        row_ids=[example.row for example in examples],
         seed=config.seed,
         add_bos=config.add_bos,
-        overwrite=overwrite,
-        label=f"sample {name}",
     )
-    rows = [{**e.record, "sampling": a["text"]} for e, a in zip(examples, answers, strict=True)]
-    write_marked(output, rows, inputs)
-    part.remove()
-    log.info(f"saved    {output}")
+    bad.report(stage.output.with_name(f"{stage.output.name}.bad_rows.jsonl"))
+    answer_file(stage.output, job, "sampling", {}, overwrite)
 
 
 # ---- files that say what they were made from ---------------------------------------------------------------

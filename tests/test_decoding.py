@@ -42,6 +42,7 @@ CASES = {  # name -> models, settings, the settings that its law depends on
     "aligner_alone": (ALIGNER, PARParams(**KNOBS), POST),
 }
 LETTERS, STOP = tiny_tokenizer("abcdefgh"), ("ca", "dd")  # stop strings of two tokens
+PIECES = tiny_tokenizer(["a", "b", "c", "d", "e", "f", "cde"])
 SEED = 11
 
 
@@ -235,6 +236,13 @@ def test_prompts_as_ids_equal_prompts_as_text():
     assert_same(run(*CASES["par"][:2], ids), run(*CASES["par"][:2], prompts))
 
 
+def test_positions_start_at_the_first_token_of_a_prompt():
+    """Padding does not count: a model that reads absolute positions sees the same ones in any batch."""
+    model = Scripted(PIECES, "abcdef", 1)
+    answers = decoding.generate(model, None, PIECES, ["a", "aba"], PARParams(), max_new_tokens=3)
+    assert [g.text for g in answers] == ["abc", "cde"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_rows_beyond_the_tokenizer_do_not_exist(case):
     """Embedding rows that name no token change nothing, though their logits are far above all others."""
@@ -284,9 +292,6 @@ def test_bfloat16_answers_are_valid():
 
 
 # ---- where an answer ends ----------------------------------------------------------------------------------
-PIECES = tiny_tokenizer(["a", "b", "c", "d", "e", "f", "cde"])
-
-
 def follow(script, stop=(), prompt="ab", tokenizer=PIECES, max_new_tokens=6):
     model = Scripted(tokenizer, script, len(tokenizer(prompt).input_ids))
     settings = {"max_new_tokens": max_new_tokens, "stop": stop}
