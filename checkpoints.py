@@ -125,8 +125,18 @@ def read_card(source: str) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def check_context(source: str | None, longest: int) -> None:
+    """Raises UserError where a folder's model holds fewer positions than `longest`; reads no weights."""
+    config = Path(source) / "config.json" if source else None
+    if config is None or not config.is_file():
+        return
+    limit = read_json(config).get("max_position_embeddings")
+    if limit is not None and longest > limit:
+        raise UserError(f"max_length={longest}, but {source} holds {limit} positions; lower max_length")
+
+
 def weights_fingerprint(source: str) -> str:
-    """Content hash of a folder's weights and configuration; of a hub model, of its name.
+    """Content hash of all in a folder that decides what its model says; of a hub model, of its name.
 
     Files above 64 MB are read in 64 blocks spread over their length: enough to tell two trainings apart, in
     no time.
@@ -134,7 +144,10 @@ def weights_fingerprint(source: str) -> str:
     if not Path(source).is_dir():
         return fingerprint(source)
     digest = hashlib.sha256()
-    for path in [Path(source) / "config.json", *sorted(Path(source).glob("*.safetensors"))]:
+    digest.update(str(read_card(source).get("add_bos")).encode())
+    names = ("config.json", "generation_config.json", "tokenizer.json")
+    settings = [path for path in (Path(source) / name for name in names) if path.is_file()]
+    for path in [*settings, *sorted(Path(source).glob("*.safetensors"))]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

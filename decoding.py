@@ -93,9 +93,15 @@ class _Row:
         self.index, self.ids, self.finish = index, [], None
         self.events: list[str] | None = [] if pair else None
         self.kl_sum, self.accepted = 0.0, 0
+        self.ended_by_token = False
+
+    @property
+    def shown_ids(self) -> list[int]:
+        """What the text is made of: all but the token that ended the answer."""
+        return self.ids[:-1] if self.ended_by_token else self.ids
 
     def generation(self, watch: StopWatch, proposal: bool, aligner: bool) -> Generation:
-        text = watch.text(self.ids)
+        text = watch.text(self.shown_ids)
         stopped = watch.cut(text)
         n, pair = len(self.ids), self.events is not None
         fallen = self.events.count(FELL_BACK) if pair else 0
@@ -140,18 +146,17 @@ def decode_batch(
     seed: int,
     row_ids: Sequence[int],
     stop: Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
 ) -> Iterator[list[_Row]]:
     """Decodes one batch, one token per step; yields all rows after each step, the finished ones included.
 
-    prompt_ids: non-empty ids per row. This is the plain loop: every law is computed in full, from one forward
-    of each model over one new position per row.
+    prompt_ids: non-empty ids per row. stop_token_ids: further ids that end an answer as EOS does. This is the
+    plain loop: every law is computed in full, from one forward of each model over one new position per row.
     """
     members = [_Member(model, len(tokenizer)) for model in (proposal, aligner) if model is not None]
-    pair, eos, watch = (
-        len(members) == 2,
-        eos_token_ids(tokenizer, proposal, aligner),
-        StopWatch(tokenizer, stop),
-    )
+    pair, watch = len(members) == 2, StopWatch(tokenizer, stop)
+    eos = eos_token_ids(tokenizer, proposal, aligner)
+    ends = {*eos, *stop_token_ids}
     device = members[0].model.device
     rows = [_Row(index, pair) for index in range(len(prompt_ids))]
 
@@ -193,7 +198,7 @@ def decode_batch(
 
         report = {key: value.tolist() for key, value in report.items()}
         for line, index in enumerate(live.tolist()):
-            _append(rows[index], report, line, eos, watch, last=step + 1 == max_new_tokens)
+            _append(rows[index], report, line, ends, watch, last=step + 1 == max_new_tokens)
         yield rows
 
         running = [line for line, index in enumerate(live.tolist()) if rows[index].finish is None]
@@ -212,7 +217,7 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _append(
-    row: _Row, report: dict[str, list], line: int, eos: Sequence[int], watch: StopWatch, last: bool
+    row: _Row, report: dict[str, list], line: int, ends: set[int], watch: StopWatch, last: bool
 ) -> None:
     """Adds the step's token to an unfinished row and notes whether it ends it."""
     if row.finish is not None:
@@ -223,7 +228,8 @@ def _append(
         row.events.append(FELL_BACK if report["fell_back"][line] else agreed)
         row.kl_sum += report["kl"][line]
         row.accepted += report["as_draft"][line]
-    if row.ids[-1] in eos or watch.hit(row.ids):
+    row.ended_by_token = row.ids[-1] in ends
+    if row.ended_by_token or watch.hit(row.ids):
         row.finish = "stop"
     elif last:
         row.finish = "length"
@@ -269,6 +275,8 @@ def generate_iter(
     if empty := [index for index, row in enumerate(ids) if not row]:
         raise ValueError(f"prompt {empty[0]} has no tokens: decoding needs at least one")
     row_ids = list(range(len(ids))) if row_ids is None else list(row_ids)
+    if len(row_ids) != len(ids):
+        raise ValueError(f"{len(row_ids)} row_ids for {len(ids)} prompts: expected one each")
     check_pair(proposal, aligner, tokenizer, max((len(row) for row in ids), default=0) + max_new_tokens)
     watch = StopWatch(tokenizer, stop)
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))

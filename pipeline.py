@@ -87,7 +87,7 @@ def resolve_system(
         if key not in known:
             raise UserError(f"evaluation: unknown sampling key {key!r}: {recipes.nearest(key, known)}")
     settings = OmegaConf.merge(config.sampling, by_task, own)
-    params = recipes.par_params(settings)
+    params = recipes.check_sampling(settings)
     paths = [spec.get(role) and recipes.model_source(spec[role], stages) for role in ("proposal", "aligner")]
     pair = sampling.Pair(*paths, settings.dtype, settings.tokenizer_path)
     main = Path(paths[1] or paths[0] or "")
@@ -219,8 +219,13 @@ def leaderboard(
     return rows
 
 
-def results(rows: list[dict[str, Any]], systems: dict[str, System], identical: bool | None) -> dict[str, Any]:
-    """results.json: the figures of every system, and of the decoding."""
+def results(
+    rows: list[dict[str, Any]], systems: dict[str, System], identical: bool | None, training_seconds: float
+) -> dict[str, Any]:
+    """results.json: every system's figures, and those of decoding: speed, whether it equals the plain loop
+    token by token (None: not asked), the first pair's acceptance, the first gated pair's fall-back fraction;
+    seconds of all.
+    """
     keys = (
         "correct",
         "aligned",
@@ -239,12 +244,18 @@ def results(rows: list[dict[str, Any]], systems: dict[str, System], identical: b
         table[row["system"]]["win_rate_ci95"] = [row["win_rate_low"], row["win_rate_high"]]
         if "both_low" in row:
             table[row["system"]]["both_ci95"] = [row["both_low"], row["both_high"]]
-    speed = {
-        name: read_json(s.folder / "output.json.speed.json")["tokens_per_second"]
-        for name, s in systems.items()
-        if (s.folder / "output.json.speed.json").is_file()
+    files = {name: sampling.speed_path(system.output) for name, system in systems.items()}
+    speed = {name: read_json(path) for name, path in files.items() if path.is_file()}
+    pairs = [row for row in rows if "acceptance" in row]
+    gated = [row for row in pairs if systems[row["system"]].params.sample_mode == "par_kl"]
+    decoding_figures = {
+        "tokens_per_second": {name: figures["tokens_per_second"] for name, figures in speed.items()},
+        "identical_to_plain": identical,
+        "acceptance": pairs[0]["acceptance"] if pairs else None,
+        "fallback_fraction": (gated or pairs)[0]["fallback_fraction"] if pairs else None,
     }
-    return {"systems": table, "decoding": {"tokens_per_second": speed, "identical_to_plain": identical}}
+    seconds = sum(figures["seconds"] for figures in speed.values()) + training_seconds
+    return {"systems": table, "decoding": decoding_figures, "seconds": seconds}
 
 
 def identical_to_plain(system: System, rows: list[tuple[int, dict]], config: DictConfig) -> bool:
@@ -272,6 +283,13 @@ def identical_to_plain(system: System, rows: list[tuple[int, dict]], config: Dic
 
 
 # ---- the report --------------------------------------------------------------------------------------------
+
+
+def training_seconds(stages: dict[str, recipes.Stage]) -> float:
+    """Time that the recipe's finished stages took."""
+    records = [stage.output / "done.json" for stage in stages.values() if stage.kind == "train"]
+    records += [sampling.speed_path(stage.output) for stage in stages.values() if stage.kind == "sample"]
+    return sum(read_json(path)["seconds"] for path in records if path.is_file())
 
 
 def training_curves(stages: dict[str, recipes.Stage]) -> dict[str, list[dict]]:
@@ -354,7 +372,7 @@ def run_task(
         if config.evaluation.verify_rows and pairs
         else None
     )
-    write_json(folder / "results.json", results(board, systems, identical))
+    write_json(folder / "results.json", results(board, systems, identical, training_seconds(stages)))
     log.info(
         f"{config.experiment_name}, task {task}, judge {config.judge.name}, "
         f"against {config.evaluation.reference}\n\n{evaluation.table(board)}\n"

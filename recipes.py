@@ -264,7 +264,7 @@ def _stage(name: str, spec: dict[str, Any], config: DictConfig, earlier: dict[st
     if kind == "world":
         return Stage(name, kind, config, data_dir)
     if kind == "sample":
-        par_params(config.sampling)
+        check_sampling(config.sampling)
         base, _, variant = parse_name(spec["dataset"])
         if not DATASETS[base].sampled or variant:
             raise UserError(f"stage.{name}: data set {spec['dataset']!r} is not one that proposals sample")
@@ -322,6 +322,17 @@ def identity(config: DictConfig) -> dict[str, Any]:
         "model.block_name",
     }
     return {key: value for key, value in found.items() if key not in located}  # weights go by their content
+
+
+def check_sampling(sampling: DictConfig) -> PARParams:
+    """The decoding settings as PARParams; raises UserError for lengths or values that cannot work."""
+    if sampling.max_prompt_length >= sampling.max_length:
+        raise UserError(
+            f"sampling.max_prompt_length={sampling.max_prompt_length} leaves no room for an answer: "
+            f"expected less than sampling.max_length={sampling.max_length}"
+        )
+    pick_dtype(sampling.dtype, torch.device("cpu"))
+    return par_params(sampling)
 
 
 def par_params(sampling: DictConfig | dict[str, Any]) -> PARParams:

@@ -9,6 +9,7 @@ uninterrupted run gives.
 
 import functools
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -115,6 +116,8 @@ class Job:
         tokenizer, trained_bos = checkpoints.load_pair(
             self.pair.proposal, self.pair.aligner, self.pair.tokenizer_path
         )
+        for path in (self.pair.proposal, self.pair.aligner):
+            checkpoints.check_context(path, self.settings.max_length)
         add_bos = self.add_bos if trained_bos is None else trained_bos
         if add_bos != self.add_bos:
             log.info(f"{self.label}: add_bos={str(add_bos).lower()}, as the models were trained")
@@ -131,34 +134,41 @@ class PartFile:
 
     def __init__(self, path: Path, identity: str, overwrite: bool) -> None:
         self.path, self.done = path, {}
-        if path.is_file() and not overwrite:
-            self._read(identity)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        good = self._read(identity, overwrite) if path.is_file() else 0
         if not self.done:
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
+        else:
+            os.truncate(path, good)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as answers come)
 
-    def _read(self, identity: str) -> None:
-        """Takes over the finished answers; a last line that was cut short is dropped and decoded again."""
-        good = 0
+    def _read(self, identity: str, overwrite: bool) -> int:
+        """Takes over the finished answers and returns how many bytes of the file hold them.
+
+        From the first damaged line on, as a cut leaves one, answers are dropped and will be decoded again.
+        """
+        header, good = None, 0
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file):
+            for line in file:
                 try:
                     value = json.loads(line) if line.endswith(b"\n") else None
-                except json.JSONDecodeError:
+                except ValueError:
                     value = None
-                if value is None:
+                if not isinstance(value, dict) or ("index" not in value) == (header is not None):
                     break
-                if number == 0 and value.get("identity") != identity:
-                    raise UserError(
-                        f"{self.path} was begun with other settings, weights or prompts: "
-                        "finish that run, or set overwrite=true to begin again"
-                    )
-                if number:
-                    self.done[value["index"]] = value
                 good += len(line)
-        with open(self.path, "r+b") as file:
-            file.truncate(good)
+                if header is None:
+                    header = value
+                else:
+                    self.done[value["index"]] = value
+        if self.done and header.get("identity") != identity:
+            self.done = {}
+            if not overwrite:
+                raise UserError(
+                    f"{self.path} was begun with other settings, weights or prompts: "
+                    "finish that run, or set overwrite=true to begin again"
+                )
+        return good
 
     def add(self, value: dict[str, Any]) -> None:
         self.done[value["index"]] = value
@@ -206,7 +216,7 @@ def answer_all(job: Job, part: PartFile) -> list[dict[str, Any]]:
             bar.update()
     seconds = time.monotonic() - start
     speed = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-    write_json(part.path.with_suffix(".speed.json"), speed)
+    write_json(speed_path(part.path.with_suffix("")), speed)
     log.info(
         f"{job.label}: {len(todo)} answers, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} "
         "tokens/s"
@@ -236,6 +246,7 @@ def answer_file(output: Path, job: Job, key: str, extra: dict[str, Any], overwri
     """
     if finished(output, job.identity, overwrite, job.label):
         return
+    job.encode()  # what cannot work is said before anything is written
     part = PartFile(output.with_name(f"{output.name}.part"), job.identity, overwrite)
     answers = answer_all(job, part)
     write_jsonl(trace_path(output), answers)
@@ -243,6 +254,10 @@ def answer_file(output: Path, job: Job, key: str, extra: dict[str, Any], overwri
     write_marked(output, rows, job.identity)
     part.remove()
     log.info(f"saved    {output}")
+
+
+def speed_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.speed.json")
 
 
 def trace_path(output: Path) -> Path:

@@ -5,6 +5,7 @@ Resolves and checks all stages first, then runs them one after the other; what i
 """
 
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     source = None
     if not config.model.architecture or config.model.archive:
         source = checkpoints.find_model(stage.source, None if config.model.archive else config.model.hub_id)
+    checkpoints.check_context(source, config.max_length)
     tokenizer = checkpoints.load_tokenizer(config.model.tokenizer_name_or_path or source)
     loss = LOSSES[config.loss.name]
     bad = BadRows(config.on_bad_row)
@@ -89,12 +91,12 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     trainer = pick_trainer(config.trainer)(
         config, model, tokenizer, data["train"], data["heldout"], run_dir, card, reference
     )
+    start = time.monotonic()
     metrics = trainer.train()
     if not config.debug:
-        finished = datetime.now().isoformat(timespec="seconds")
-        write_json(
-            done_file, {"settings": identity, "inputs": inputs, "metrics": metrics, "finished": finished}
-        )
+        record = {"settings": identity, "inputs": inputs, "metrics": metrics}
+        record |= {"seconds": time.monotonic() - start, "finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        write_json(done_file, record)
 
 
 def differences(before: dict, now: dict) -> str:
