@@ -13,6 +13,6 @@ make_venv() {
     if [ -x .venv/bin/python ] && cmp -s requirements.txt .venv/requirements.installed; then return; fi
     echo "installing requirements.txt into .venv (1.6 GB, a minute or two)"
     [ -x .venv/bin/python ] || python3 -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    .venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
     cp requirements.txt .venv/requirements.installed
 }

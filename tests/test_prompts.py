@@ -101,9 +101,7 @@ def test_rendering_leaves_nothing_behind():
 
 def test_the_corrector_asks_after_the_answer():
     """The Aligner baseline reads the dialogue, the answer and the request, with nothing in between."""
-    assert corrector(render("Why?"), "No idea.") == (
-        "\n\nHuman: Why?\n\nAssistant: No idea.\n\nCorrection: "
-    )
+    assert corrector(render("Why?"), "No idea.") == ("\n\nHuman: Why?\n\nAssistant: No idea.\n\nCorrection: ")
 
 
 # ---- records -----------------------------------------------------------------------------------------------
@@ -146,7 +144,9 @@ def test_a_dialogue_stays_as_it_is():
 
 # ---- shortening --------------------------------------------------------------------------------------------
 
-CHARACTERS = [*"abc xyz.", "\n", "\n\n", "é", "空", "👩‍👧", "the ", "TL;DR", "\n\nHuman", "Assistant: "]
+HALVES = [word[:n] for word in ("Human:", "Assistant:") for n in range(1, len(word) + 1)]
+CUT_HEADER = re.compile(rf"\n\n({'|'.join(HALVES)})\Z")
+CHARACTERS = [*"abc xyz.", "\n", "\n\n", "é", "空", "👩‍👧", "the ", "TL;DR", "Human: ", "Assistant: "]
 
 
 def random_prompt(rng):
@@ -154,15 +154,15 @@ def random_prompt(rng):
 
     def body(low, high):
         text = "".join(rng.choices(CHARACTERS, k=rng.randint(low, high)))
-        # What reads as a header or as space before one is tested by itself below.
-        return re.sub(r"\n\nHuman\Z", "", text.replace("\n\nHuman: ", "").replace("\n\nAssist", "")) + "."
+        # What reads as a header, or as space before one, is tested by itself below.
+        return re.sub(r"\s+(Human|Assistant)", r" \1", text) + "."
 
     earlier = [(body(0, 20), body(0, 20)) for _ in range(rng.randrange(5))]
     lead = body(1, 20) if rng.random() < 0.3 else ""
     return dialogue(*earlier, (body(0, 40), None), lead=lead), rng.choice(TAILS)
 
 
-def whole_tokens(monkeypatch=None, seed=0, cases=400):
+def random_cases(seed, cases=400):
     """Random cases of (turns, tail, counter, limit) whose headers alone fit into the limit."""
     rng = random.Random(seed)
     for _ in range(cases):
@@ -174,22 +174,21 @@ def whole_tokens(monkeypatch=None, seed=0, cases=400):
 
 def test_a_shortened_prompt_fits_keeps_its_headers_and_stays_as_it_is():
     """400 random prompts: at most the limit, whole headers at both ends, and shortening twice is once."""
-    for turns, tail, count, limit in whole_tokens():
+    for turns, tail, count, limit in random_cases(seed=0):
         prompt = "".join(turns) + tail
         short = shorten(prompt, limit, count)
         assert count(short) <= limit
         assert (short == prompt) == (count(prompt) <= limit)
         assert short.endswith(tail)
         assert short == prompt or short.startswith(HUMAN)
-        assert not re.search(r"\n\n(H|Hu|Hum|Huma|A|As|Ass|Assi|Assis|Assist|Assista|Assistan)\Z", short)
-        assert not short.removesuffix(tail).endswith(("\n\nHum", "\n\nAssis"))
+        assert not CUT_HEADER.search(short.removesuffix(tail))
         assert shorten(short, limit, count) == short
 
 
 def test_the_oldest_turns_go_first():
     """400 random prompts: what is left is the longest run of last turns that fits, else a cut last turn."""
     cut_inside = 0
-    for turns, tail, count, limit in whole_tokens(seed=1):
+    for turns, tail, count, limit in random_cases(seed=1):
         short = shorten("".join(turns) + tail, limit, count)
         ends = ["".join(turns[first:]) + tail for first in range(len(turns))]
         fitting = [end for end in ends if count(end) <= limit]
@@ -204,7 +203,7 @@ def test_the_oldest_turns_go_first():
 def test_no_more_is_cut_than_must_be():
     """A question counted in characters fills the limit to the last one."""
     for limit in range(len(HUMAN + ASSISTANT), 60):
-        assert len(shorten(render("why " * 20), limit, len)) == limit
+        assert len(shorten(render("why? " * 20 + "!"), limit, len)) == limit
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -222,13 +221,13 @@ def test_headers_that_do_not_fit_alone_are_an_error(tail):
         ("abcdefgh", 5, "abcde"),  # a raw instruction has no header
         ("", 0, ""),
         (f"post {'x' * 90}\nTL;DR:", 20, "post xxxxxxxx\nTL;DR:"),
-        (f"{HUMAN}POST: {'x' * 90}\n\nTL;DR:{ASSISTANT}", 40, f"{HUMAN}POST: x\n\nTL;DR:{ASSISTANT}"),
+        (f"{HUMAN}POST: {'x' * 90}\n\nTL;DR:{ASSISTANT}", 37, f"{HUMAN}POST: x\n\nTL;DR:{ASSISTANT}"),
         (f"{HUMAN}TL;DR: TL;DR:{'x' * 90}{ASSISTANT}", 30, f"{HUMAN}TL;DR: T{ASSISTANT}"),
         (f"{HUMAN}{ASSISTANT}", 23, f"{HUMAN}{ASSISTANT}"),
         (f"{HUMAN}say{HUMAN}hello{ASSISTANT}", 30, f"{HUMAN}hello{ASSISTANT}"),
         (f"Be brief.{HUMAN}hello{ASSISTANT}", 30, f"{HUMAN}hello{ASSISTANT}"),
-        (f"{HUMAN}👩‍👧空空空{ASSISTANT}", 26, f"{HUMAN}👩‍👧{ASSISTANT}"),
-        (f"{HUMAN}a\n\nb Human: c{ASSISTANT}", 28, f"{HUMAN}a\n\nb {ASSISTANT}"),
+        (f"{HUMAN}👩‍👧空空空{ASSISTANT}", 25, f"{HUMAN}👩‍👧{ASSISTANT}"),
+        (f"{HUMAN}a\n\nb Human: c{ASSISTANT}", 27, f"{HUMAN}a\n\nb {ASSISTANT}"),
     ],
 )
 def test_nasty_texts_are_cut_where_one_would(prompt, limit, expected):
@@ -237,11 +236,11 @@ def test_nasty_texts_are_cut_where_one_would(prompt, limit, expected):
 
 
 @pytest.mark.xfail(strict=True, reason="the answer to be corrected is cut inside '\\n\\nAssistant: '")
-@pytest.mark.parametrize("limit", range(24, 48))
-def test_a_cut_corrector_prompt_has_no_half_header(limit):
+def test_a_cut_corrector_prompt_has_no_half_header():
     """A cut that falls into the Assistant header before the answer takes all of that header away."""
-    text = shorten(corrector(render("Hi"), "No idea at all."), limit, len).removesuffix("\n\nCorrection: ")
-    assert "\n\nA" not in text or ASSISTANT in text
+    for limit in range(len(HUMAN + "\n\nCorrection: "), 50):
+        short = shorten(corrector(render("Hi"), "No idea at all."), limit, len)
+        assert not CUT_HEADER.search(short.removesuffix("\n\nCorrection: "))
 
 
 @pytest.mark.xfail(strict=True, reason="all space before the closing header counts as part of it")

@@ -1,0 +1,342 @@
+"""Files that appear whole or not at all, records on disk, hints for misspelt names, exits, devices."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import utils
+from utils import (
+    BadRows,
+    UserError,
+    file_sha256,
+    fingerprint,
+    hub_cache,
+    nearest,
+    pick,
+    pick_dtype,
+    progress,
+    read_json,
+    read_rows,
+    replacing,
+    run_entry_point,
+    seed_everything,
+    write_csv,
+    write_json,
+    write_jsonl,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def names(folder):
+    """Everything in a folder, hidden files too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- replacing ---------------------------------------------------------------------------------------------
+
+
+def write_folder(path, text):
+    path.mkdir()
+    (path / "weights").write_text(text)
+
+
+def test_replacing_makes_a_file_and_the_folders_above_it(tmp_path):
+    """A new file appears when the block ends, not before, and nothing else is left beside it."""
+    path = tmp_path / "a" / "b" / "file.txt"
+    with replacing(path) as aside:
+        aside.write_text("new")
+        assert not path.exists() and aside.parent == path.parent
+    assert path.read_text() == "new" and names(path.parent) == ["file.txt"]
+
+
+def test_replacing_makes_a_folder_anew(tmp_path):
+    """A folder is exchanged as a whole: files that only the old one had are gone."""
+    path = tmp_path / "model"
+    write_folder(path, "old")
+    (path / "only in the old one").touch()
+    with replacing(path) as aside:
+        write_folder(aside, "new")
+        assert (path / "weights").read_text() == "old"
+    assert (path / "weights").read_text() == "new"
+    assert names(path) == ["weights"] and names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, UserError])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_old_stands_where_writing_fails(tmp_path, kind, error):
+    """A block that raises, even by Ctrl-C, leaves what was there, and no half-written leftover."""
+    path = tmp_path / "thing"
+    write = Path.write_text if kind == "file" else write_folder
+    write(path, "old")
+    with pytest.raises(error), replacing(path) as aside:
+        write(aside, "new")
+        raise error
+    assert (path if kind == "file" else path / "weights").read_text() == "old"
+    assert names(tmp_path) == ["thing"]
+
+
+def test_the_old_stands_where_nothing_was_written(tmp_path):
+    """A block that forgets to write is an error, not an empty file."""
+    (tmp_path / "thing").write_text("old")
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "thing"):
+        pass
+    assert (tmp_path / "thing").read_text() == "old" and names(tmp_path) == ["thing"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_leftover_of_a_killed_run_is_cleared(tmp_path, kind):
+    """What a kill left half written never becomes part of the next one, whatever it was."""
+    path = tmp_path / "model"
+    with replacing(path) as aside:
+        leftover = aside
+        write_folder(aside, "one")
+    if kind == "file":
+        leftover.write_text("half")
+    else:
+        write_folder(leftover, "half")
+        (leftover / "more").touch()
+    with replacing(path) as aside:
+        write_folder(aside, "two")
+    assert names(path) == ["weights"] and names(tmp_path) == ["model"]
+
+
+# ---- what is written ---------------------------------------------------------------------------------------
+
+
+def test_json_is_written_for_people_and_read_back(tmp_path):
+    """Text stays readable as it is, indented, with a final newline; reading gives the value back."""
+    value = {"b": ["é", "空", None], "a": 1.5}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert text == '{\n  "b": [\n    "é",\n    "空",\n    null\n  ],\n  "a": 1.5\n}\n'
+    assert read_json(tmp_path / "x.json") == value
+
+
+def test_jsonl_is_one_record_a_line(tmp_path):
+    """Line breaks of every kind stay inside their record, and rows may come from a generator."""
+    rows = [{"text": "a\nb\r\nc"}, {"text": "d\u2028e\x85空"}, {"text": ""}]
+    write_jsonl(tmp_path / "x.jsonl", (row for row in rows))
+    assert (tmp_path / "x.jsonl").read_bytes().count(b"\n") == 3
+    assert [row for _, row in read_rows(tmp_path / "x.jsonl")] == rows
+
+
+def test_csv_has_the_columns_of_all_rows(tmp_path):
+    """Columns stand in order of first appearance; what a row lacks is empty; commas and breaks survive."""
+    write_csv(tmp_path / "x.csv", [{"name": 'a,"b"\nc', "n": 1}, {"late": 2.5, "name": "é"}])
+    with open(tmp_path / "x.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["name", "n", "late"], ['a,"b"\nc', "1", ""], ["é", "", "2.5"]]
+
+
+@pytest.mark.parametrize(
+    ("write", "broken"),
+    [(write_json, {"a": object()}), (write_jsonl, [{"a": 1}, object()]), (write_csv, [{"a": 1}, 5])],
+)
+def test_a_value_that_cannot_be_written_spares_the_old_file(tmp_path, write, broken):
+    """An error in the middle of the rows leaves the file of before."""
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(TypeError):
+        write(tmp_path / "x", broken)
+    assert (tmp_path / "x").read_text() == "old" and names(tmp_path) == ["x"]
+
+
+def test_broken_json_names_file_and_line(tmp_path):
+    """A JSON file that was cut is the user's to mend: one line with file and line number."""
+    (tmp_path / "x.json").write_text('{\n"a": 1,\n')
+    with pytest.raises(UserError, match=r"x\.json, line 3: not valid JSON"):
+        read_json(tmp_path / "x.json")
+
+
+def test_fingerprints_ignore_the_order_of_keys_only():
+    """Equal values give equal hashes however their keys stand; order in lists, types and names count."""
+    one = fingerprint({"a": 1, "b": {"c": [1, 2], "d": "é"}})
+    assert one == fingerprint({"b": {"d": "é", "c": [1, 2]}, "a": 1})
+    others = [{"a": 1, "b": {"c": [2, 1], "d": "é"}}, {"a": "1", "b": {"c": [1, 2], "d": "é"}}]
+    others += [{"a": 1, "b": {"c": [1, 2], "d": "e\u0301"}}, {"a": 1, "b": {"c": [1, 2]}, "d": "é"}]
+    assert len({one, *map(fingerprint, others)}) == 5 and re.fullmatch("[0-9a-f]{64}", one)
+
+
+def test_fingerprints_are_the_same_tomorrow():
+    """The hash is SHA-256 of the sorted JSON text, so files of an earlier session are known again."""
+    assert fingerprint({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+
+def test_a_files_hash_is_sha256_of_its_bytes(tmp_path):
+    """The digest is the one that sha256sum prints."""
+    (tmp_path / "x").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+# ---- bad rows ----------------------------------------------------------------------------------------------
+
+
+def test_the_first_bad_row_stops_unless_told_otherwise():
+    """By default the place, the reason and the remedy are raised in one line."""
+    remedy = "mend the row, or set on_bad_row=skip to leave such rows out"
+    with pytest.raises(UserError, match=rf"\Ax\.jsonl, line 3: no text; {remedy}\Z"):
+        BadRows().add("x.jsonl, line 3", "no text")
+
+
+def test_skipped_rows_are_listed_in_a_file(tmp_path, caplog):
+    """With skip every bad row is kept with its reason, written beside the run and counted in the log."""
+    bad = BadRows("skip")
+    bad.add("x.jsonl, line 3", "no text")
+    bad.add("x.jsonl, line 9", "no braces")
+    bad.report(tmp_path / "run" / "bad_rows.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"where": "x.jsonl, line 3", "reason": "no text"},
+        {"where": "x.jsonl, line 9", "reason": "no braces"},
+    ]
+    assert "skipped 2 bad rows" in caplog.text
+
+
+def test_no_bad_rows_no_report(tmp_path):
+    """A run without bad rows has no list of them."""
+    BadRows("skip").report(tmp_path / "bad_rows.jsonl")
+    assert names(tmp_path) == []
+
+
+def test_on_bad_row_takes_two_words():
+    """A misspelt on_bad_row says what it may be."""
+    with pytest.raises(UserError, match="on_bad_row='skp': expected 'error' or 'skip'"):
+        BadRows("skp")
+
+
+# ---- hints -------------------------------------------------------------------------------------------------
+
+
+def test_a_near_name_is_suggested_and_all_are_listed():
+    """The hint names the closest key, then every key in order."""
+    assert nearest("dop", ["sft", "ipo", "dpo"]) == "did you mean 'dpo'? Known: dpo, ipo, sft"
+    assert nearest("zzz", ["sft", "ipo"]) == "Known: ipo, sft"
+
+
+def test_a_long_table_is_not_listed():
+    """Among more than forty names only the closest is told."""
+    assert nearest("name7x", [f"name{i}" for i in range(60)]) == "did you mean 'name7'?"
+
+
+@pytest.mark.xfail(strict=True, reason="no close name among more than forty leaves an empty hint")
+def test_an_error_never_ends_in_a_colon():
+    """Where nothing is close in a long table, the message still says something after its colon."""
+    with pytest.raises(UserError, match=r"[^:\s]\s*\Z"):
+        pick({f"name{i}": i for i in range(60)}, "zzz", "template")
+
+
+def test_pick_returns_the_value_or_says_what_was_meant():
+    """A table's value by name, even a false one; else the kind of thing, what was given, what is near."""
+    assert pick({"a": 0}, "a", "letter") == 0
+    with pytest.raises(UserError, match=r"\Aunknown loss 'dop': did you mean 'dpo'\? Known: dpo, sft\Z"):
+        pick({"sft": 1, "dpo": 2}, "dop", "loss")
+
+
+@pytest.mark.parametrize("name", [None, 3])
+def test_pick_survives_a_name_that_is_no_text(name):
+    """A key left empty or given as a number in the YAML is an unknown name, not a crash."""
+    with pytest.raises(UserError, match=f"unknown loss {name}"):
+        pick({"sft": 1}, name, "loss")
+
+
+# ---- exits -------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_point_hands_back_what_main_returns():
+    """Nothing stands between main and its caller where all goes well."""
+    assert run_entry_point(lambda: "value") == "value"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (UserError("no such file: x; make it"), 2, ["error: no such file: x; make it"]),
+        (KeyboardInterrupt(), 130, ["stopped: what is finished stands, the same command goes on from there"]),
+    ],
+)
+def test_a_mistake_and_ctrl_c_are_one_line_and_a_code(capsys, error, code, lines):
+    """The user sees one line on stderr, nothing on stdout, and scripts see the exit code."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run_entry_point(main)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == code and out == "" and err.strip().splitlines() == lines
+
+
+def test_other_errors_keep_their_traceback():
+    """A defect of the program is not dressed up as a mistake of the user."""
+    with pytest.raises(ZeroDivisionError):
+        run_entry_point(lambda: 1 / 0)
+
+
+def test_a_process_exits_without_a_traceback():
+    """In a real process the line is all of stderr, and the code is the process's own."""
+    code = "import utils\ndef main(): raise utils.UserError('bad')\nutils.run_entry_point(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (2, "error: bad\n", "")
+
+
+# ---- devices, folders, seeds, progress ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "expected"),
+    [("cpu", True, torch.float32), ("cuda", True, torch.bfloat16), ("cuda", False, torch.float32)],
+)
+def test_auto_is_bfloat16_only_where_a_gpu_has_it(monkeypatch, device, native, expected):
+    """The CPU and GPUs that merely emulate bfloat16 get float32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: native)
+    assert pick_dtype("auto", torch.device(device)) == expected
+
+
+def test_types_have_their_torch_names():
+    """A named type is taken whatever the device; an unknown one says which there are."""
+    for name in ("float32", "bfloat16", "float64"):
+        assert pick_dtype(name, torch.device("cuda")) == getattr(torch, name)
+    with pytest.raises(UserError, match="unknown dtype 'bf16': .*bfloat16"):
+        pick_dtype("bf16", torch.device("cpu"))
+
+
+def test_the_first_folder_that_exists_caches_the_hub(tmp_path):
+    """Folders are tried in order; a file is none; without any the hub's own default stays."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir(), (tmp_path / "file").touch()
+    assert hub_cache([str(tmp_path / "none"), str(tmp_path / "file"), str(two), str(one)]) == str(two)
+    assert hub_cache([]) is None and hub_cache([str(tmp_path / "none")]) is None
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 + 5])
+def test_a_seed_fixes_all_three_generators(seed):
+    """Python, numpy and torch draw the same numbers again after the same seed, a large one too."""
+
+    def draw():
+        seed_everything(seed)
+        return utils.random.random(), utils.np.random.rand(), torch.rand(1).item()
+
+    assert draw() == draw()
+
+
+def test_progress_yields_every_item_and_no_line_for_short_work(capsys, caplog):
+    """What is done at once shows nothing, neither on the terminal's streams nor in the log."""
+    assert list(progress(range(5), desc="work")) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr() == ("", "") and caplog.text == ""
+
+
+def test_progress_in_a_log_is_a_line_and_not_a_redrawn_bar(capsys, caplog):
+    """Long work in a file or pipe logs a plain line now and then, without carriage returns."""
+    with progress(total=10, desc="work", unit="row") as bar:
+        bar.start_t -= 100  # as if 100 seconds had passed
+        bar.last_print_t -= 100
+        bar.update(3)
+        bar.update(1)  # 30 seconds have not passed since that line
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("work:  30%") and "3/10" in line and "\r" not in line
+    assert "".join(capsys.readouterr()).strip() == ""
