@@ -25,6 +25,11 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "correct": ("Correct", ".3f", "share of answers that name the right value and no other"),
     "aligned": ("Aligned", ".3f", "share of answers in the wanted style"),
     "average_length": ("Length", ",.0f", "characters per answer, mean over prompts"),
+    "changed_fraction": (
+        "Changed",
+        ".3f",
+        "share of tokens that the proposal alone would have drawn otherwise",
+    ),
     "fallback_fraction": ("Fell back", ".3f", "share of tokens where KL(P_M||Q) was above div_threshold"),
     "mean_kl": ("Mean KL", ".3f", "KL(P_M||Q) in nats, mean over tokens"),
     "acceptance": (

@@ -1,37 +1,27 @@
 """From rows on disk to batches: exact texts of every data set, the held-out split, ids, cache and order."""
 
-import contextlib
 import gzip
 import json
 import re
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
 import pytest
-import torch
-from safetensors import SafetensorError
-from tiny import EOS, PAD, SHARED, byte_tokenizer, needs_shared
+from tiny import SHARED, byte_tokenizer, needs_shared
 from transformers import AutoTokenizer
 
-import prompts
+import preference_datasets
 import tokenization
-from preference_datasets import (
-    DATASETS,
-    collate,
-    get_batch_iterator,
-    get_dataset,
-    html_to_text,
-    load_tokenized,
-    local_file,
-    parse_name,
-)
+from preference_datasets import DATASETS, collate, get_batch_iterator, get_dataset, load_tokenized, parse_name
 from tokenization import Example, encode, encode_prompts, tokenize
-from utils import BadRows, UserError
+from utils import BadRows, UserError, read_rows
 
 TOKENIZER = byte_tokenizer()
-ASK = "\n\nHuman: Why?\n\nAssistant: "
+HEADER = "\n\nAssistant: "
+ASK = f"\n\nHuman: Why?{HEADER}"
 ROW = {"instruction": "Why?", "output": "Because.", "sampling": "No idea."}
 PLAIN, PAIR = (ASK, "Because.", None), (ASK, "Because.", "No idea.")
 LONG = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
@@ -95,17 +85,14 @@ def texts(examples):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_row_of_every_data_set_becomes_these_texts(put, name):
+def test_a_row_of_every_data_set_becomes_these_texts(put, tmp_path, name):
     """Prompt and answers of one literal row, letter by letter, with its place and the row itself."""
     file, row, expected = CASES[name]
     examples = get_dataset(name, "all", data_dir=put(file, [row]))
     assert texts(examples) == expected
     assert [(example.row, example.record) for example in examples] == [(0, row)]
-
-
-def test_every_data_set_has_a_case():
-    """A data set added to the table gets its texts checked above."""
-    assert {parse_name(name)[0] for name in CASES} == set(DATASETS)
+    only = preference_datasets.local_file(name, tmp_path)
+    assert only == (None if file.count("/") == 2 else tmp_path / file)
 
 
 @pytest.mark.xfail(strict=True, reason="all correctors are asked by '\\n\\nCorrection: '")
@@ -115,16 +102,11 @@ def test_the_raw_alpaca_prompt_has_its_own_request(put):
     assert example.prompt == "Why?No idea.\n\n### Correction:\n"
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "label", "expected"),
-    [
-        (8, 4, 0, (" B", " A")),
-        (4, 8, 0, (" B", " A")),
-        (7, 4, 1, None),
-        (4, 7, 0, None),
-        (3, 0, 1, (" A", " B")),
-    ],
-)
+A_B, B_A = (" A", " B"), (" B", " A")
+SCORES = [(8, 4, 0, B_A), (4, 8, 0, B_A), (7, 4, 1, ()), (4, 7, 0, ()), (3, 0, 1, A_B)]
+
+
+@pytest.mark.parametrize(("a", "b", "label", "expected"), SCORES)
 def test_shp_keeps_pairs_of_clear_preference(put, a, b, label, expected):
     """The label says which answer is preferred; a pair within a factor of two says too little and is left."""
     rows = [SHP, SHP | {"score_A": a, "score_B": b, "labels": label}]
@@ -133,7 +115,7 @@ def test_shp_keeps_pairs_of_clear_preference(put, a, b, label, expected):
 
 
 def test_se_pairs_every_better_answer_with_every_worse(put):
-    """Three scores of which two are equal give two pairs; equal answers are never compared."""
+    """Four answers, two of them of equal score, give five pairs: equal ones are never compared."""
     answers = [{"pm_score": score, "text": text} for score, text in ((1, "c"), (5, "a"), (1, "b"), (3, "d"))]
     found = get_dataset("se", "all", data_dir=put("train/se/x.jsonl", [SE | {"answers": answers}]))
     expected = {("a", "d"), ("a", "b"), ("a", "c"), ("d", "b"), ("d", "c")}
@@ -148,30 +130,20 @@ def test_se_answers_without_a_score_are_a_bad_row(put):
     assert len(get_dataset("se", "all", data_dir=data_dir, bad=BadRows("skip"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("html", "text"),
-    [
-        ("<p>a</p>\n\n<p>b &amp; c</p>\n", "a\n\nb & c"),
-        ("<ul><li>a</li><li>b</li></ul>", "a\n\nb"),
-        ("<pre><code>if x:\n    y\n</code></pre>", "<code>if x:\n    y\n</code>"),
-        ('a <a href="x">link</a> <img src="y"> <b>bold</b>', "a link  bold"),
-        ("a < b", "a < b"),
-        ("", ""),
-    ],
-)
+HTML = [("<p>a</p>\n\n<p>b &amp; c</p>\n", "a\n\nb & c"), ("<ul><li>a</li><li>b</li></ul>", "a\n\nb")]
+HTML += [('a <a href="x">link</a> <img src="y"> <b>bold</b>', "a link  bold"), ("a < b", "a < b"), ("", "")]
+HTML += [("<pre><code>if x:\n    y\n</code></pre>", "<code>if x:\n    y\n</code>")]
+CODE = "<code>def f():\n    x = 1\n\n    return x</code>"
+CODE_XFAIL = pytest.mark.xfail(strict=True, reason="an empty line takes the next one's indentation with it")
+
+
+@pytest.mark.parametrize(("html", "text"), [*HTML, pytest.param(CODE, CODE, marks=CODE_XFAIL)])
 def test_html_becomes_text(html, text):
     """Paragraphs stand apart, entities are characters, code keeps its tags and indentation, the rest goes."""
-    assert html_to_text(html) == text
+    assert preference_datasets.html_to_text(html) == text
 
 
-@pytest.mark.xfail(strict=True, reason="the collapse of empty lines takes the next line's indentation too")
-def test_code_keeps_its_indentation_after_an_empty_line():
-    """An empty line inside a program leaves the program as it was."""
-    source = "<code>def f():\n    x = 1\n\n    return x</code>"
-    assert html_to_text(f"<pre>{source}</pre>") == source
-
-
-# ---- names -------------------------------------------------------------------------------------------------
+# ---- names and the hub -------------------------------------------------------------------------------------
 
 
 def test_names_are_taken_apart():
@@ -180,19 +152,20 @@ def test_names_are_taken_apart():
     assert parse_name("uc_llama8b_aligner_warmup") == ("uc", "llama8b", "aligner_warmup")
     assert parse_name("hh_aligner_common") == ("hh", None, "aligner_common")
     assert parse_name("uc_my_model_2") == ("uc", "my_model_2", None)
+    assert {parse_name(name)[0] for name in CASES} == set(DATASETS), "every data set has a case above"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("ucc", "unknown data set 'ucc': did you mean 'uc'?"),
-        ("harmles_llama8b", "unknown data set 'harmles_llama8b': did you mean 'harmless'?"),
-        ("sum-sft_m_aligner_warmup", "did you mean 'summ-sft'?"),
-        ("", "unknown data set ''"),
-        ("summ_m", "'summ' has no sampled variant; drop '_m'"),
-        ("toy-general_m", "'toy-general' has no sampled variant"),
-    ],
-)
+WRONG = {
+    "ucc": "unknown data set 'ucc': did you mean 'uc'?",
+    "harmles_llama8b": "unknown data set 'harmles_llama8b': did you mean 'harmless'?",
+    "sum-sft_m_aligner_warmup": "did you mean 'summ-sft'?",
+    "": "unknown data set ''",
+    "summ_m": "'summ' has no sampled variant; drop '_m'",
+    "toy-general_m_aligner_common": "'toy-general' has no sampled variant",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), WRONG.items())
 def test_unknown_names_say_what_is_near(name, message):
     """A wrong name is one line with the nearest right one, or what of it must go."""
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -200,59 +173,200 @@ def test_unknown_names_say_what_is_near(name, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_name_tells_its_one_file(tmp_path):
-    """Where a name stands for one file, that is the file the loader reads; sets of many files have none."""
-    for name, (file, _, _) in CASES.items():
-        found = local_file(name, tmp_path)
-        assert found == (None if file.count("/") == 2 else tmp_path / file)
+HUB = {
+    "hh": ("Anthropic/hh-rlhf", None),
+    "harmless": ("Anthropic/hh-rlhf", "harmless-base"),
+    "summ": ("CarperAI/openai_summarize_comparisons", None),
+    "shp": ("stanfordnlp/SHP", None),
+    "se": ("HuggingFaceH4/stack-exchange-preferences", None),
+}
 
 
-def test_a_correction_needs_an_answer_to_correct(put):
-    """The Aligner variant of a set with one answer says which variant to take."""
-    with pytest.raises(
-        UserError, match=r"'uc_aligner_common' needs an answer .*NAME_PROPOSAL_aligner_common"
-    ):
-        get_dataset("uc_aligner_common", "all", data_dir=put(UC, [ROW]))
-
-
-# ---- the hub -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "asked", "row"),
-    [
-        ("hh", ("Anthropic/hh-rlhf", None), HH),
-        ("harmless", ("Anthropic/hh-rlhf", "harmless-base"), HH),
-        ("summ", ("CarperAI/openai_summarize_comparisons", None), SUMM),
-        ("shp", ("stanfordnlp/SHP", None), SHP),
-        ("se", ("HuggingFaceH4/stack-exchange-preferences", None), SE),
-    ],
-)
-def test_what_is_not_local_comes_from_the_hub(tmp_path, monkeypatch, name, asked, row):
+@pytest.mark.parametrize("name", HUB)
+def test_what_is_not_local_comes_from_the_hub(tmp_path, monkeypatch, name):
     """The hub is asked for the right set, part and folder, and its rows become the same texts as a file's."""
-    calls = []
-
-    def load(hub_id, data_dir, split, cache_dir):
-        calls.append((hub_id, data_dir, split, cache_dir))
-        return [row]
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert texts(get_dataset(name, "all", data_dir=tmp_path, cache_dir="here")) == CASES[name][2]
-    assert calls == [(*asked, "train", "here")]
+    (hub_id, folder), (_, row, expected) = HUB[name], CASES[name]
+    monkeypatch.setattr(datasets, "load_dataset", load := Mock(return_value=[row]))
+    assert texts(get_dataset(name, "all", data_dir=tmp_path, cache_dir="here")) == expected
+    load.assert_called_once_with(hub_id, data_dir=folder, split="train", cache_dir="here")
     if DATASETS[name].test_folder:
-        assert texts(get_dataset(name, "heldout", data_dir=tmp_path)) == CASES[name][2]
-        assert calls[1:] == [(*asked, "test", None)]
+        assert texts(get_dataset(name, "heldout", data_dir=tmp_path)) == expected
+        load.assert_called_with(hub_id, data_dir=folder, split="test", cache_dir=None)
 
 
 def test_an_unreachable_hub_is_one_line(tmp_path, monkeypatch):
     """Without network the message names the set, the cause and where to put files instead."""
-
-    def load(*_, **__):
-        raise ConnectionError("a page\nof reasons")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(
-        UserError, match=r"\AAnthropic/hh-rlhf \(train\) .* \(ConnectionError\); put .*\Z"
-    ) as error:
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=ConnectionError("a page\nof reasons")))
+    with pytest.raises(UserError, match=r"\AAnthropic/hh-rlhf \(train\) .*\(ConnectionError\).*\Z") as error:
         get_dataset("hh", "train", data_dir=tmp_path)
     assert str(tmp_path / "train" / "hh") in str(error.value)
+
+
+# ---- splits and rows that are left out ---------------------------------------------------------------------
+
+RAW = pytest.mark.xfail(strict=True, reason="the prompt that is hashed has headers in one file only")
+TWINS = [("uc", "uc_m"), ("uc", "uc_m_aligner_common"), ("summ-sft", "summ-sft_m"), ("toy", "toy_m")]
+
+
+@pytest.mark.parametrize(("plain", "sampled"), [*TWINS, pytest.param("alpaca", "alpaca_m", marks=RAW)])
+def test_the_same_questions_are_held_out_of_plain_and_sampled_sets(put, plain, sampled):
+    """30 questions, each twice: 6 are held out with both rows, the same ones in a file in another order."""
+    rows = [ROW | {"instruction": f"Q{i % 30}?", "output": f"answer {i}"} for i in range(60)]
+    heldout = []
+    for name, given in ((plain, rows), (sampled, rows[::-1])):
+        data_dir = put(CASES[name][0], given)
+        train, held, whole = (
+            [e.record for e in get_dataset(name, split, data_dir=data_dir, heldout_fraction=0.2)]
+            for split in ("train", "heldout", "all")
+        )
+        assert whole == given and (len(train), len(held)) == (48, 12)
+        assert not {row["instruction"] for row in train} & {row["instruction"] for row in held}
+        assert sorted(row["output"] for row in train + held) == sorted(row["output"] for row in given)
+        heldout.append({row["instruction"] for row in held})
+    assert heldout[0] == heldout[1]
+
+
+def test_at_least_one_question_is_held_out(put):
+    """A tiny share is rounded up to one question, a share of nothing is nothing, one question is trained."""
+    data_dir = put(UC, [ROW | {"instruction": f"Q{i}"} for i in range(5)])
+    for fraction, count in ((1e-9, 1), (0.0, 0), (1.0, 4)):
+        assert len(get_dataset("uc", "heldout", data_dir=data_dir, heldout_fraction=fraction)) == count
+        assert len(get_dataset("uc", "train", data_dir=data_dir, heldout_fraction=fraction)) == 5 - count
+    assert len(get_dataset("uc", "train", data_dir=put(UC, [ROW]))) == 1
+
+
+def test_local_files_in_both_folders_are_the_split(put):
+    """Test files beside training files are what is held out; a set that has none there is split itself."""
+    other = [{key: text.replace("Why", f"Why {i}") for key, text in HH.items()} for i in range(10)]
+    put("train/hh/helpful.jsonl", [HH]), put("test/hh/helpful.jsonl.gz", other)
+    data_dir = put("train/hh/harmless.jsonl", other)
+    put("train/hh/.harmless.jsonl.partial", b'{"cut'), put("train/hh/notes.txt", b"not data")
+    found = {split: get_dataset("hh", split, data_dir=data_dir) for split in ("train", "heldout", "all")}
+    assert [e.record for e in found["train"]] == [*other, HH] and found["train"] == found["all"]
+    assert [e.record for e in found["heldout"]] == other
+    assert [len(get_dataset("harmless", split, data_dir=data_dir)) for split in found] == [9, 1, 10]
+
+
+def test_hh_rows_of_two_questions_are_left_out(put, caplog):
+    """Two answers to different dialogues are no pair: counted, not an error; no answer at all is one."""
+    other = HH | {"rejected": "\n\nHuman: How?\n\nAssistant: No."}
+    assert len(get_dataset("hh", "all", data_dir=put("train/hh/x.jsonl", [other, HH, other]))) == 1
+    assert "left out 2 of 3 rows whose chosen and rejected prompts differ" in caplog.text
+    data_dir, bad = put("train/hh/x.jsonl", [HH | {"chosen": "Because."}, HH]), BadRows("skip")
+    assert [e.row for e in get_dataset("hh", "all", data_dir=data_dir, bad=bad)] == [1] and len(bad.rows) == 1
+    with pytest.raises(UserError, match="hh, row 0 .* no .*Assistant:"):
+        get_dataset("hh", "all", data_dir=data_dir)
+
+
+MOVED = pytest.mark.xfail(strict=True, reason="numbered after bad rows are dropped")
+LISTED = [pytest.param(name, marks=MOVED) for name in ("hh", "summ", "shp", "se")]
+
+
+@pytest.mark.parametrize("name", ["uc", "summ-sft_m", "hh_m", *LISTED])
+def test_skipped_rows_do_not_move_the_others(put, name):
+    """A row's id is its place in the file, bad rows counted, so that its samples stay its own."""
+    file, row, _ = CASES[name]
+    bad = BadRows("skip")
+    found = get_dataset(name, "all", data_dir=put(file, [row, {}, row, 5, row]), bad=bad)
+    assert [example.row for example in found] == [0, 2, 4] and len(bad.rows) == 2
+
+
+# ---- batches -----------------------------------------------------------------------------------------------
+
+
+def test_sets_are_tokenised_together_and_once(put, tmp_path, monkeypatch):
+    """Named sets follow one another, with two answers where the loss needs them; a rerun is read back."""
+    monkeypatch.setattr(tokenization, "tokenize", real := Mock(wraps=tokenization.tokenize))
+    put(UC, [ROW]), put(UC_M, [ROW]), put("train/hh/x.jsonl", [HH])
+    keys = {"data_dir": tmp_path, "output_dir": tmp_path, "local_dirs": [], "heldout_fraction": 0.0}
+    settings = SimpleNamespace(**keys, max_length=90, max_prompt_length=60, add_bos=False)
+
+    def answers(names, negative):
+        data = load_tokenized(names, "train", TOKENIZER, settings, BadRows(), negative)
+        kinds = sorted(data.ids.keys() - {"prompt"})
+        return [TOKENIZER.decode(data.part(kind, row)) for row in range(len(data)) for kind in kinds]
+
+    for _ in range(2):
+        assert answers(["uc", "hh"], False) == ["Because.</s>"] * 2
+        assert answers(["uc_m", "hh"], True) == ["No idea.</s>", "Because.</s>", "No.</s>", "Because.</s>"]
+    assert real.call_count == 2
+    with pytest.raises(UserError, match=r"'uc' has one answer per prompt.*NAME_PROPOSAL"):
+        answers(["hh", "uc"], True)
+    with pytest.raises(UserError, match=r"'uc_aligner_common' needs an .*NAME_PROPOSAL_aligner_common"):
+        answers(["uc_aligner_common"], False)
+
+
+def test_every_row_comes_once_an_epoch():
+    """Ten rows in batches of four: 4, 4, 2, in each epoch in an order of its own that the seed repeats."""
+    batches = list(get_batch_iterator(10, 4, n_epochs=3, seed=1))
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 3
+    epochs = [np.concatenate(batches[i : i + 3]).tolist() for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3
+    assert all(map(np.array_equal, batches, get_batch_iterator(10, 4, n_epochs=3, seed=1)))
+    assert not all(map(np.array_equal, batches, get_batch_iterator(10, 4, n_epochs=3, seed=2)))
+
+
+WRAPS = {0: [], 3: [[0, 1, 2]], 5: [[0, 1, 2], [3, 4]], 7: [[0, 1, 2], [3, 4], [0, 1]]}
+
+
+@pytest.mark.parametrize(("n_examples", "expected"), WRAPS.items())
+def test_n_examples_wraps_round_in_order(n_examples, expected):
+    """Exactly so many examples, going on with the next epoch; n_epochs no longer counts."""
+    batches = get_batch_iterator(5, 3, n_examples=n_examples, n_epochs=9, shuffle=False)
+    assert [batch.tolist() for batch in batches] == expected
+
+
+def test_a_batch_is_padded_and_labelled_by_position():
+    """Prompt and padding have label -100, an answer and its EOS never, even where the pad is the EOS."""
+    data = tokenize([Example(0, "ab", "c", "defg"), Example(1, "h", "ijk", "l")], TOKENIZER, 9, 4)
+    eos = TOKENIZER.eos_token_id
+    a, b, c, h, i, j, k = encode(TOKENIZER, ["abchijk"])[0]
+    batch = {key: tensor.tolist() for key, tensor in collate(data, [1, 0], "target", eos).items()}
+    assert batch == {
+        "input_ids": [[h, i, j, k, eos], [a, b, c, eos, eos]],
+        "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]],
+        "labels": [[-100, i, j, k, eos], [-100, -100, c, eos, -100]],
+    }
+    assert collate(data, np.array([0]), "negative", eos)["input_ids"].shape == (1, 7)
+
+
+# ---- real files --------------------------------------------------------------------------------------------
+
+
+REAL = {"harmless-base": (2312, 4, 5), "helpful-base": (2354, 2, 9)}
+
+
+def real_rows(name):
+    return [row for _, row in read_rows(SHARED / "data" / f"{name}.jsonl.gz")]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", REAL)
+def test_real_hh_rows_of_two_questions(put, caplog, name):
+    """Those left out are the few whose prompts differ, among them those found by the chosen one's slice."""
+    rows, by_slice, by_own = REAL[name]
+    data_dir = put(f"test/hh/{name}.jsonl", real_rows(f"hh/{name}.test"))
+    kept = {e.row for e in get_dataset("hh", "heldout", data_dir=data_dir)}
+    assert f"hh: left out {by_own} of {rows} rows" in caplog.text and len(kept) == rows - by_own
+    pairs = [(row["chosen"], row["rejected"]) for row in real_rows(f"hh/{name}.test")]
+    sliced = {i for i, (a, b) in enumerate(pairs) if not b.startswith(a[: a.rindex("\n\nAssistant:") + 12])}
+    own = {i for i, pair in enumerate(pairs) if len({t.rsplit("\n\nAssistant:", 1)[0] for t in pair}) > 1}
+    assert len(sliced) == by_slice and sliced <= own == set(range(rows)) - kept
+
+
+@needs_shared
+@pytest.mark.parametrize(("name", "header"), [("summ-sft", f"\nTL;DR:{HEADER}"), ("hh", HEADER)])
+def test_real_prompts_keep_their_headers_and_ids(put, name, header):
+    """200 real prompts, most of them shortened: whole headers, and the same ids in training and decoding."""
+    rows = real_rows("hh/harmless-base.test" if name == "hh" else "tldr/tldr_1945")[:200]
+    if name == "summ-sft":
+        rows = [{"instruction": row["prompt"], "output": row["label"]} for row in rows]
+    examples = get_dataset(name, "all", data_dir=put("train/hh/x.jsonl" if name == "hh" else TLDR, rows))
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "tinystories-260k")
+    data = tokenize(examples, tokenizer, max_length=64, max_prompt_length=48)
+    assert len(data) == 200 and data.counts["prompts_cut"] > 100
+    for i, example in enumerate(examples):
+        ids = data.part("prompt", i).tolist()
+        assert encode_prompts(tokenizer, [example.prompt], 48)[0] == [ids] and len(ids) <= 48
+        text = tokenizer.decode(ids)
+        assert text.startswith("\n\nHuman: ") and text.endswith(header)

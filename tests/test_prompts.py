@@ -1,16 +1,22 @@
-"""Every prompt's exact text, and what is left of one that is too long."""
+"""Every prompt's exact text, what is left of one that is too long, and its ids, wherever they are read."""
 
+import contextlib
 import random
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fastchat.conversation import Conversation, SeparatorStyle, get_conv_template
+from safetensors import SafetensorError
+from tiny import PAD, byte_tokenizer
 
-import prompts
+import tokenization
 from prompts import ASSISTANT, corrector, from_record, render, shorten
+from tokenization import Example, encode, encode_prompts, tokenize, tokenize_cached, tokenizer_fingerprint
 from utils import UserError
 
+TOKENIZER = byte_tokenizer()
 HUMAN = "\n\nHuman: "
 TAILS = [ASSISTANT, "\n\nAssistant:", "\nTL;DR:", " TL;DR:", "\nTL;DR:\n\nAssistant: ", "\n\nCorrection: "]
 TAILS += ["\n\nTL;DR:" + ASSISTANT, "\n\n### Correction:\n"]
@@ -21,41 +27,26 @@ COUNTERS = {
     # As with merges of a real tokenizer, a longer text can have fewer tokens: "Assistan" 8, "Assistant" 1.
     "merging": lambda text: len(re.findall(r"\n\nHuman: |Assistant|TL;DR:|the |\n\n|.", text, re.DOTALL)),
 }
-NASTY = {
-    "plain": "Why is the sky blue?",
-    "spaces at both ends": "  why? \n",
-    "braces and percent": "{instruction} %s {0} \\n",
-    "another alphabet": "空はなぜ青いの? Почему?",
-    "emoji of several code points": "👩‍👩‍👧‍👦 e\u0301 \u202eabc",
-    "our own headers": f"Translate:{HUMAN}hello{ASSISTANT}hi",
-    "a special token's spelling": "</s><|endoftext|><s>",
-    "a template's words": "USER: x ASSISTANT: y TL;DR:",
-}
-
-
-def dialogue(*turns, lead=""):
-    """Turns of (question, answer); an answer of None leaves the turn open, without a tail."""
-    texts = [f"{HUMAN}{ask}" + ("" if answer is None else f"{ASSISTANT}{answer}") for ask, answer in turns]
-    return [lead, *texts] if lead else texts
+NASTY = ["Why is the sky blue?", "  why? \n", "{instruction} %s {0} \\n", "空はなぜ青いの? Почему?"]
+NASTY += [
+    f"Translate:{HUMAN}hello{ASSISTANT}hi",
+    "</s><|endoftext|>",
+    "USER: x TL;DR:",
+    "👩‍👩‍👧 e\u0301\u202eb",
+]
 
 
 # ---- rendering ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", NASTY.values(), ids=list(NASTY))
+@pytest.mark.parametrize("text", NASTY)
 def test_a_prompt_is_the_instruction_between_two_headers(text):
-    """The instruction stands in the project's template letter by letter, and only once."""
-    assert render(text) == f"\n\nHuman: {text}\n\nAssistant: "
-
-
-@pytest.mark.parametrize("text", NASTY.values(), ids=list(NASTY))
-def test_a_prompt_is_what_fastchat_makes_of_it(text):
-    """An independent conversation of style ADD_COLON_SPACE_SINGLE gives the same text."""
+    """The template is these letters, which an independent conversation of FastChat's own style gives too."""
     style = SeparatorStyle.ADD_COLON_SPACE_SINGLE
     own = Conversation("own", roles=("Human", "Assistant"), messages=[], sep_style=style, sep="\n\n")
     own.append_message("Human", text)
     own.append_message("Assistant", None)
-    assert render(text) == own.get_prompt()
+    assert render(text) == f"\n\nHuman: {text}\n\nAssistant: " == own.get_prompt()
 
 
 @pytest.mark.xfail(strict=True, reason="FastChat takes an empty message for an open turn and drops its end")
@@ -65,8 +56,9 @@ def test_an_empty_instruction_keeps_both_headers():
 
 
 def test_a_system_message_comes_first():
-    """A system message is a paragraph of its own before the dialogue."""
+    """A system message is a paragraph before the dialogue, and no part of the prompts rendered after it."""
     assert render("Why?", system="Be brief.") == "Be brief.\n\nHuman: Why?\n\nAssistant: "
+    assert render("Why?") == "\n\nHuman: Why?\n\nAssistant: "
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
@@ -81,27 +73,15 @@ def test_any_template_of_fastchat_can_be_named(name, system):
     assert render("Why?", name, system) == theirs.get_prompt()
 
 
-def test_the_vicuna_template_is_not_ours():
-    """Naming a template changes the text, down to the header that asks for the answer."""
-    assert render("Why?", "vicuna_v1.1").endswith(" USER: Why? ASSISTANT:")
-
-
 def test_an_unknown_template_names_the_nearest():
     """A misspelt template is a one-line mistake of the user with the likely name in it."""
     with pytest.raises(UserError, match=r"\Aunknown template 'vicuna_v1.2': did you mean 'vicuna_v1.1'\?\Z"):
         render("Why?", "vicuna_v1.2")
 
 
-def test_rendering_leaves_nothing_behind():
-    """A prompt does not depend on the prompts and system messages before it."""
-    render("first", system="Be brief.")
-    render("second")
-    assert render("Why?") == "\n\nHuman: Why?\n\nAssistant: "
-
-
 def test_the_corrector_asks_after_the_answer():
     """The Aligner baseline reads the dialogue, the answer and the request, with nothing in between."""
-    assert corrector(render("Why?"), "No idea.") == ("\n\nHuman: Why?\n\nAssistant: No idea.\n\nCorrection: ")
+    assert corrector(ASSISTANT, "No idea.") == "\n\nAssistant: No idea.\n\nCorrection: "
 
 
 # ---- records -----------------------------------------------------------------------------------------------
@@ -121,8 +101,7 @@ def settings(**changed):
         ({"input_key": "question"}, "\n\nHuman: How?\n\nAssistant: "),
         ({"system_key": "system"}, "Be brief.\n\nHuman: Why?\n\nAssistant: "),
         ({"template": "zero_shot"}, None),
-        ({"multiround": True}, "Why?"),
-        ({"multiround": True, "input_key": "question"}, "How?"),
+        ({"multiround": True, "input_key": "whole"}, f"{HUMAN}a{ASSISTANT}b{HUMAN}c{ASSISTANT}"),
         ({"for_aligner": True}, "\n\nHuman: Why?\n\nAssistant: No idea.\n\nCorrection: "),
         ({"for_aligner": True, "output_key": "draft"}, "\n\nHuman: Why?\n\nAssistant: Hm.\n\nCorrection: "),
         ({"for_aligner": True, "multiround": True}, "Why?No idea.\n\nCorrection: "),
@@ -131,15 +110,9 @@ def settings(**changed):
 def test_a_record_becomes_a_prompt_as_the_settings_say(changed, expected):
     """Each key does what config.yaml says of it, alone and together with others."""
     record = {"instruction": "Why?", "question": "How?", "system": "Be brief.", "output": "No idea."}
-    record["draft"] = "Hm."
+    record |= {"draft": "Hm.", "whole": f"{HUMAN}a{ASSISTANT}b{HUMAN}c{ASSISTANT}"}
     expected = render("Why?", "zero_shot") if expected is None else expected
     assert from_record(record, settings(**changed)) == expected
-
-
-def test_a_dialogue_stays_as_it_is():
-    """A multi-round record is not rendered again: its headers are already there."""
-    whole = "".join(dialogue(("a", "b"), ("c", None))) + ASSISTANT
-    assert from_record({"instruction": whole}, settings(multiround=True)) == whole
 
 
 # ---- shortening --------------------------------------------------------------------------------------------
@@ -157,9 +130,9 @@ def random_prompt(rng):
         # What reads as a header, or as space before one, is tested by itself below.
         return re.sub(r"\s+(Human|Assistant)", r" \1", text) + "."
 
-    earlier = [(body(0, 20), body(0, 20)) for _ in range(rng.randrange(5))]
-    lead = body(1, 20) if rng.random() < 0.3 else ""
-    return dialogue(*earlier, (body(0, 40), None), lead=lead), rng.choice(TAILS)
+    turns = [f"{HUMAN}{body(0, 20)}{ASSISTANT}{body(0, 20)}" for _ in range(rng.randrange(5))]
+    lead = [body(1, 20)] if rng.random() < 0.3 else []
+    return [*lead, *turns, f"{HUMAN}{body(0, 40)}"], rng.choice(TAILS)
 
 
 def random_cases(seed, cases=400):
@@ -223,7 +196,7 @@ def test_headers_that_do_not_fit_alone_are_an_error(tail):
         (f"post {'x' * 90}\nTL;DR:", 20, "post xxxxxxxx\nTL;DR:"),
         (f"{HUMAN}POST: {'x' * 90}\n\nTL;DR:{ASSISTANT}", 37, f"{HUMAN}POST: x\n\nTL;DR:{ASSISTANT}"),
         (f"{HUMAN}TL;DR: TL;DR:{'x' * 90}{ASSISTANT}", 30, f"{HUMAN}TL;DR: T{ASSISTANT}"),
-        (f"{HUMAN}{ASSISTANT}", 23, f"{HUMAN}{ASSISTANT}"),
+        (f"{HUMAN}{ASSISTANT}", 22, f"{HUMAN}{ASSISTANT}"),
         (f"{HUMAN}say{HUMAN}hello{ASSISTANT}", 30, f"{HUMAN}hello{ASSISTANT}"),
         (f"Be brief.{HUMAN}hello{ASSISTANT}", 30, f"{HUMAN}hello{ASSISTANT}"),
         (f"{HUMAN}👩‍👧空空空{ASSISTANT}", 25, f"{HUMAN}👩‍👧{ASSISTANT}"),
@@ -250,12 +223,6 @@ def test_space_at_the_end_of_a_question_can_be_cut():
     assert short.startswith(f"{HUMAN}Hi") and short.endswith(ASSISTANT) and len(short) <= 60
 
 
-@pytest.mark.xfail(strict=True, reason="only the project's own headers are known to shorten")
-def test_another_templates_closing_header_stays():
-    """A shortened prompt of another template still ends in what asks for the answer."""
-    assert shorten(render("x" * 400, "vicuna_v1.1"), 300, len).endswith(" ASSISTANT:")
-
-
 def test_a_token_count_is_asked_for_a_few_times_only():
     """Halving finds the cut: a body of a million characters costs a few dozen counts, not one each."""
     asked = []
@@ -263,6 +230,113 @@ def test_a_token_count_is_asked_for_a_few_times_only():
     assert len(asked) < 40
 
 
-def test_the_stop_string_is_how_a_turn_begins():
-    """What ends an answer is the start of the header that opens the user's next turn."""
-    assert render("Why?").startswith(prompts.STOP)
+# ---- ids ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_training_and_decoding_read_the_same_ids(add_bos):
+    """Prompts encoded one by one, as answers are asked for, are those of the training set, long ones too."""
+    texts = [render("why? " * n + "!") for n in range(40)]
+    data = tokenize([Example(i, text, "x", "y") for i, text in enumerate(texts)], TOKENIZER, 120, 80, add_bos)
+    alone = [encode_prompts(byte_tokenizer(), [text], 80, add_bos) for text in texts]
+    assert [data.part("prompt", i).tolist() for i in range(40)] == [ids for (ids,), _ in alone]
+    long = sum(len(text) + add_bos > 80 for text in texts)
+    assert data.counts["prompts_cut"] == sum(cut for _, cut in alone) == long > 20
+    for text, ((ids,), _) in zip(texts, alone, strict=True):
+        assert len(ids) <= 80 and ids[: int(add_bos)] == [TOKENIZER.bos_token_id] * add_bos
+        assert TOKENIZER.decode(ids[add_bos:]) == shorten(text, 80 - add_bos, len)
+
+
+def test_a_missing_bos_is_the_users_to_mend():
+    """add_bos with a tokenizer that has none says which setting to change."""
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(UserError, match="no BOS token; set add_bos=false"):
+        encode_prompts(tokenizer, ["a"], 10, add_bos=True)
+
+
+ANSWERS = [("", "", 1), ("abcde", "abcde", 1), ("abcdef", "abcdef", 0), ("abcdefgh", "abcdef", 0)]
+
+
+@pytest.mark.parametrize(("answer", "kept", "ends"), [*ANSWERS, ("</s>", "</s>", 1)])
+def test_an_answer_ends_in_eos_where_both_fit(answer, kept, ends):
+    """Six tokens of room: five and the EOS, or six and none; an EOS spelt in the text is plain letters."""
+    letters = encode(TOKENIZER, [kept])[0]
+    data = tokenize([Example(0, "Q: A", answer, "x" + answer)], TOKENIZER, 10, 4)
+    assert data.part("target", 0).tolist() == letters + [TOKENIZER.eos_token_id] * ends
+    assert TOKENIZER.eos_token_id not in letters
+    assert (data.counts["targets_cut"], data.counts["negatives_cut"]) == (1 - ends, len(answer) > 4)
+    assert len(data.part("prompt", 0)) == 4 and len(data.part("negative", 0)) == min(len(answer) + 2, 6)
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """tokenize_cached with some settings changed -> (data, how often it really tokenised)."""
+    calls, real = [], tokenization.tokenize
+    monkeypatch.setattr(tokenization, "tokenize", lambda *given: calls.append(given) or real(*given))
+    keys = {"output_dir": tmp_path, "max_length": 60, "max_prompt_length": 30, "add_bos": False}
+
+    def run(tokenizer=TOKENIZER, texts=("Why?", "Because.", "No."), **changed):
+        before = len(calls)
+        examples = [Example(0, *texts), Example(1, "How?", "So.", "No." if texts[2] else None)]
+        data = tokenize_cached(examples, "name", tokenizer, SimpleNamespace(**keys | changed))
+        return data, len(calls) - before
+
+    return run
+
+
+def equal(one, two):
+    pairs = [(one.ids, two.ids), (one.offsets, two.offsets)]
+    same = all(a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a) for a, b in pairs)
+    return same and one.counts == two.counts
+
+
+def with_special(**tokens):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(tokens)
+    return tokenizer
+
+
+def test_a_second_run_reads_the_cache(cached):
+    """The same text, lengths and tokenizer are not tokenised again and give the same ids, counts and key."""
+    (first, one), (again, none) = cached(), cached(tokenizer=byte_tokenizer())
+    assert (one, none) == (1, 0) and equal(first, again) and first.key == again.key
+
+
+TEXTS = [("Who?", "Because.", "No."), ("Why?", "So.", "No."), ("Why?", "Because.", "Hm.")]
+CHANGES = [{"texts": texts} for texts in [*TEXTS, ("Why?", "Because.", None)]]
+CHANGES += [{"max_length": 61}, {"max_prompt_length": 29}, {"add_bos": True}]
+
+
+@pytest.mark.parametrize("changed", [*CHANGES, {"tokenizer": with_special(eos_token=PAD)}])
+def test_whatever_decides_the_ids_makes_a_new_cache(cached, changed):
+    """A change of any text, length or special token is tokenised anew, and the old cache still stands."""
+    old = cached()[0]
+    new, calls = cached(**changed)
+    assert calls == 1 and new.key != old.key and cached()[1] == 0
+
+
+@pytest.mark.xfail(strict=True, reason="the BOS is no part of the tokenizer's fingerprint")
+def test_another_bos_makes_a_new_cache(cached):
+    """With add_bos, tokenizers that differ in their BOS alone do not read each other's ids."""
+    cached(add_bos=True)
+    assert cached(add_bos=True, tokenizer=with_special(bos_token=PAD))[1] == 1
+
+
+@pytest.mark.xfail(strict=True, reason="the padding of the last call is part of the tokenizer's fingerprint")
+def test_using_a_tokenizer_does_not_change_its_fingerprint():
+    """A tokenizer is the same before and after a call that pads."""
+    used = byte_tokenizer()
+    used(["a", "bcd"], padding=True)
+    assert tokenizer_fingerprint(used) == tokenizer_fingerprint(byte_tokenizer())
+
+
+def test_a_cut_cache_never_gives_other_ids(cached, tmp_path):
+    """A cache file that was cut is refused or made anew, wherever the cut."""
+    whole = cached()[0]
+    (path,) = (tmp_path / "cache").iterdir()
+    content = path.read_bytes()
+    for size in (0, 7, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with contextlib.suppress(SafetensorError, UserError):
+            assert equal(cached()[0], whole)

@@ -339,4 +339,4 @@ def test_progress_in_a_log_is_a_line_and_not_a_redrawn_bar(capsys, caplog):
         bar.update(1)  # 30 seconds have not passed since that line
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("work:  30%") and "3/10" in line and "\r" not in line
-    assert "".join(capsys.readouterr()).strip() == ""
+    assert capsys.readouterr().err.strip() == ""

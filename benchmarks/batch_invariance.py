@@ -1,0 +1,104 @@
+"""How often a token depends on the batch it is decoded in: none in float32 on a CPU, some in bfloat16.
+
+    python benchmarks/batch_invariance.py [--proposal FOLDER --aligner FOLDER --prompts FILE]
+
+Decodes every prompt in ragged batches and alone with the same noise, and counts the rows whose tokens part. A
+row is compared up to the first difference, since from there on the two texts have different pasts. Without
+arguments it takes the demo's pair (`bash bin/demo.sh` first). The last line is one JSON object.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import checkpoints
+import decoding
+from par import PARParams
+from prompts import render
+from tokenization import encode_prompts
+from utils import UserError, pick_device, read_rows, run_entry_point
+
+DEMO = Path("_output/demo")
+
+
+def demo_run(pattern: str) -> str:
+    found = sorted(DEMO.glob(f"model/{pattern}*_@seed0/LATEST"))
+    if not found:
+        raise UserError(
+            f"no run {pattern}* in {DEMO}/model: run `bash bin/demo.sh` first, or give the folders"
+        )
+    return str(found[0])
+
+
+def flips(batched: list[decoding.Generation], alone: list[decoding.Generation]) -> tuple[int, int]:
+    """(rows that part, tokens compared up to there)."""
+    parted = compared = 0
+    for a, b in zip(batched, alone, strict=True):
+        same = [x == y for x, y in zip(a.token_ids, b.token_ids, strict=False)]
+        first = same.index(False) if False in same else len(same)
+        parted += False in same
+        compared += min(first + 1, len(same))
+    return parted, compared
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--proposal")
+    parser.add_argument("--aligner")
+    parser.add_argument(
+        "--prompts", default=str(DEMO / "data/seed0/test/toy_test.json"), help="rows with `instruction`"
+    )
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=10, help="seeds per prompt")
+    args = parser.parse_args()
+    proposal = args.proposal or demo_run("wu_sft_toy_")
+    aligner = args.aligner or demo_run("ours_sft_toy_")
+    tokenizer, _ = checkpoints.load_pair(proposal, aligner)
+    texts = [render(row["instruction"]) for _, row in read_rows(args.prompts, ("instruction",))]
+    device, found = pick_device(), {}
+    for dtype in ("float32", "bfloat16"):
+        pair = [checkpoints.load_model(path, dtype, device) for path in (proposal, aligner)]
+        limit = pair[0].config.max_position_embeddings - args.new_tokens
+        ids, _ = encode_prompts(tokenizer, texts, limit)
+        # Prompts of one length would hide what padding does: every second one loses its first tokens.
+        ids = [row[3:] if index % 2 else row for index, row in enumerate(ids)]
+        for mode in ("par", "par_kl", "product"):
+            params = PARParams(sample_mode=mode, temperature=1.0, base_temperature=0.7)
+            rows = tokens = 0
+            for seed in range(args.repeats):
+                batched, alone = (
+                    decoding.generate(
+                        *pair,
+                        tokenizer,
+                        ids,
+                        params,
+                        max_new_tokens=args.new_tokens,
+                        seed=seed,
+                        batch_size=size,
+                    )
+                    for size in (16, 1)
+                )
+                parted, compared = flips(batched, alone)
+                rows, tokens = rows + parted, tokens + compared
+            found[f"{dtype} {mode}"] = {"flips": rows, "tokens": tokens, "rate": rows / tokens}
+            print(
+                f"{dtype:<9} {mode:<8} {rows:>5} of {tokens:>7,} tokens differ ({rows / tokens:.3%})",
+                flush=True,
+            )
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps({"flips": found, "environment": environment}))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
