@@ -5,7 +5,6 @@ given on the command line applies to every stage, `stage.NAME.key=value` to one.
 """
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,40 +28,53 @@ STAGE_KEYS = {  # what a stage may say beside configuration keys, by kind
     "world": {"kind", "only_if"},
 }
 # Keys that change neither weights nor samples; all the others are a run's identity.
-NOT_IDENTITY = {
-    "data_dir",
-    "output_dir",
-    "report_dir",
-    "local_dirs",
-    "experiment_name",
-    "stage",
-    "stages",
-    "dry_run",
-    "overwrite",
-    "exp_name",
-    "exp_prefix",
-    "exp_flag",
-    "debug",
-    "n_eval_examples",
-    "eval_batch_size",
-    "activation_checkpointing",
-    "do_first_eval",
-    "eval_every",
-    "save_every",
-    "sample_during_eval",
-    "n_eval_model_samples",
-    "wandb",
-    "minimum_log_interval_secs",
-    "fsdp_port",
-    "divergence",
-    "sampling",
-    "evaluation",
-    "judge",
-    "pair",
-    "world",
-    "hh_negatives",
-    "hh_data",
-}
+NOT_IDENTITY = set(
+    [
+        "data_dir",
+        "output_dir",
+        "report_dir",
+        "local_dirs",
+        "experiment_name",
+        "stage",
+        "stages",
+        "dry_run",
+        "overwrite",
+        "exp_name",
+        "exp_prefix",
+        "exp_flag",
+        "debug",
+        "n_eval_examples",
+        "eval_batch_size",
+        "activation_checkpointing",
+        "do_first_eval",
+        "eval_every",
+        "save_every",
+        "sample_during_eval",
+        "n_eval_model_samples",
+        "wandb",
+        "minimum_log_interval_secs",
+        "fsdp_port",
+        "divergence",
+        "sampling",
+        "evaluation",
+        "judge",
+        "pair",
+        "world",
+        "hh_negatives",
+        "hh_data",
+    ]
+)
+# Where weights lie: their content counts instead.
+LOCATION = set(
+    [
+        "model.name",
+        "model.name_or_path",
+        "model.hub_id",
+        "model.archive",
+        "model.tokenizer_name_or_path",
+        "model.block_name",
+    ]
+)
 # Types of the keys whose default is null, and keys that may be set to null though their default is not.
 NULL_DEFAULTS = {
     "n_examples": int,
@@ -313,15 +325,7 @@ def run_name(config: DictConfig) -> str:
 def identity(config: DictConfig) -> dict[str, Any]:
     """What makes two training runs the same run: every key but those that change no weight."""
     found = {key: value for key, value in leaves(config).items() if key.split(".")[0] not in NOT_IDENTITY}
-    located = {
-        "model.name",
-        "model.name_or_path",
-        "model.hub_id",
-        "model.archive",
-        "model.tokenizer_name_or_path",
-        "model.block_name",
-    }
-    return {key: value for key, value in found.items() if key not in located}  # weights go by their content
+    return {key: value for key, value in found.items() if key not in LOCATION}  # weights go by their content
 
 
 def check_sampling(sampling: DictConfig) -> PARParams:
@@ -439,8 +443,3 @@ def select(stages: Sequence[Stage], wanted: Sequence[str] | None) -> list[Stage]
     """The stages to run, in the order that was asked for; all of them for None."""
     table = {stage.name: stage for stage in stages}
     return list(stages) if wanted is None else [pick(table, name, "stage") for name in wanted]
-
-
-def plain(text: str) -> str:
-    """A name fit for a folder: letters, digits and ._+@=#[]- stay."""
-    return re.sub(r"[^\w.+@=#\[\]-]+", "-", text)

@@ -124,7 +124,7 @@ class BasicTrainer:
         self.model = model.to(self.device)
         self.reference = reference.to(self.device).eval() if reference is not None else None
         if settings.activation_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            self.model.activation_checkpointing_enable()
         wanted = pick_dtype(settings.model.fsdp_policy_mp or "float32", self.device)
         self.compute_dtype = wanted if wanted != torch.float32 else None
 

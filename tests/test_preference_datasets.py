@@ -32,8 +32,7 @@ SE = {"question": "<p>Why &lt; <code>x&amp;1</code>?</p>", "answers": [{"pm_scor
 SE["answers"] += [{"pm_score": 1, "text": "B<br>b"}]
 UC, UC_M = "train/ultrachat_round_one.json", "train/ultrachat_round_one_sampling_m.json"
 TLDR, TLDR_M = "train/openai_summarize_tldr.jsonl", "train/openai_summarize_tldr_sampling_m.jsonl"
-ALPACA_M = "train/alpaca_data_cleaned_sampling_m.json"
-FIX = "No idea.\n\nCorrection: "
+ALPACA_M, FIX = "train/alpaca_data_cleaned_sampling_m.json", "No idea.\n\nCorrection: "
 
 # name: (file, row, [(prompt, target, negative)])
 CASES = {
@@ -53,6 +52,7 @@ CASES = {
     "summ": ("train/summ/x.jsonl", SUMM, [("POST: It rained.\nTL;DR:", "Rain.", "Sun.")]),
     "alpaca": ("train/alpaca_data_cleaned.json", ROW, [PLAIN]),
     "alpaca_m": (ALPACA_M, ROW, [("Why?", "Because.", "No idea.")]),
+    "alpaca_m_aligner_common": (ALPACA_M, ROW, [("Why?No idea.\n\n### Correction:\n", "Because.", None)]),
     "shp": ("train/shp/x.jsonl", SHP, [("\n\nHuman: Why?\n\nAssistant:", " A", " B")]),
     "se": ("train/se/x.jsonl", SE, [("\n\nHuman: Why < <code>x&1</code>?\n\nAssistant:", " A", " B\nb")]),
     "toy": ("train/toy_aligned.jsonl", ROW, [PLAIN]),
@@ -60,6 +60,8 @@ CASES = {
     "toy-mixture": ("train/toy_mixture.jsonl", ROW, [PLAIN]),
     "toy-general": ("train/toy_general.jsonl", ROW, [PLAIN]),
 }
+ASKED = pytest.mark.xfail(strict=True, reason="asked by '\\n\\nCorrection: ' as all others")
+NAMES = [pytest.param(name, marks=ASKED if name.startswith("alpaca_m_") else ()) for name in CASES]
 
 
 @pytest.fixture
@@ -69,9 +71,9 @@ def put(tmp_path):
     def write(name, rows):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows) if ".jsonl" in name else None
-        data = rows if isinstance(rows, bytes) else (text or json.dumps(rows)).encode()
-        path.write_bytes(gzip.compress(data) if name.endswith(".gz") and data is not rows else data)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        data = rows if isinstance(rows, bytes) else (lines if ".jsonl" in name else json.dumps(rows)).encode()
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
         return tmp_path
 
     return write
@@ -84,7 +86,7 @@ def texts(examples):
 # ---- every name --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_row_of_every_data_set_becomes_these_texts(put, tmp_path, name):
     """Prompt and answers of one literal row, letter by letter, with its place and the row itself."""
     file, row, expected = CASES[name]
@@ -95,23 +97,13 @@ def test_a_row_of_every_data_set_becomes_these_texts(put, tmp_path, name):
     assert only == (None if file.count("/") == 2 else tmp_path / file)
 
 
-@pytest.mark.xfail(strict=True, reason="all correctors are asked by '\\n\\nCorrection: '")
-def test_the_raw_alpaca_prompt_has_its_own_request(put):
-    """Alpaca's sampled runs have no headers, and their corrector asks in that style."""
-    (example,) = get_dataset("alpaca_m_aligner_common", "all", data_dir=put(ALPACA_M, [ROW]))
-    assert example.prompt == "Why?No idea.\n\n### Correction:\n"
-
-
-A_B, B_A = (" A", " B"), (" B", " A")
-SCORES = [(8, 4, 0, B_A), (4, 8, 0, B_A), (7, 4, 1, ()), (4, 7, 0, ()), (3, 0, 1, A_B)]
-
-
-@pytest.mark.parametrize(("a", "b", "label", "expected"), SCORES)
-def test_shp_keeps_pairs_of_clear_preference(put, a, b, label, expected):
+def test_shp_keeps_pairs_of_clear_preference(put):
     """The label says which answer is preferred; a pair within a factor of two says too little and is left."""
-    rows = [SHP, SHP | {"score_A": a, "score_B": b, "labels": label}]
+    scores = [(8, 4, 1), (8, 4, 0), (4, 8, 0), (7, 4, 1), (4, 7, 0), (3, 0, 1)]
+    rows = [SHP | {"score_A": a, "score_B": b, "labels": label} for a, b, label in scores]
     found = get_dataset("shp", "all", data_dir=put("train/shp/x.jsonl", rows))
-    assert [(e.row, e.target, e.negative) for e in found[1:]] == ([(1, *expected)] if expected else [])
+    assert [(e.row, e.target) for e in found] == [(0, " A"), (1, " B"), (2, " B"), (5, " A")]
+    assert all({e.target, e.negative} == {" A", " B"} for e in found)
 
 
 def test_se_pairs_every_better_answer_with_every_worse(put):
@@ -130,14 +122,14 @@ def test_se_answers_without_a_score_are_a_bad_row(put):
     assert len(get_dataset("se", "all", data_dir=data_dir, bad=BadRows("skip"))) == 1
 
 
+CODE = "<code>def f():\n    x = 1\n\n    return x</code>"
 HTML = [("<p>a</p>\n\n<p>b &amp; c</p>\n", "a\n\nb & c"), ("<ul><li>a</li><li>b</li></ul>", "a\n\nb")]
 HTML += [('a <a href="x">link</a> <img src="y"> <b>bold</b>', "a link  bold"), ("a < b", "a < b"), ("", "")]
-HTML += [("<pre><code>if x:\n    y\n</code></pre>", "<code>if x:\n    y\n</code>")]
-CODE = "<code>def f():\n    x = 1\n\n    return x</code>"
-CODE_XFAIL = pytest.mark.xfail(strict=True, reason="an empty line takes the next one's indentation with it")
+HTML += [("<pre><code>if x:\n    y</code></pre>", "<code>if x:\n    y</code>")]
+CUT = pytest.mark.xfail(strict=True, reason="an empty line takes the next one's indentation with it")
 
 
-@pytest.mark.parametrize(("html", "text"), [*HTML, pytest.param(CODE, CODE, marks=CODE_XFAIL)])
+@pytest.mark.parametrize(("html", "text"), [*HTML, pytest.param(CODE, CODE, marks=CUT)])
 def test_html_becomes_text(html, text):
     """Paragraphs stand apart, entities are characters, code keeps its tags and indentation, the rest goes."""
     assert preference_datasets.html_to_text(html) == text
@@ -155,31 +147,24 @@ def test_names_are_taken_apart():
     assert {parse_name(name)[0] for name in CASES} == set(DATASETS), "every data set has a case above"
 
 
-WRONG = {
-    "ucc": "unknown data set 'ucc': did you mean 'uc'?",
-    "harmles_llama8b": "unknown data set 'harmles_llama8b': did you mean 'harmless'?",
-    "sum-sft_m_aligner_warmup": "did you mean 'summ-sft'?",
-    "": "unknown data set ''",
-    "summ_m": "'summ' has no sampled variant; drop '_m'",
-    "toy-general_m_aligner_common": "'toy-general' has no sampled variant",
+WRONG = {"ucc": "unknown data set 'ucc': did you mean 'uc'?", "": "unknown data set ''"}
+WRONG |= {
+    "harmles_m": "'harmles_m': did you mean 'harmless'?",
+    "sum-sft_m": "did you mean 'summ-sft'?",
 }
+WRONG |= {"summ_m": "'summ' has no sampled variant; drop '_m'", "toy-general_m": "no sampled variant"}
 
 
 @pytest.mark.parametrize(("name", "message"), WRONG.items())
 def test_unknown_names_say_what_is_near(name, message):
     """A wrong name is one line with the nearest right one, or what of it must go."""
-    with pytest.raises(UserError, match=re.escape(message)) as error:
+    with pytest.raises(UserError, match=rf"\A.*{re.escape(message)}.*\Z"):
         parse_name(name)
-    assert "\n" not in str(error.value)
 
 
-HUB = {
-    "hh": ("Anthropic/hh-rlhf", None),
-    "harmless": ("Anthropic/hh-rlhf", "harmless-base"),
-    "summ": ("CarperAI/openai_summarize_comparisons", None),
-    "shp": ("stanfordnlp/SHP", None),
-    "se": ("HuggingFaceH4/stack-exchange-preferences", None),
-}
+HUB = {"hh": ("Anthropic/hh-rlhf", None), "harmless": ("Anthropic/hh-rlhf", "harmless-base")}
+HUB |= {"summ": ("CarperAI/openai_summarize_comparisons", None), "shp": ("stanfordnlp/SHP", None)}
+HUB |= {"se": ("HuggingFaceH4/stack-exchange-preferences", None)}
 
 
 @pytest.mark.parametrize("name", HUB)
@@ -306,21 +291,18 @@ def test_every_row_comes_once_an_epoch():
     assert not all(map(np.array_equal, batches, get_batch_iterator(10, 4, n_epochs=3, seed=2)))
 
 
-WRAPS = {0: [], 3: [[0, 1, 2]], 5: [[0, 1, 2], [3, 4]], 7: [[0, 1, 2], [3, 4], [0, 1]]}
-
-
-@pytest.mark.parametrize(("n_examples", "expected"), WRAPS.items())
-def test_n_examples_wraps_round_in_order(n_examples, expected):
+def test_n_examples_wraps_round_in_order():
     """Exactly so many examples, going on with the next epoch; n_epochs no longer counts."""
-    batches = get_batch_iterator(5, 3, n_examples=n_examples, n_epochs=9, shuffle=False)
-    assert [batch.tolist() for batch in batches] == expected
+    wraps = {0: [], 3: [[0, 1, 2]], 5: [[0, 1, 2], [3, 4]], 7: [[0, 1, 2], [3, 4], [0, 1]]}
+    for n_examples, expected in wraps.items():
+        batches = get_batch_iterator(5, 3, n_examples=n_examples, n_epochs=9, shuffle=False)
+        assert [batch.tolist() for batch in batches] == expected
 
 
 def test_a_batch_is_padded_and_labelled_by_position():
     """Prompt and padding have label -100, an answer and its EOS never, even where the pad is the EOS."""
     data = tokenize([Example(0, "ab", "c", "defg"), Example(1, "h", "ijk", "l")], TOKENIZER, 9, 4)
-    eos = TOKENIZER.eos_token_id
-    a, b, c, h, i, j, k = encode(TOKENIZER, ["abchijk"])[0]
+    a, b, c, h, i, j, k, eos = *encode(TOKENIZER, ["abchijk"])[0], TOKENIZER.eos_token_id
     batch = {key: tensor.tolist() for key, tensor in collate(data, [1, 0], "target", eos).items()}
     assert batch == {
         "input_ids": [[h, i, j, k, eos], [a, b, c, eos, eos]],
@@ -333,25 +315,22 @@ def test_a_batch_is_padded_and_labelled_by_position():
 # ---- real files --------------------------------------------------------------------------------------------
 
 
-REAL = {"harmless-base": (2312, 4, 5), "helpful-base": (2354, 2, 9)}
-
-
 def real_rows(name):
     return [row for _, row in read_rows(SHARED / "data" / f"{name}.jsonl.gz")]
 
 
 @needs_shared
-@pytest.mark.parametrize("name", REAL)
-def test_real_hh_rows_of_two_questions(put, caplog, name):
+@pytest.mark.parametrize("name, n, by_slice, by_own", [("harmless", 2312, 4, 5), ("helpful", 2354, 2, 9)])
+def test_real_hh_rows_of_two_questions(put, caplog, name, n, by_slice, by_own):
     """Those left out are the few whose prompts differ, among them those found by the chosen one's slice."""
-    rows, by_slice, by_own = REAL[name]
-    data_dir = put(f"test/hh/{name}.jsonl", real_rows(f"hh/{name}.test"))
-    kept = {e.row for e in get_dataset("hh", "heldout", data_dir=data_dir)}
-    assert f"hh: left out {by_own} of {rows} rows" in caplog.text and len(kept) == rows - by_own
-    pairs = [(row["chosen"], row["rejected"]) for row in real_rows(f"hh/{name}.test")]
+    rows = real_rows(f"hh/{name}-base.test")
+    found = get_dataset("hh", "heldout", data_dir=put("test/hh/x.jsonl", rows))
+    left = set(range(n)) - {example.row for example in found}
+    assert f"hh: left out {by_own} of {n} rows" in caplog.text and (len(rows), len(left)) == (n, by_own)
+    pairs = [(row["chosen"], row["rejected"]) for row in rows]
     sliced = {i for i, (a, b) in enumerate(pairs) if not b.startswith(a[: a.rindex("\n\nAssistant:") + 12])}
     own = {i for i, pair in enumerate(pairs) if len({t.rsplit("\n\nAssistant:", 1)[0] for t in pair}) > 1}
-    assert len(sliced) == by_slice and sliced <= own == set(range(rows)) - kept
+    assert len(sliced) == by_slice and sliced <= own == left
 
 
 @needs_shared
@@ -366,7 +345,6 @@ def test_real_prompts_keep_their_headers_and_ids(put, name, header):
     data = tokenize(examples, tokenizer, max_length=64, max_prompt_length=48)
     assert len(data) == 200 and data.counts["prompts_cut"] > 100
     for i, example in enumerate(examples):
-        ids = data.part("prompt", i).tolist()
+        ids, text = data.part("prompt", i).tolist(), tokenizer.decode(data.part("prompt", i))
         assert encode_prompts(tokenizer, [example.prompt], 48)[0] == [ids] and len(ids) <= 48
-        text = tokenizer.decode(ids)
         assert text.startswith("\n\nHuman: ") and text.endswith(header)

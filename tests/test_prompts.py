@@ -28,12 +28,7 @@ COUNTERS = {
     "merging": lambda text: len(re.findall(r"\n\nHuman: |Assistant|TL;DR:|the |\n\n|.", text, re.DOTALL)),
 }
 NASTY = ["Why is the sky blue?", "  why? \n", "{instruction} %s {0} \\n", "空はなぜ青いの? Почему?"]
-NASTY += [
-    f"Translate:{HUMAN}hello{ASSISTANT}hi",
-    "</s><|endoftext|>",
-    "USER: x TL;DR:",
-    "👩‍👩‍👧 e\u0301\u202eb",
-]
+NASTY += [f"Translate:{HUMAN}hello{ASSISTANT}hi", "</s><|endoftext|>", "USER: x TL;DR:", "👩‍👩‍👧 e\u0301"]
 
 
 # ---- rendering ---------------------------------------------------------------------------------------------

@@ -329,3 +329,21 @@ def test_pair_is_refused_before_weights_are_read(tmp_path):
         )
     with pytest.raises(recipes.UserError, match="add_bos differs"):
         checkpoints.load_pair(str(tmp_path / "c"), str(tmp_path / "d"))
+
+
+def test_activation_checkpointing_changes_no_figure(tmp_path):
+    """Recomputing activations gives the same losses and gradient norms."""
+    plain, recomputed = trainer(tmp_path / "a"), trainer(tmp_path / "b", "activation_checkpointing=true")
+    for run in (plain, recomputed):
+        run.train()
+    assert recomputed.model.is_activation_checkpointing
+    torch.testing.assert_close(
+        torch.tensor(path_of(recomputed)), torch.tensor(path_of(plain)), rtol=1e-5, atol=0
+    )
+
+
+def test_wandb_logs_offline_when_asked(tmp_path):
+    """wandb.enabled=true writes an offline run into the run folder, without an account or a network."""
+    run = trainer(tmp_path, "wandb.enabled=true", "save_every=null")
+    run.train()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 1

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, records on disk, hints for misspelt names, exits, devices."""
 
 import csv
+import gzip
 import json
 import re
 import subprocess
@@ -14,21 +15,13 @@ import utils
 from utils import (
     BadRows,
     UserError,
-    file_sha256,
-    fingerprint,
-    hub_cache,
     nearest,
     pick,
     pick_dtype,
     progress,
-    read_json,
     read_rows,
     replacing,
     run_entry_point,
-    seed_everything,
-    write_csv,
-    write_json,
-    write_jsonl,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,30 +106,34 @@ def test_the_leftover_of_a_killed_run_is_cleared(tmp_path, kind):
 def test_json_is_written_for_people_and_read_back(tmp_path):
     """Text stays readable as it is, indented, with a final newline; reading gives the value back."""
     value = {"b": ["é", "空", None], "a": 1.5}
-    write_json(tmp_path / "x.json", value)
+    utils.write_json(tmp_path / "x.json", value)
     text = (tmp_path / "x.json").read_text(encoding="utf-8")
     assert text == '{\n  "b": [\n    "é",\n    "空",\n    null\n  ],\n  "a": 1.5\n}\n'
-    assert read_json(tmp_path / "x.json") == value
+    assert utils.read_json(tmp_path / "x.json") == value
 
 
 def test_jsonl_is_one_record_a_line(tmp_path):
     """Line breaks of every kind stay inside their record, and rows may come from a generator."""
     rows = [{"text": "a\nb\r\nc"}, {"text": "d\u2028e\x85空"}, {"text": ""}]
-    write_jsonl(tmp_path / "x.jsonl", (row for row in rows))
+    utils.write_jsonl(tmp_path / "x.jsonl", (row for row in rows))
     assert (tmp_path / "x.jsonl").read_bytes().count(b"\n") == 3
     assert [row for _, row in read_rows(tmp_path / "x.jsonl")] == rows
 
 
 def test_csv_has_the_columns_of_all_rows(tmp_path):
     """Columns stand in order of first appearance; what a row lacks is empty; commas and breaks survive."""
-    write_csv(tmp_path / "x.csv", [{"name": 'a,"b"\nc', "n": 1}, {"late": 2.5, "name": "é"}])
+    utils.write_csv(tmp_path / "x.csv", [{"name": 'a,"b"\nc', "n": 1}, {"late": 2.5, "name": "é"}])
     with open(tmp_path / "x.csv", newline="", encoding="utf-8") as file:
         assert list(csv.reader(file)) == [["name", "n", "late"], ['a,"b"\nc', "1", ""], ["é", "", "2.5"]]
 
 
 @pytest.mark.parametrize(
     ("write", "broken"),
-    [(write_json, {"a": object()}), (write_jsonl, [{"a": 1}, object()]), (write_csv, [{"a": 1}, 5])],
+    [
+        (utils.write_json, {"a": object()}),
+        (utils.write_jsonl, [{"a": 1}, object()]),
+        (utils.write_csv, [{"a": 1}, 5]),
+    ],
 )
 def test_a_value_that_cannot_be_written_spares_the_old_file(tmp_path, write, broken):
     """An error in the middle of the rows leaves the file of before."""
@@ -150,30 +147,78 @@ def test_broken_json_names_file_and_line(tmp_path):
     """A JSON file that was cut is the user's to mend: one line with file and line number."""
     (tmp_path / "x.json").write_text('{\n"a": 1,\n')
     with pytest.raises(UserError, match=r"x\.json, line 3: not valid JSON"):
-        read_json(tmp_path / "x.json")
+        utils.read_json(tmp_path / "x.json")
 
 
 def test_fingerprints_ignore_the_order_of_keys_only():
     """Equal values give equal hashes however their keys stand; order in lists, types and names count."""
-    one = fingerprint({"a": 1, "b": {"c": [1, 2], "d": "é"}})
-    assert one == fingerprint({"b": {"d": "é", "c": [1, 2]}, "a": 1})
+    one = utils.fingerprint({"a": 1, "b": {"c": [1, 2], "d": "é"}})
+    assert one == utils.fingerprint({"b": {"d": "é", "c": [1, 2]}, "a": 1})
     others = [{"a": 1, "b": {"c": [2, 1], "d": "é"}}, {"a": "1", "b": {"c": [1, 2], "d": "é"}}]
     others += [{"a": 1, "b": {"c": [1, 2], "d": "e\u0301"}}, {"a": 1, "b": {"c": [1, 2]}, "d": "é"}]
-    assert len({one, *map(fingerprint, others)}) == 5 and re.fullmatch("[0-9a-f]{64}", one)
+    assert len({one, *map(utils.fingerprint, others)}) == 5 and re.fullmatch("[0-9a-f]{64}", one)
 
 
 def test_fingerprints_are_the_same_tomorrow():
     """The hash is SHA-256 of the sorted JSON text, so files of an earlier session are known again."""
-    assert fingerprint({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    assert utils.fingerprint({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
 
 
-def test_a_files_hash_is_sha256_of_its_bytes(tmp_path):
-    """The digest is the one that sha256sum prints."""
-    (tmp_path / "x").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
+# ---- what is read ------------------------------------------------------------------------------------------
+
+LINE = b'{"a": "x"}\n'
+ZIP = gzip.compress(LINE * 100)
+BROKEN = [("x.json", b'[{"a": "x"},\n{"a": ', r"x\.json, line 2: not valid JSON .*; is the file cut short\?")]
+BROKEN += [
+    ("x.json", b"", r"x\.json, line 1: not valid JSON"),
+    ("x.json", b"[]", "holds no usable record; .* a"),
+]
+BROKEN += [("x.json", b'{"a": "x"}', "expected a JSON list of records, found a dict")]
+BROKEN += [("x.json", b'[{"a": "x"}, 5]', r"row 1: expected a record .*, found a int; mend")]
+BROKEN += [("x.json", b'[{"b": 1, "c": 2}]', r"row 0: field 'a' is missing .* \(fields found: b, c\)")]
+BROKEN += [
+    ("x.json", b'[{"a": null}]', "row 0: field 'a' is missing or not text"),
+    ("x.json", b"[{}]", "none"),
+]
+BROKEN += [("x.jsonl", LINE + b'{"a": "', r"x\.jsonl, line 2: not valid JSON"), ("x.jsonl", b"", "no usable")]
+BROKEN += [
+    ("x.jsonl", LINE + b"\n" + LINE, "line 2: not valid JSON"),
+    ("x.jsonl", b'["a"]\n', "found a list"),
+]
+BROKEN += [(f"x.{kind}.gz", ZIP[:-12], r"x\..* cannot be read .*cut short\?") for kind in ("json", "jsonl")]
+BROKEN += [
+    ("x.jsonl.gz", LINE, "cannot be read"),
+    ("x.jsonl", b"\xff\n", r"x\.jsonl: cannot be read \('utf-8'"),
+]
 
 
-# ---- bad rows ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN)
+def test_a_file_that_cannot_be_used_says_where_and_why(tmp_path, name, content, message):
+    """Whatever is wrong with a file or a row of it is one line with the file's name and the place."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"\A{re.escape(str(tmp_path))}.*{message}.*\Z"):
+        read_rows(tmp_path / name, ("a",))
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.json.gz", "x.jsonl.gz"])
+def test_a_skipped_row_leaves_the_others_their_ids(tmp_path, name):
+    """With skip, rows keep their place in the file as id and every bad one is listed, in all four formats."""
+    rows = [{"a": "x"}, {"b": 1}, {"a": "é"}, 5, {"a": ""}]
+    data = "".join(f"{json.dumps(row)}\n" for row in rows) if "jsonl" in name else json.dumps(rows)
+    (tmp_path / name).write_bytes(gzip.compress(data.encode()) if "gz" in name else data.encode())
+    bad = BadRows("skip")
+    assert read_rows(tmp_path / name, ("a",), bad) == [(0, {"a": "x"}), (2, {"a": "é"}), (4, {"a": ""})]
+    assert [row["where"].rsplit(" ", 1)[1] for row in bad.rows] == (
+        ["2", "4"] if "jsonl" in name else ["1", "3"]
+    )
+
+
+def test_a_missing_file_says_how_to_get_it(tmp_path):
+    """Data files come from one script, sampled ones from the sample stage, and each message says so."""
+    with pytest.raises(UserError, match=r"no such file: .*uc\.json; `bash bin/prepare_data.sh`"):
+        read_rows(tmp_path / "uc.json")
+    with pytest.raises(UserError, match=r"no such file: .*uc_sampling_m\.json; .*stages=\[sample\]"):
+        read_rows(tmp_path / "uc_sampling_m.json")
 
 
 def test_the_first_bad_row_stops_unless_told_otherwise():
@@ -309,16 +354,15 @@ def test_the_first_folder_that_exists_caches_the_hub(tmp_path):
     """Folders are tried in order; a file is none; without any the hub's own default stays."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir(), (tmp_path / "file").touch()
-    assert hub_cache([str(tmp_path / "none"), str(tmp_path / "file"), str(two), str(one)]) == str(two)
-    assert hub_cache([]) is None and hub_cache([str(tmp_path / "none")]) is None
+    assert utils.hub_cache([str(tmp_path / "none"), str(tmp_path / "file"), str(two), str(one)]) == str(two)
+    assert utils.hub_cache([]) is None and utils.hub_cache([str(tmp_path / "none")]) is None
 
 
-@pytest.mark.parametrize("seed", [0, 2**32 + 5])
-def test_a_seed_fixes_all_three_generators(seed):
+def test_a_seed_fixes_all_three_generators():
     """Python, numpy and torch draw the same numbers again after the same seed, a large one too."""
 
     def draw():
-        seed_everything(seed)
+        utils.seed_everything(2**32 + 5)
         return utils.random.random(), utils.np.random.rand(), torch.rand(1).item()
 
     assert draw() == draw()
