@@ -28,6 +28,7 @@ from utils import (
     UserError,
     fingerprint,
     log,
+    nearest,
     pick,
     read_json,
     read_rows,
@@ -36,6 +37,7 @@ from utils import (
     write_csv,
     write_json,
 )
+from validation import check_sampling, par_params
 
 # data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
 # the instruction is the whole dialogue up to and including "\n\nAssistant: ".
@@ -85,9 +87,9 @@ def resolve_system(
     known = set(config.sampling)
     for key in [*own, *by_task]:
         if key not in known:
-            raise UserError(f"evaluation: unknown sampling key {key!r}: {recipes.nearest(key, known)}")
+            raise UserError(f"evaluation: unknown sampling key {key!r}: {nearest(key, known)}")
     settings = OmegaConf.merge(config.sampling, by_task, own)
-    params = recipes.check_sampling(settings)
+    params = check_sampling(settings)
     paths = [spec.get(role) and recipes.model_source(spec[role], stages) for role in ("proposal", "aligner")]
     pair = sampling.Pair(*paths, settings.dtype, settings.tokenizer_path)
     main = Path(paths[1] or paths[0] or "")
@@ -120,7 +122,7 @@ def settings_tag(pair: sampling.Pair, settings: DictConfig, seed: int) -> str:
         "tokenizer_path",
         "dtype",
     )
-    law = pair.law(recipes.par_params(s))
+    law = pair.law(par_params(s))
     decides = [{key: s[key] for key in keys}, law, pair.proposal, pair.aligner, seed]
     return "_".join([*parts, fingerprint(decides)[:8]])
 

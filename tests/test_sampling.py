@@ -15,6 +15,7 @@ import checkpoints
 import decoding
 import recipes
 import sampling
+import validation
 from par import PARParams
 from prompts import render
 from tokenization import encode_prompts
@@ -326,7 +327,7 @@ def test_settings_reach_the_sampler(resolve, decoded):
         "n_candidates": 3,
     }
     assert given.keys() == set(PARParams.field_names())
-    overrides = [f"sampling.{key}={recipes.literal(value)}" for key, value in given.items()]
+    overrides = [f"sampling.{key}={validation.literal(value)}" for key, value in given.items()]
     overrides += ["seed=7", "sampling.stop_str=zz", "sampling.batch_size=5"]
     seen = interrupt(resolve(*overrides), decoded, after=0)
     assert asdict(seen.params) == given
@@ -347,7 +348,7 @@ def test_stop_string_ends_the_samples(resolve):
     """A stop string cuts the samples where it first stands and changes nothing before it."""
     whole = texts(sample(resolve()))
     common = max((c for text in whole for c in text), key=lambda c: sum(c in text for text in whole))
-    stopped = texts(sample(resolve(f"sampling.stop_str={recipes.literal(common)}"), overwrite=True))
+    stopped = texts(sample(resolve(f"sampling.stop_str={validation.literal(common)}"), overwrite=True))
     assert stopped == [text.split(common)[0] for text in whole] != whole
 
 
@@ -366,7 +367,7 @@ def test_pair_answers_are_traced(resolve, folders, tmp_path):
     """A pair's answers carry a piece of text and an event per token, and the texts of `decoding`."""
     pair, prompts = sampling.Pair(folders["large"], folders["small"], "float32"), ["hello", "you", "a" * 30]
     settings = resolve("sampling.sample_mode=par", "sampling.base_top_p=1.0").config.sampling
-    params, records = recipes.par_params(settings), [{"instruction": prompt} for prompt in prompts]
+    params, records = validation.par_params(settings), [{"instruction": prompt} for prompt in prompts]
     job = sampling.Job("pair", pair, params, settings, records, prompts, [0, 10, 20], seed=0, add_bos=False)
     answers = sampling.answer_all(job, sampling.PartFile(tmp_path / "x.part", job.identity, overwrite=False))
     expected = decoding.generate(

@@ -18,6 +18,7 @@ import trainers
 from preference_datasets import collate
 from tokenization import Example, tokenize
 from trainers import BasicTrainer, Diverged
+from utils import UserError
 
 TOKENIZER = byte_tokenizer()
 WORDS = [
@@ -321,13 +322,13 @@ def test_pair_is_refused_before_weights_are_read(tmp_path):
     """Different vocabularies, or a BOS in one model and not in the other, are named before loading."""
     same = save_model_folder(tmp_path / "a", tiny_model(len(TOKENIZER), 0), TOKENIZER)
     other = save_model_folder(tmp_path / "b", tiny_model(5, 0), tiny_tokenizer("abc"))
-    with pytest.raises(recipes.UserError, match="tokenizer of the aligner"):
+    with pytest.raises(UserError, match="tokenizer of the aligner"):
         checkpoints.load_pair(same, other)
     for name, bos in (("c", True), ("d", False)):
         checkpoints.export_model(
             tiny_model(len(TOKENIZER), 0), TOKENIZER, tmp_path / name, "float32", {"add_bos": bos}
         )
-    with pytest.raises(recipes.UserError, match="add_bos differs"):
+    with pytest.raises(UserError, match="add_bos differs"):
         checkpoints.load_pair(str(tmp_path / "c"), str(tmp_path / "d"))
 
 
