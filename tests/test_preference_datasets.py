@@ -93,8 +93,9 @@ def test_a_row_of_every_data_set_becomes_these_texts(put, tmp_path, name):
     examples = get_dataset(name, "all", data_dir=put(file, [row]))
     assert texts(examples) == expected
     assert [(example.row, example.record) for example in examples] == [(0, row)]
-    only = preference_datasets.local_file(name, tmp_path)
-    assert only == (None if file.count("/") == 2 else tmp_path / file)
+    assert preference_datasets.local_file(name, tmp_path) == (
+        tmp_path / file if file.count("/") < 2 else None
+    )
 
 
 def test_shp_keeps_pairs_of_clear_preference(put):
@@ -217,6 +218,7 @@ def test_at_least_one_question_is_held_out(put):
     for fraction, count in ((1e-9, 1), (0.0, 0), (1.0, 4)):
         assert len(get_dataset("uc", "heldout", data_dir=data_dir, heldout_fraction=fraction)) == count
         assert len(get_dataset("uc", "train", data_dir=data_dir, heldout_fraction=fraction)) == 5 - count
+    assert get_dataset("uc", "heldout", data_dir=data_dir)[0].row == 3, "in any process, on any machine"
     assert len(get_dataset("uc", "train", data_dir=put(UC, [ROW]))) == 1
 
 
@@ -272,7 +274,7 @@ def test_sets_are_tokenised_together_and_once(put, tmp_path, monkeypatch):
         return [TOKENIZER.decode(data.part(kind, row)) for row in range(len(data)) for kind in kinds]
 
     for _ in range(2):
-        assert answers(["uc", "hh"], False) == ["Because.</s>"] * 2
+        assert answers(["hh", "uc"], False) == ["Because.</s>"] * 2
         assert answers(["uc_m", "hh"], True) == ["No idea.</s>", "Because.</s>", "No.</s>", "Because.</s>"]
     assert real.call_count == 2
     with pytest.raises(UserError, match=r"'uc' has one answer per prompt.*NAME_PROPOSAL"):

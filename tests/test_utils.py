@@ -189,10 +189,11 @@ def test_a_skipped_row_leaves_the_others_their_ids(tmp_path, name):
     """With skip, rows keep their place in the file as id and every bad one is listed, in all four formats."""
     rows = [{"a": "x"}, {"b": 1}, {"a": "é"}, 5, {"a": ""}]
     data = "".join(f"{json.dumps(row)}\n" for row in rows) if "jsonl" in name else json.dumps(rows)
-    (tmp_path / name).write_bytes(gzip.compress(data.encode()) if "gz" in name else data.encode())
+    data = data.replace("5\n", '{"a": \n').encode()  # a line that is no JSON has its number too
+    (tmp_path / name).write_bytes(gzip.compress(data) if "gz" in name else data)
     bad, places = BadRows("skip"), ["2", "4"] if "jsonl" in name else ["1", "3"]
     assert read_rows(tmp_path / name, ("a",), bad) == [(0, {"a": "x"}), (2, {"a": "é"}), (4, {"a": ""})]
-    assert [row["where"].rsplit(" ", 1)[1] for row in bad.rows] == places
+    assert sorted(row["where"].rsplit(" ", 1)[1] for row in bad.rows) == places
 
 
 def test_a_missing_file_says_how_to_get_it(tmp_path):
