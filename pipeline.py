@@ -131,7 +131,8 @@ def read_test_rows(config: DictConfig, task: str) -> list[tuple[int, dict]]:
     """Records of a task's test file with their row ids."""
     tasks = pick(test_files, config.evaluation.dataset, "evaluation.dataset")
     path = Path(config.data_dir) / "test" / pick(tasks, task, f"task of {config.evaluation.dataset}")
-    rows = read_rows(path, (config.sampling.input_key, config.sampling.output_key))
+    keys = [config.sampling.input_key, config.sampling.output_key, config.sampling.get("system_key")]
+    rows = read_rows(path, [key for key in keys if key])
     return rows[: config.sampling.limit]
 
 

@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 
 import prompts
 from tokenization import Example, TokenizedDataset, tokenize_cached
-from utils import BadRows, UserError, hub_cache, log, nearest, progress, read_rows
+from utils import BadRows, UserError, count_lines, hub_cache, log, nearest, progress, read_rows
 
 IGNORE_INDEX = -100
 VARIANTS = ("aligner_warmup", "aligner_common")
@@ -170,44 +169,22 @@ def get_se(request: Request) -> list[Example]:
     required = {"question": str, "answers": list}
     rows = _local_or_hub(request, "se", "*.jsonl*", "HuggingFaceH4/stack-exchange-preferences", required)
     for index, row in progress(rows, desc="stack exchange"):
-        prompt = f"\n\nHuman: {html_to_text(row['question'])}\n\nAssistant:"
+        prompt = f"\n\nHuman: {prompts.html_to_text(row['question'])}\n\nAssistant:"
         try:
-            answers = [(answer["pm_score"], " " + html_to_text(answer["text"])) for answer in row["answers"]]
+            answers = sorted(
+                (
+                    (answer["pm_score"], " " + prompts.html_to_text(answer["text"]))
+                    for answer in row["answers"]
+                ),
+                reverse=True,
+            )
         except (KeyError, TypeError):
-            request.bad.add(f"se, row {index}", "every answer needs pm_score and text")
+            request.bad.add(f"se, row {index}", "every answer needs pm_score, a number, and text")
             continue
-        answers.sort(reverse=True)
         for better, (score, target) in enumerate(answers):
             worse = [text for other, text in answers[better + 1 :] if other < score]
             examples += [Example(index, prompt, target, text, row) for text in worse]
     return examples
-
-
-class _Text(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-
-    def handle_data(self, data: str) -> None:
-        self.parts.append(data)
-
-    def handle_starttag(self, tag: str, attrs) -> None:
-        if tag == "code":
-            self.parts.append("<code>")
-        elif tag in ("p", "li", "pre", "br", "blockquote"):
-            self.parts.append("\n\n" if tag != "br" else "\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "code":
-            self.parts.append("</code>")
-
-
-def html_to_text(source: str) -> str:
-    """The text of an HTML fragment: paragraphs apart by an empty line, <code> tags kept, the rest dropped."""
-    parser = _Text()
-    parser.feed(source)
-    parser.close()
-    return re.sub(r"\s*\n\s*\n\s*", "\n\n", "".join(parser.parts)).strip()
 
 
 def _local_or_hub(
@@ -220,11 +197,14 @@ def _local_or_hub(
 ) -> list[tuple[int, dict]]:
     """Rows of data_dir/{part}/{folder}/{pattern} where such files lie, else of the hub's data set."""
     local = local_files(request.data_dir / request.part / folder, pattern)
-    if local:
-        found = [row for path in local for _, row in read_rows(path, required, request.bad)]
-    else:
-        found = _hub_rows(hub_id, hub_dir, request, folder)
-    return list(enumerate(found))
+    if not local:
+        return list(enumerate(_hub_rows(hub_id, hub_dir, request, folder)))
+    found: list[tuple[int, dict]] = []
+    before = 0  # rows of the earlier files, the bad ones included: no row's id depends on another row
+    for path in local:
+        found += [(before + index, row) for index, row in read_rows(path, required, request.bad)]
+        before += count_lines(path)
+    return found
 
 
 def local_files(folder: Path, pattern: str) -> list[Path]:
@@ -265,6 +245,7 @@ class Source:
     on_hub: bool = False  # whether the hub serves what is not in local files
     test_folder: str | None = None  # under data_dir/{train,test}; None: held-out prompts are split off
     pattern: str = "*.jsonl*"  # of the local files there
+    correction: str = prompts.CORRECTION  # what asks the Aligner baseline for a corrected answer
 
     def has_test_split(self, data_dir: Path) -> bool:
         """Whether the set brings its own test split: not if only its training part lies in local files."""
@@ -284,7 +265,7 @@ DATASETS: dict[str, Source] = {
         get_harmless, "harmless.jsonl", on_hub=True, test_folder="hh", pattern="harmless*.jsonl*"
     ),
     "summ": Source(get_summ, sampled=False, on_hub=True, test_folder="summ"),
-    "alpaca": Source(get_alpaca, "alpaca_data_cleaned.json"),
+    "alpaca": Source(get_alpaca, "alpaca_data_cleaned.json", correction=prompts.ALPACA_CORRECTION),
     "shp": Source(get_shp, sampled=False, on_hub=True, test_folder="shp"),
     "se": Source(get_se, sampled=False, on_hub=True),
     "toy": Source(get_toy, "toy_aligned.jsonl"),
@@ -301,7 +282,7 @@ def parse_name(name: str) -> tuple[str, str | None, str | None]:
             rest, variant = name.removesuffix(f"_{candidate}"), candidate
     base, _, proposal = rest.partition("_")
     source = DATASETS.get(base)
-    if source is None:
+    if source is None or rest.endswith("_"):
         forms = "each also as NAME_PROPOSAL and NAME[_PROPOSAL]_aligner_warmup or _aligner_common"
         raise UserError(f"unknown data set {name!r}: {nearest(base, DATASETS)}; {forms}")
     if proposal and not source.sampled:
@@ -337,17 +318,24 @@ def get_dataset(
     """
     base, proposal, variant = parse_name(name)
     source = DATASETS[base]
+    if split not in ("train", "heldout", "all"):
+        raise ValueError(f"split={split!r}: expected 'train', 'heldout' or 'all'")
     own_split = not proposal and source.has_test_split(Path(data_dir))
     part = "test" if own_split and split == "heldout" else "train"
     examples = source.load(Request(part, proposal, Path(data_dir), cache_dir, bad or BadRows()))
     if split != "all" and not own_split:
-        heldout = heldout_prompts((example.prompt for example in examples), heldout_fraction)
-        examples = [example for example in examples if (example.prompt in heldout) == (split == "heldout")]
+        heldout = heldout_prompts(map(question, examples), heldout_fraction)
+        examples = [example for example in examples if (question(example) in heldout) == (split == "heldout")]
     if variant:
-        examples = [_as_correction(example, variant, name) for example in examples]
+        examples = [_as_correction(example, variant, name, source.correction) for example in examples]
     if not examples and split != "heldout":
         raise UserError(f"data set {name!r} has no {split} examples in {data_dir}")
     return examples
+
+
+def question(example: Example) -> str:
+    """What is asked, without the headers around it: the plain and the sampled file may differ in those."""
+    return (example.record or {}).get("instruction", example.prompt)
 
 
 def heldout_prompts(all_prompts, fraction: float) -> set[str]:
@@ -357,14 +345,16 @@ def heldout_prompts(all_prompts, fraction: float) -> set[str]:
     return {prompt for _, prompt in ranked[:count]}
 
 
-def _as_correction(example: Example, variant: str, name: str) -> Example:
+def _as_correction(example: Example, variant: str, name: str, request: str) -> Example:
     answer = example.negative
     if answer is None:
         raise UserError(
             f"data set {name!r} needs an answer to correct: use a sampled variant (NAME_PROPOSAL_{variant})"
         )
     target = answer if variant == "aligner_warmup" else example.target
-    return replace(example, prompt=prompts.corrector(example.prompt, answer), target=target, negative=None)
+    return replace(
+        example, prompt=prompts.corrector(example.prompt, answer, request), target=target, negative=None
+    )
 
 
 # ---- batches -----------------------------------------------------------------------------------------------
@@ -416,6 +406,8 @@ def get_batch_iterator(
     """
     if n_examples is None and n_epochs is None:
         raise ValueError("give n_epochs or n_examples")
+    if n_rows < 1:
+        raise ValueError("no rows to make batches of")
     left = n_examples if n_examples is not None else n_epochs * n_rows
     epoch = 0
     while left > 0:

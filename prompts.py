@@ -6,6 +6,7 @@ imported inside the functions, so that decoding and training run where it is not
 
 import re
 from collections.abc import Callable, Mapping
+from html.parser import HTMLParser
 
 from utils import UserError, nearest
 
@@ -13,13 +14,15 @@ TEMPLATE = "ram"
 STOP = "\n\nHuman"  # where a model begins to speak for the user
 ASSISTANT = "\n\nAssistant: "
 SUMMARY = "\nTL;DR:"
+CORRECTION = "\n\nCorrection: "
+ALPACA_CORRECTION = "\n\n### Correction:\n"
 
 # What must survive a cut: the opening header of a turn, and what asks the model to answer.
 _TURN = re.compile(r"(?=\n\nHuman: )")
 _OPENING = re.compile(r"\A\n\nHuman: ")
-_CLOSING = re.compile(
-    r"(?:\s*TL;DR:)?\s*(?:\n\nAssistant: ?|\n\nCorrection: |\n\n### Correction:\n)\Z|\s*TL;DR:\s*\Z"
-)
+_HEADER = re.compile(r"\n\n(?:Human|Assistant): ?")
+_ASKING = r"(?:\n\nAssistant: ?|\n\nCorrection: |\n\n### Correction:\n)"
+_CLOSING = re.compile(rf"(?:\s{{0,8}}TL;DR:\s{{0,8}})?{_ASKING}\Z|\s{{0,8}}TL;DR:\s{{0,8}}\Z")
 
 
 def conversation_template(name: str = TEMPLATE):
@@ -50,14 +53,15 @@ def render(instruction: str, template: str = TEMPLATE, system: str | None = None
     conversation = conversation_template(template)
     if system is not None:
         conversation.set_system_message(system)
-    conversation.append_message(conversation.roles[0], instruction)
+    # FastChat takes an empty message for a turn that is still open: stand in for it.
+    conversation.append_message(conversation.roles[0], instruction or "\0")
     conversation.append_message(conversation.roles[1], None)
-    return conversation.get_prompt()
+    return conversation.get_prompt().replace("\0", "")
 
 
-def corrector(prompt: str, answer: str) -> str:
+def corrector(prompt: str, answer: str, request: str = CORRECTION) -> str:
     """The Aligner baseline's prompt: the dialogue, the answer to be corrected, the request."""
-    return f"{prompt}{answer}\n\nCorrection: "
+    return f"{prompt}{answer}{request}"
 
 
 def from_record(record: Mapping, settings) -> str:
@@ -106,4 +110,34 @@ def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) ->
         raise UserError(
             f"max_prompt_length={max_tokens}: the role headers of a prompt need {needed} tokens by themselves"
         )
+    for header in _HEADER.finditer(body):  # of an answer inside the body: whole or not at all
+        if header.start() < fits < header.end():
+            fits = header.start()
     return head + body[:fits] + tail
+
+
+class _Text(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+    def handle_starttag(self, tag: str, attrs) -> None:
+        if tag == "code":
+            self.parts.append("<code>")
+        elif tag in ("p", "li", "pre", "br", "blockquote"):
+            self.parts.append("\n\n" if tag != "br" else "\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "code":
+            self.parts.append("</code>")
+
+
+def html_to_text(source: str) -> str:
+    """The text of an HTML fragment: paragraphs apart by an empty line, <code> tags kept, the rest dropped."""
+    parser = _Text()
+    parser.feed(source)
+    parser.close()
+    return re.sub(r"[ \t]*\n(?:[ \t]*\n)+", "\n\n", "".join(parser.parts)).strip()

@@ -18,6 +18,7 @@ from typing import Any
 
 import checkpoints
 import decoding
+import prompts
 from par import PARParams
 from preference_datasets import get_dataset
 from tokenization import encode_prompts
@@ -122,6 +123,13 @@ class Job:
         if add_bos != self.add_bos:
             log.info(f"{self.label}: add_bos={str(add_bos).lower()}, as the models were trained")
         ids, cut = encode_prompts(tokenizer, self.prompts, self.settings.max_prompt_length, add_bos)
+        settings = self.settings
+        if cut and settings.template != prompts.TEMPLATE and not settings.multiround:
+            raise UserError(
+                f"{self.label}: {cut} prompts are longer than "
+                f"max_prompt_length={settings.max_prompt_length}, and only "
+                f"those of template {prompts.TEMPLATE!r} can be cut without losing a header: raise the length"
+            )
         if cut:
             log.info(
                 f"{self.label}: {cut} of {len(ids)} prompts cut to {self.settings.max_prompt_length} tokens"

@@ -1,6 +1,7 @@
 """Examples become token ids: the same ids in training and in decoding, made once and kept on disk."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import prompts
-from utils import UserError, fingerprint, progress, replacing
+from utils import UserError, fingerprint, log, progress, replacing
 
 VERSION = 1  # raise it when the ids of the same text change, so that no stale cache is read
 
@@ -120,9 +121,8 @@ def tokenize_cached(examples: Sequence[Example], name: str, tokenizer, settings)
     lengths = [settings.max_length, settings.max_prompt_length, settings.add_bos]
     key = fingerprint([VERSION, text.hexdigest(), tokenizer_fingerprint(tokenizer), lengths])
     path = Path(settings.output_dir) / "cache" / f"{name}.{key[:16]}.safetensors"
-    if path.is_file():
-        data = _read_cache(path)
-    else:
+    data = _read_cache(path) if path.is_file() else None
+    if data is None:
         data = tokenize(
             examples, tokenizer, settings.max_length, settings.max_prompt_length, settings.add_bos
         )
@@ -132,8 +132,11 @@ def tokenize_cached(examples: Sequence[Example], name: str, tokenizer, settings)
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """Equal exactly where two tokenizers give the same ids for every text and end an answer alike."""
-    return fingerprint([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id])
+    """Equal exactly where two tokenizers give the same ids for every text and begin and end alike."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("padding", "truncation"):  # of the last call, not of the tokenizer
+        backend.pop(state, None)
+    return fingerprint([backend, tokenizer.bos_token_id, tokenizer.eos_token_id])
 
 
 def _write_cache(path: Path, data: TokenizedDataset) -> None:
@@ -146,9 +149,18 @@ def _write_cache(path: Path, data: TokenizedDataset) -> None:
         save_file(arrays, aside, metadata={key: str(count) for key, count in data.counts.items()})
 
 
-def _read_cache(path: Path) -> TokenizedDataset:
-    from safetensors import safe_open
+def _read_cache(path: Path) -> TokenizedDataset | None:
+    """None where the file is cut short or damaged: it will be made again."""
+    from safetensors import SafetensorError, safe_open
 
+    try:
+        return _read_arrays(path, safe_open)
+    except SafetensorError:
+        log.warning(f"{path} is damaged: tokenising again")
+        return None
+
+
+def _read_arrays(path: Path, safe_open) -> TokenizedDataset:
     with safe_open(path, framework="numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         counts = {key: int(count) for key, count in file.metadata().items()}

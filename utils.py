@@ -96,7 +96,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(known)}" if len(known) <= 40 else hint.rstrip()
+    return (
+        f"{hint}Known: {', '.join(known)}"
+        if len(known) <= 40
+        else hint.rstrip() or f"{len(known)} others are known"
+    )
 
 
 def pick(table: dict[str, Any], name: str, what: str) -> Any:
@@ -152,6 +156,8 @@ def read_rows(
             if ".jsonl" in path.suffixes:
                 for line_number, line in enumerate(file, start=1):
                     where = f"{path}, line {line_number}"
+                    if not line.strip():
+                        continue
                     try:
                         rows.append((line_number - 1, json.loads(line), where))
                     except json.JSONDecodeError as error:
@@ -178,6 +184,8 @@ def read_rows(
             wanted = "text" if types[missing[0]] is str else f"a {types[missing[0]].__name__}"
             found = ", ".join(row) or "none"
             bad.add(where, f"field {missing[0]!r} is missing or not {wanted} (fields found: {found})")
+        elif unpaired := [k for k, kind in types.items() if kind is str and not _is_unicode(row[k])]:
+            bad.add(where, f"field {unpaired[0]!r} holds half a surrogate pair, which is no text")
         else:
             good.append((index, row))
     if not good:
@@ -185,6 +193,19 @@ def read_rows(
             f"{path}: holds no usable record; expected at least one with {', '.join(required) or 'fields'}"
         )
     return good
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def count_lines(path: Path) -> int:
+    with open_text(path) as file:
+        return sum(1 for _ in file)
 
 
 def _how_to_get(path: Path) -> str:
@@ -201,7 +222,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
+    # The process is part of the name: two that write the same file must not take each other's.
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     _remove(aside)
     try:
         yield aside

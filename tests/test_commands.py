@@ -137,9 +137,10 @@ def contents(folder):
     }
     found |= {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*sampling*.jsonl")}
     for path in folder.glob("toy/facts/*/*/output.json"):
-        found[path.parts[-3], path.parts[-2].split("_")[-2]] = [
-            row["output"] for row in json.loads(path.read_text())
-        ]
+        answers = [row["output"] for row in json.loads(path.read_text())]
+        found[path.parts[-3]] = sorted(
+            [*found.get(path.parts[-3], []), answers]
+        )  # the folder's hash knows the path
     systems = json.loads((folder / "results.json").read_text())["systems"]
     return found | {"systems": systems}
 

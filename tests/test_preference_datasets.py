@@ -14,6 +14,7 @@ from tiny import SHARED, byte_tokenizer, needs_shared
 from transformers import AutoTokenizer
 
 import preference_datasets
+import prompts
 import tokenization
 from preference_datasets import DATASETS, collate, get_batch_iterator, get_dataset, load_tokenized, parse_name
 from tokenization import Example, encode, encode_prompts, tokenize
@@ -60,8 +61,6 @@ CASES = {
     "toy-mixture": ("train/toy_mixture.jsonl", ROW, [PLAIN]),
     "toy-general": ("train/toy_general.jsonl", ROW, [PLAIN]),
 }
-ASKED = pytest.mark.xfail(strict=True, reason="asked by '\\n\\nCorrection: ' as all others")
-NAMES = [pytest.param(name, marks=ASKED if name.startswith("alpaca_m_") else ()) for name in CASES]
 
 
 @pytest.fixture
@@ -86,16 +85,14 @@ def texts(examples):
 # ---- every name --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_row_of_every_data_set_becomes_these_texts(put, tmp_path, name):
     """Prompt and answers of one literal row, letter by letter, with its place and the row itself."""
     file, row, expected = CASES[name]
     examples = get_dataset(name, "all", data_dir=put(file, [row]))
     assert texts(examples) == expected
     assert [(example.row, example.record) for example in examples] == [(0, row)]
-    assert preference_datasets.local_file(name, tmp_path) == (
-        tmp_path / file if file.count("/") < 2 else None
-    )
+    assert preference_datasets.local_file(name, tmp_path) == (None if "/" in file[6:] else tmp_path / file)
 
 
 def test_shp_keeps_pairs_of_clear_preference(put):
@@ -115,7 +112,6 @@ def test_se_pairs_every_better_answer_with_every_worse(put):
     assert Counter((e.target.strip(), e.negative.strip()) for e in found) == Counter(expected)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="scores are compared outside the check of the row")
 def test_se_answers_without_a_score_are_a_bad_row(put):
     """A null score is reported as a bad row, not as a crash of the sort."""
     answers = [{"pm_score": None, "text": "a"}, {"pm_score": 1, "text": "b"}]
@@ -127,13 +123,12 @@ CODE = "<code>def f():\n    x = 1\n\n    return x</code>"
 HTML = [("<p>a</p>\n\n<p>b &amp; c</p>\n", "a\n\nb & c"), ("<ul><li>a</li><li>b</li></ul>", "a\n\nb")]
 HTML += [('a <a href="x">link</a> <img src="y"> <b>bold</b>', "a link  bold"), ("a < b", "a < b"), ("", "")]
 HTML += [("<pre><code>if x:\n    y</code></pre>", "<code>if x:\n    y</code>")]
-CUT = pytest.mark.xfail(strict=True, reason="an empty line takes the next one's indentation with it")
 
 
-@pytest.mark.parametrize(("html", "text"), [*HTML, pytest.param(CODE, CODE, marks=CUT)])
+@pytest.mark.parametrize(("html", "text"), [*HTML, (CODE, CODE)])
 def test_html_becomes_text(html, text):
     """Paragraphs stand apart, entities are characters, code keeps its tags and indentation, the rest goes."""
-    assert preference_datasets.html_to_text(html) == text
+    assert prompts.html_to_text(html) == text
 
 
 # ---- names and the hub -------------------------------------------------------------------------------------
@@ -190,11 +185,10 @@ def test_an_unreachable_hub_is_one_line(tmp_path, monkeypatch):
 
 # ---- splits and rows that are left out ---------------------------------------------------------------------
 
-RAW = pytest.mark.xfail(strict=True, reason="the prompt that is hashed has headers in one file only")
 TWINS = [("uc", "uc_m"), ("uc", "uc_m_aligner_common"), ("summ-sft", "summ-sft_m"), ("toy", "toy_m")]
 
 
-@pytest.mark.parametrize(("plain", "sampled"), [*TWINS, pytest.param("alpaca", "alpaca_m", marks=RAW)])
+@pytest.mark.parametrize(("plain", "sampled"), [*TWINS, ("alpaca", "alpaca_m")])
 def test_the_same_questions_are_held_out_of_plain_and_sampled_sets(put, plain, sampled):
     """30 questions, each twice: 6 are held out with both rows, the same ones in a file in another order."""
     rows = [ROW | {"instruction": f"Q{i % 30}?", "output": f"answer {i}"} for i in range(60)]
@@ -218,7 +212,7 @@ def test_at_least_one_question_is_held_out(put):
     for fraction, count in ((1e-9, 1), (0.0, 0), (1.0, 4)):
         assert len(get_dataset("uc", "heldout", data_dir=data_dir, heldout_fraction=fraction)) == count
         assert len(get_dataset("uc", "train", data_dir=data_dir, heldout_fraction=fraction)) == 5 - count
-    assert get_dataset("uc", "heldout", data_dir=data_dir)[0].row == 3, "in any process, on any machine"
+    assert get_dataset("uc", "heldout", data_dir=data_dir)[0].row == 1, "in any process, on any machine"
     assert len(get_dataset("uc", "train", data_dir=put(UC, [ROW]))) == 1
 
 
@@ -245,8 +239,7 @@ def test_hh_rows_of_two_questions_are_left_out(put, caplog):
         get_dataset("hh", "all", data_dir=data_dir)
 
 
-MOVED = pytest.mark.xfail(strict=True, reason="numbered after bad rows are dropped")
-LISTED = [pytest.param(name, marks=MOVED) for name in ("hh", "summ", "shp", "se")]
+LISTED = ["hh", "summ", "shp", "se"]
 
 
 @pytest.mark.parametrize("name", ["uc", "summ-sft_m", "hh_m", *LISTED])
