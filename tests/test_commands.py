@@ -272,7 +272,7 @@ def test_untrained_pairs_are_named_and_the_rest_runs(small_world, tmp_path):
 MISTAKES = {
     "train.py lrr=1 model=llama1b": "error: unknown key 'lrr': did you mean 'lr'?",
     "train.py model=lama1b": "error: unknown model 'lama1b': did you mean 'llama1b'?",
-    "train.py experiment=llama_uc data_dir=nowhere": "error: stage 'proposal' reads nowhere/train/ultrachat_ro",
+    "train.py experiment=llama_uc data_dir=nowhere": "error: stage 'proposal' reads nowhere/train/ultra",
     "pipeline.py experiment=demo output_dir=nowhere": "error: no such file: nowhere/data/seed0/test/toy_test",
     "pipeline.py": "error: evaluation.systems is empty: give experiment=NAME",
 }

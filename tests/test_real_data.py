@@ -16,8 +16,9 @@ from utils import write_json, write_jsonl
 pytestmark = needs_shared
 STORIES = SHARED / "models" / "tinystories-260k"
 FRESH = (
-    "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, \
-num_key_value_heads: 4, max_position_embeddings: 512, tie_word_embeddings: true, initializer_range: 0.05}"
+    "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+    "num_attention_heads: 4, num_key_value_heads: 4, max_position_embeddings: 512, "
+    "tie_word_embeddings: true, initializer_range: 0.05}"
 )
 
 
