@@ -180,6 +180,13 @@ def load_pair(proposal: str | None, aligner: str | None, tokenizer_path: str | N
                 f"{tokenizer_path or next(iter(sources.values()))} ({len(tokenizer)} tokens): a pair needs "
                 "one vocabulary"
             )
+        config = Path(sources[name]) / "config.json"
+        rows = read_json(config).get("vocab_size") if config.is_file() else None
+        if rows is not None and rows < len(tokenizer):
+            raise UserError(
+                f"the {name} ({sources[name]}) has {rows} vocabulary rows, the tokenizer {len(tokenizer)} "
+                "tokens: they do not belong together"
+            )
     bos = {name: card["add_bos"] for name, path in sources.items() if "add_bos" in (card := read_card(path))}
     if len(set(bos.values())) > 1:
         raise UserError(f"add_bos differs: {bos}; train both members of a pair alike")
@@ -188,3 +195,8 @@ def load_pair(proposal: str | None, aligner: str | None, tokenizer_path: str | N
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
+
+
+def finished_run(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "done.json"
+    return read_json(path) if path.is_file() else None

@@ -48,9 +48,10 @@ class PARParams:
 
         for field in fields(self):
             accepted = field.type | int if field.type in (float, float | None) else field.type
-            require(
-                isinstance(getattr(self, field.name), accepted), field.name, f"a value of type {field.type}"
-            )
+            wanted = getattr(field.type, "__name__", str(field.type)).replace("None", "null")
+            value = getattr(self, field.name)
+            fits = isinstance(value, accepted) and (field.type is bool or not isinstance(value, bool))
+            require(fits, field.name, f"a value of type {wanted}")
         require(self.sample_mode in SAMPLE_MODES, "sample_mode", f"one of {', '.join(SAMPLE_MODES)}")
         require(self.kl_fallback in KL_FALLBACKS, "kl_fallback", f"one of {', '.join(KL_FALLBACKS)}")
         for key in ("temperature", "base_temperature"):
@@ -64,7 +65,8 @@ class PARParams:
             require(getattr(self, key) > 0, key, "a number > 0 (1 = none)")
         require(self.div_threshold >= 0, "div_threshold", "a divergence in nats, >= 0")
         expert = self.expert_temperature
-        require(expert is None or expert >= 0, "expert_temperature", "null or a number >= 0")
+        allowed = expert is None or expert == 0 or expert >= 1e-4
+        require(allowed, "expert_temperature", "null, 0 (argmax) or a number >= 1e-4")
         n = self.n_candidates
         require(n is None or n >= 1, "n_candidates", "a count >= 1")
         require(

@@ -25,6 +25,7 @@ import report
 import sampling
 from par import PARParams
 from utils import (
+    BadRows,
     UserError,
     fingerprint,
     log,
@@ -37,7 +38,7 @@ from utils import (
     write_csv,
     write_json,
 )
-from validation import check_sampling, par_params
+from validation import check_sampling, check_types, par_params
 
 # data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
 # the instruction is the whole dialogue up to and including "\n\nAssistant: ".
@@ -48,6 +49,9 @@ test_files = {
     "summ-sft": {"summ": "openai_summarize_tldr_test_300.json"},
     "toy": {"facts": "toy_test.json"},
 }
+
+
+STEPS = ("generate", "judge", "leaderboard", "report")
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,12 @@ def resolve_system(
     for key in [*own, *by_task]:
         if key not in known:
             raise UserError(f"evaluation: unknown sampling key {key!r}: {nearest(key, known)}")
+    if "limit" in own:
+        raise UserError(
+            f"evaluation.systems.{name}.limit: systems are compared on the same rows; set sampling.limit"
+        )
     settings = OmegaConf.merge(config.sampling, by_task, own)
+    check_types({f"sampling.{key}": value for key, value in settings.items()}, recipes.all_keys())
     params = check_sampling(settings)
     paths = [spec.get(role) and recipes.model_source(spec[role], stages) for role in ("proposal", "aligner")]
     pair = sampling.Pair(*paths, settings.dtype, settings.tokenizer_path)
@@ -123,17 +132,24 @@ def settings_tag(pair: sampling.Pair, settings: DictConfig, seed: int) -> str:
         "dtype",
     )
     law = pair.law(par_params(s))
-    decides = [{key: s[key] for key in keys}, law, pair.proposal, pair.aligner, seed]
+    models = [path and Path(path).parts[-2:] for path in (pair.proposal, pair.aligner)]
+    decides = [{key: s[key] for key in keys}, law, models, seed]
     return "_".join([*parts, fingerprint(decides)[:8]])
 
 
-def read_test_rows(config: DictConfig, task: str) -> list[tuple[int, dict]]:
-    """Records of a task's test file with their row ids."""
+def read_test_rows(
+    systems: dict[str, System], config: DictConfig, task: str, folder: Path
+) -> list[tuple[int, dict]]:
+    """Records of a task's test file with their row ids; each has the fields that any of the systems reads."""
     tasks = pick(test_files, config.evaluation.dataset, "evaluation.dataset")
     path = Path(config.data_dir) / "test" / pick(tasks, task, f"task of {config.evaluation.dataset}")
-    keys = [config.sampling.input_key, config.sampling.output_key, config.sampling.get("system_key")]
-    rows = read_rows(path, [key for key in keys if key])
-    return rows[: config.sampling.limit]
+    settings = [system.settings for system in systems.values()]
+    keys = dict.fromkeys(key for s in settings for key in (s.input_key, s.output_key, s.system_key) if key)
+    bad = BadRows(config.on_bad_row)
+    rows = read_rows(path, list(keys), bad)
+    if not config.dry_run:
+        bad.report(folder / "bad_rows.jsonl")
+    return rows[: settings[0].limit]
 
 
 # ---- the steps ---------------------------------------------------------------------------------------------
@@ -151,45 +167,33 @@ def job_of(system: System, rows: list[tuple[int, dict]], config: DictConfig) -> 
         row_ids=[index for index, _ in rows],
         seed=config.seed,
         add_bos=config.add_bos,
+        key=system.settings.output_key,
+        extra={"generator": system.generator},
     )
 
 
-def read_answers(system: System, n: int) -> list[dict]:
-    """What `generate` kept of every row; raises UserError where that step has not run."""
-    path = sampling.trace_path(system.output)
-    if not path.is_file():
-        raise UserError(
-            f"no answers of {system.name} in {system.folder}: run evaluation.steps=[generate] first"
-        )
-    answers = [answer for _, answer in read_rows(path)]
-    if len(answers) != n:
-        raise UserError(
-            f"{path} holds {len(answers)} answers to {n} test rows: run evaluation.steps=[generate] again"
-        )
-    return answers
+Answers = dict[str, list[dict[str, Any]]]  # by system, in order of the test rows
 
 
 def judge(
-    systems: dict[str, System], rows: list[tuple[int, dict]], config: DictConfig
+    systems: dict[str, System], answers: Answers, rows: list[tuple[int, dict]], config: DictConfig
 ) -> dict[str, list[dict]]:
     """Judgements of every system by row, written beside its answers and read back where nothing changed."""
-    judge_function = pick(evaluation.JUDGES, config.judge.name, "judge")
+    judge_function = evaluation.JUDGES[config.judge.name]
     records = [row for _, row in rows]
     reference = config.evaluation.reference
     if reference == "output":
-        references = [row[config.sampling.output_key] for row in records]
+        key = next(iter(systems.values())).settings.output_key
+        references = [row[key] for row in records]
     else:
-        references = [
-            a["text"] for a in read_answers(pick(systems, reference, "evaluation.reference"), len(rows))
-        ]
+        references = [answer["text"] for answer in answers[reference]]
     judgements: dict[str, list[dict]] = {}
     for name, system in systems.items():
-        texts = [answer["text"] for answer in read_answers(system, len(rows))]
+        texts = [answer["text"] for answer in answers[name]]
         settings = OmegaConf.to_container(config.judge, resolve=True)
         inputs = fingerprint([settings, records, texts, references])
         path = system.folder / f"judgements_{settings['name']}_{fingerprint(reference)[:8]}.jsonl"
-        stored = read_json(sampling.marker(path)) if sampling.marker(path).is_file() else {}
-        if path.is_file() and stored.get("inputs") == inputs and not config.overwrite:
+        if not config.overwrite and sampling.is_made_from(path, inputs):
             judgements[name] = [row for _, row in read_rows(path)]
         else:
             judgements[name] = judge_function(records, texts, references)
@@ -198,13 +202,18 @@ def judge(
 
 
 def leaderboard(
-    systems: dict[str, System], judgements: dict[str, list[dict]], task: str, config: DictConfig
+    systems: dict[str, System],
+    answers: Answers,
+    judgements: dict[str, list[dict]],
+    task: str,
+    config: DictConfig,
 ) -> list[dict[str, Any]]:
     """One row of figures per system, also written beside its answers."""
     rows = []
     for name, system in systems.items():
-        answers = read_answers(system, len(judgements[name]))
-        figures = evaluation.summarise(judgements[name], answers, config.evaluation.bootstrap, config.seed)
+        figures = evaluation.summarise(
+            judgements[name], answers[name], config.evaluation.bootstrap, config.seed
+        )
         row = {"system": name, "dataset": config.evaluation.dataset, "task": task, **figures}
         row |= evaluation.style_shares(judgements[name])
         row |= {
@@ -261,18 +270,14 @@ def results(
     return {"systems": table, "decoding": decoding_figures, "seconds": seconds}
 
 
-def identical_to_plain(system: System, rows: list[tuple[int, dict]], config: DictConfig) -> bool:
-    """Decodes the first rows again, one at a time by the plain loop, and compares the answers token by
-    token.
-    """
-    n = config.evaluation.verify_rows
-    answers, job = read_answers(system, len(rows))[:n], job_of(system, rows[:n], config)
+def identical_to_plain(answers: list[dict], job: sampling.Job) -> bool:
+    """Decodes the first rows of a job again, one at a time by the plain loop, and compares token by token."""
     tokenizer, ids = job.encode()
     again = decoding.generate(
-        *system.pair.load(),
+        *job.pair.load(),
         tokenizer,
         ids,
-        system.params,
+        job.params,
         seed=job.seed,
         row_ids=job.row_ids,
         max_new_tokens=job.max_new_tokens,
@@ -288,30 +293,33 @@ def identical_to_plain(system: System, rows: list[tuple[int, dict]], config: Dic
 # ---- the report --------------------------------------------------------------------------------------------
 
 
-def training_seconds(stages: dict[str, recipes.Stage]) -> float:
+def training_seconds(stages: list[recipes.Stage]) -> float:
     """Time that the recipe's finished stages took."""
-    records = [stage.output / "done.json" for stage in stages.values() if stage.kind == "train"]
-    records += [sampling.speed_path(stage.output) for stage in stages.values() if stage.kind == "sample"]
+    records = [stage.output / "done.json" for stage in stages if stage.kind == "train"]
+    records += [sampling.speed_path(stage.output) for stage in stages if stage.kind == "sample"]
     return sum(read_json(path)["seconds"] for path in records if path.is_file())
 
 
-def training_curves(stages: dict[str, recipes.Stage]) -> dict[str, list[dict]]:
+def training_curves(stages: list[recipes.Stage]) -> dict[str, list[dict]]:
     """metrics.csv of every training stage that has run."""
     curves = {}
-    for name, stage in stages.items():
+    for stage in stages:
         path = stage.output / "metrics.csv"
         if stage.kind == "train" and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
-                curves[name] = list(csv.DictReader(file))
+                curves[stage.name] = list(csv.DictReader(file))
     return curves
 
 
 def side_by_side(
-    systems: dict[str, System], rows: list[tuple[int, dict]], judgements: dict[str, list[dict]], n: int
+    systems: dict[str, System],
+    answers: Answers,
+    rows: list[tuple[int, dict]],
+    judgements: dict[str, list[dict]],
+    n: int,
 ):
     """Answers of all systems to prompts spread evenly over the test file."""
     picked = sorted({round(i * (len(rows) - 1) / max(n - 1, 1)) for i in range(min(n, len(rows)))})
-    answers = {name: read_answers(system, len(rows)) for name, system in systems.items()}
     found = []
     for index in picked:
         shown = []
@@ -337,19 +345,27 @@ def side_by_side(
 
 
 def run_task(
-    task: str, config: DictConfig, stages: dict[str, recipes.Stage], given: set[str], folder: Path
+    task: str, config: DictConfig, stages: list[recipes.Stage], given: set[str], folder: Path
 ) -> None:
-    """All steps of one task."""
+    """All steps of one task; whatever cannot work is said before the first answer."""
     steps = list(config.evaluation.steps)
     systems = {
-        name: resolve_system(name, spec, task, config, stages, given)
+        name: resolve_system(name, spec, task, config, {stage.name: stage for stage in stages}, given)
         for name, spec in OmegaConf.to_container(config.evaluation.systems, resolve=True).items()
     }
-    rows = read_test_rows(config, task)
+    if config.evaluation.reference != "output":
+        pick(systems, config.evaluation.reference, "evaluation.reference (or output)")
+    rows = read_test_rows(systems, config, task, folder)
     for system in systems.values():
         for path in (system.pair.proposal, system.pair.aligner):
             if path:
                 checkpoints.find_model(path)
+                recipes.check_trained(
+                    stages, path, ignore=["seed"]
+                )  # of the noise; another one is another file
+    jobs = {name: job_of(system, rows, config) for name, system in systems.items()}
+    for job in jobs.values():
+        job.encode()
     if config.dry_run:
         for system in systems.values():
             log.info(
@@ -359,22 +375,20 @@ def run_task(
             )
         return
     if "generate" in steps:
-        for system in systems.values():
-            key, extra = system.settings.output_key, {"generator": system.generator}
-            sampling.answer_file(system.output, job_of(system, rows, config), key, extra, config.overwrite)
+        for name, system in systems.items():
+            sampling.answer_file(system.output, jobs[name], config.overwrite)
     if not set(steps) & {"judge", "leaderboard", "report"}:
         return
-    judgements = judge(systems, rows, config)
+    answers = {name: sampling.read_answers(system.output, jobs[name]) for name, system in systems.items()}
+    judgements = judge(systems, answers, rows, config)
     if not set(steps) & {"leaderboard", "report"}:
         return
-    board = leaderboard(systems, judgements, task, config)
+    board = leaderboard(systems, answers, judgements, task, config)
     write_csv(folder / "leaderboard.csv", board)
     pairs = [s for s in systems.values() if s.pair.proposal and s.pair.aligner]
-    identical = (
-        all(identical_to_plain(s, rows, config) for s in pairs)
-        if config.evaluation.verify_rows and pairs
-        else None
-    )
+    n, identical = config.evaluation.verify_rows, None
+    if n and pairs:
+        identical = all(identical_to_plain(answers[s.name][:n], job_of(s, rows[:n], config)) for s in pairs)
     write_json(folder / "results.json", results(board, systems, identical, training_seconds(stages)))
     log.info(
         f"{config.experiment_name}, task {task}, judge {config.judge.name}, "
@@ -393,7 +407,7 @@ def run_task(
             notes=notes,
             rows=board,
             curves=training_curves(stages),
-            answers=side_by_side(systems, rows, judgements, config.evaluation.examples),
+            answers=side_by_side(systems, answers, rows, judgements, config.evaluation.examples),
         )
         log.info(f"report   {folder / 'report.html'}")
 
@@ -402,8 +416,12 @@ def run(config: DictConfig, overrides: list[str]) -> None:
     """Evaluates every task of a recipe, then rebuilds the leaderboard of everything evaluated so far."""
     if not config.evaluation.systems:
         raise UserError("evaluation.systems is empty: give experiment=NAME (config/experiment/*.yaml)")
-    stages = {stage.name: stage for stage in recipes.resolve(overrides)}
-    tasks = list(config.evaluation.tasks)
+    stages, tasks = recipes.resolve(overrides), list(config.evaluation.tasks)
+    if not tasks:
+        raise UserError("evaluation.tasks is empty: name at least one, e.g. evaluation.tasks.helpful={}")
+    for step in config.evaluation.steps:
+        pick(dict.fromkeys(STEPS), step, "step")
+    pick(evaluation.JUDGES, config.judge.name, "judge")
     given = {recipes.key_of(override) for override in overrides}
     for task in tasks:
         folder = Path(config.report_dir) / (task if len(tasks) > 1 else "")

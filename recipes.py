@@ -5,6 +5,7 @@ given on the command line applies to every stage, `stage.NAME.key=value` to one.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
 from preference_datasets import DATASETS, local_file, parse_name
-from utils import UserError, nearest, pick
-from validation import check_sampling, check_training, check_types, literal
+from utils import UserError, how_to_get, log, nearest, pick
+from validation import check_keys, check_sampling, check_training, check_types, literal
 
 CONFIG_DIR = Path(__file__).resolve().parent / "config"
 GROUPS = ("model", "loss", "judge", "experiment")
@@ -115,10 +116,12 @@ def preflight(arguments: Sequence[str]) -> list[str]:
     """The arguments as Hydra takes them, checked here because Hydra explains a refusal at length.
 
     A stage may be given any key, whether or not its recipe names it, so `stage.NAME.key=` becomes
-    `++stage.NAME.key=`. Flags such as --help and --multirun are left to Hydra.
+    `++stage.NAME.key=`, and `stage.NAME.loss.key=`, where `loss` names the loss, goes to its `loss_settings`.
+    Flags such as --help and --multirun are left to Hydra.
     """
     opened = ("stage.", "evaluation.tasks.", "evaluation.systems.")
     arguments = [f"++{argument}" if argument.startswith(opened) else argument for argument in arguments]
+    arguments = [re.sub(r"^(\+\+stage\.[^.=]+\.(?:loss|model))\.", r"\1_settings.", a) for a in arguments]
     if not any(argument.startswith("-") for argument in arguments):
         compose(arguments)
     return arguments
@@ -127,6 +130,17 @@ def preflight(arguments: Sequence[str]) -> list[str]:
 @functools.cache
 def _known_keys(overrides: tuple[str, ...]) -> dict[str, Any]:
     return leaves(compose(overrides))
+
+
+@functools.cache
+def all_keys() -> dict[str, Any]:
+    """Every key that means something, with its default: config.yaml's, and what the groups' files add."""
+    found = dict(_known_keys(()))
+    for group in ("loss", "judge"):
+        for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
+            choice = _known_keys((f"{group}={path.stem}",))
+            found |= {key: choice[key] for key in choice if key not in found}
+    return found
 
 
 def key_of(override: str) -> str:
@@ -161,7 +175,10 @@ def _explain(overrides: Sequence[str], error: Exception) -> str:
         try:
             _compose([*groups, override])
         except Exception:
-            known = leaves(_compose(groups))
+            try:
+                known = leaves(_compose(groups))
+            except Exception:  # the files themselves do not fit together
+                break
             if key not in known:
                 return f"unknown key {key!r}: {nearest(key, known) or 'config/config.yaml lists them all'}"
             return f"{override}: not a value that {key} can take; quote text with special characters"
@@ -186,12 +203,15 @@ def leaves(config: DictConfig) -> dict[str, Any]:
 def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> DictConfig:
     """The configuration of one stage: the recipe's, then the stage's keys, then what the user gave."""
     groups = [f"{group}={spec[group]}" for group in ("model", "loss") if group in spec]
-    keys = {
-        key: value for key, value in spec.items() if key not in ("model", "loss", *STAGE_KEYS[spec["kind"]])
-    }
-    for group in ("model", "loss"):
-        for key, value in keys.pop(f"{group}_settings", {}).items():
-            keys[f"{group}.{key}"] = value
+    keys: dict[str, Any] = {}
+    for key, value in spec.items():
+        section = key.removesuffix("_settings")
+        if section != key or key in ("sampling", "divergence", "wandb"):
+            if not isinstance(value, dict):
+                raise UserError(f"stage.{name}.{key}={value!r}: expected keys below it, as in {{key: value}}")
+            keys |= {f"{section}.{inner}": v for inner, v in value.items()}
+        elif key not in ("model", "loss", *STAGE_KEYS[spec["kind"]]):
+            keys[key] = value
     own = {key: f"{key}={literal(value)}" for key, value in keys.items()}
 
     # `loss.alpha=` is meant for the stages whose loss has an alpha, and so on.
@@ -217,6 +237,9 @@ def resolve(overrides: Sequence[str]) -> list[Stage]:
     Raises UserError for anything that can be known to be wrong without loading a model or data.
     """
     config = compose(overrides)
+    found = leaves(config)
+    check_keys(found, all_keys())
+    check_types(found, all_keys())
     if not config.stage:
         return [_stage("run", {"kind": "train"}, config, {})]
     for override in overrides:
@@ -227,8 +250,10 @@ def resolve(overrides: Sequence[str]) -> list[Stage]:
             )
     stages: dict[str, Stage] = {}
     for name, spec in OmegaConf.to_container(config.stage, resolve=True).items():
-        if "kind" not in spec:
-            known = [other for other, others in config.stage.items() if "kind" in others]
+        if not isinstance(spec, dict) or "kind" not in spec:
+            known = [
+                key for key, other in config.stage.items() if OmegaConf.is_dict(other) and "kind" in other
+            ]
             raise UserError(f"unknown stage {name!r}: {nearest(name, known)}")
         pick(STAGE_KEYS, spec["kind"], f"kind of stage.{name}")
         if any(OmegaConf.select(config, key) != value for key, value in spec.get("only_if", {}).items()):
@@ -238,7 +263,8 @@ def resolve(overrides: Sequence[str]) -> list[Stage]:
 
 
 def _stage(name: str, spec: dict[str, Any], config: DictConfig, earlier: dict[str, Stage]) -> Stage:
-    check_types(leaves(config), _known_keys(()))
+    found = leaves(config)
+    check_types(found, all_keys())
     kind, data_dir = spec["kind"], Path(config.data_dir)
     if kind == "world":
         return Stage(name, kind, config, data_dir)
@@ -256,6 +282,12 @@ def _stage(name: str, spec: dict[str, Any], config: DictConfig, earlier: dict[st
     if spec.get("init_from"):
         OmegaConf.update(config, "model.archive", model_source(spec["init_from"], earlier))
     check_training(config)
+    for key in _known_keys((f"loss={config.loss.name}",)):
+        if key.startswith("loss.") and key not in found:
+            raise UserError(
+                f"{key} is not set, but loss.name={config.loss.name} needs it: choose a loss by "
+                f"loss={config.loss.name}, which reads config/loss/{config.loss.name}.yaml"
+            )
     model = config.model
     source = model.archive if model.archive or model.architecture else model.name_or_path or model.hub_id
     output = Path(config.output_dir) / "model" / run_name(config)
@@ -300,19 +332,48 @@ def identity(config: DictConfig) -> dict[str, Any]:
 
 def check_inputs(stages: Sequence[Stage], running: Sequence[Stage]) -> None:
     """Raises UserError where a stage to run needs a file or weights that neither exist nor come from one
-    before it.
+    before it, or weights of a stage that was trained with other settings.
     """
     made: set[str] = set()
+    for stage in running:
+        for path in stage.reads:
+            if not path.is_file() and str(path) not in made and str(path.parent.parent) not in made:
+                raise UserError(
+                    f"stage {stage.name!r} reads {path}, which is not there: {_maker(path, stages)}"
+                )
+        if stage.source and stage.source not in made:
+            model = stage.config.model
+            if model.archive or not model.architecture:
+                checkpoints.find_model(stage.source, None if model.archive else model.hub_id, quiet=True)
+            check_trained(stages, stage.source)
+        made |= {str(stage.output), str(stage.weights)}
+
+
+def check_trained(stages: Sequence[Stage], source: str, ignore: Sequence[str] = ()) -> None:
+    """Raises UserError where `source` is a stage's weights and that run was trained with other settings.
+
+    ignore: keys that may differ. Weights without a record of their training are taken as they are.
+    """
     for stage in stages:
-        if stage in running:
-            for path in stage.reads:
-                if not path.is_file() and str(path) not in made and str(path.parent.parent) not in made:
-                    raise UserError(
-                        f"stage {stage.name!r} reads {path}, which is not there: {_maker(path, stages)}"
-                    )
-            if stage.source and f"{stage.source}" not in made and not stage.config.model.architecture:
-                checkpoints.find_model(stage.source, stage.config.model.hub_id, quiet=True)
-            made |= {str(stage.output), str(stage.weights)}
+        if stage.kind != "train" or str(stage.weights) != source:
+            continue
+        done = checkpoints.finished_run(stage.output)
+        if done is None:  # LATEST appears when training ends: these weights were brought from elsewhere
+            log.info(f"stage {stage.name}: {source} was not trained here and is used as it is")
+            return
+        now = identity(stage.config)
+        before = {key: now.get(key) if key in ignore else value for key, value in done["settings"].items()}
+        if changed := differences(before, now):
+            raise UserError(
+                f"stage {stage.name!r}: {stage.output} was trained with other settings ({changed}); give "
+                f"those it was trained with, or train it again (stages=[{stage.name}] overwrite=true)"
+            )
+
+
+def differences(before: dict, now: dict) -> str:
+    """The keys that differ between two settings, as `key: old -> new`."""
+    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
 
 
 def _maker(path: Path, stages: Sequence[Stage]) -> str:
@@ -321,7 +382,7 @@ def _maker(path: Path, stages: Sequence[Stage]) -> str:
     ]
     if makers:
         return f"run stage {makers[0]!r} first (stages=[{makers[0]}])"
-    return "`bash bin/prepare_data.sh` makes the data files; data_dir says where they lie"
+    return how_to_get(path)
 
 
 def select(stages: Sequence[Stage], wanted: Sequence[str] | None) -> list[Stage]:

@@ -32,6 +32,7 @@ from utils import (
     pick_device,
     progress,
     read_json,
+    read_rows,
     replacing,
     write_json,
     write_jsonl,
@@ -69,8 +70,8 @@ class Pair:
 class Job:
     """A file of answers before it is made: everything that decides them.
 
-    records: the input rows, written back beside the answers. settings: the `sampling` keys. label: for the
-    log.
+    records: the input rows, written back beside the answers, which go under `key`; extra: what else each
+    written row gets. settings: the `sampling` keys. label: for the log.
     """
 
     label: str
@@ -82,6 +83,8 @@ class Job:
     row_ids: list[int]
     seed: int
     add_bos: bool
+    key: str
+    extra: dict[str, Any]
 
     @property
     def max_new_tokens(self) -> int:
@@ -109,6 +112,8 @@ class Job:
                 settings.max_length,
                 settings.max_prompt_length,
                 settings.stop_str,
+                self.key,
+                self.extra,
             ]
         )
 
@@ -123,6 +128,10 @@ class Job:
         if add_bos != self.add_bos:
             log.info(f"{self.label}: add_bos={str(add_bos).lower()}, as the models were trained")
         ids, cut = encode_prompts(tokenizer, self.prompts, self.settings.max_prompt_length, add_bos)
+        if empty := [row for row, given in zip(self.row_ids, ids, strict=True) if not given]:
+            raise UserError(
+                f"{self.label}: the prompt of row {empty[0]} is empty; a model needs a first token"
+            )
         settings = self.settings
         if cut and settings.template != prompts.TEMPLATE and not settings.multiround:
             raise UserError(
@@ -245,8 +254,8 @@ def pieces(tokenizer, token_ids: Sequence[int]) -> list[str]:
     return found
 
 
-def answer_file(output: Path, job: Job, key: str, extra: dict[str, Any], overwrite: bool) -> None:
-    """Makes `output`: every record with its answer under `key` and `extra` beside it, in order of the input.
+def answer_file(output: Path, job: Job, overwrite: bool) -> None:
+    """Makes `output`: every record with its answer under `job.key`, in order of the input.
 
     A finished file of the same job is left alone; an unfinished one goes on where it stopped. The answers'
     figures go to OUTPUT.trace.jsonl. Raises UserError where the file is another job's and overwrite is not
@@ -258,10 +267,25 @@ def answer_file(output: Path, job: Job, key: str, extra: dict[str, Any], overwri
     part = PartFile(output.with_name(f"{output.name}.part"), job.identity, overwrite)
     answers = answer_all(job, part)
     write_jsonl(trace_path(output), answers)
-    rows = [{**row, key: answer["text"], **extra} for row, answer in zip(job.records, answers, strict=True)]
-    write_marked(output, rows, job.identity)
+    rows = [
+        {**row, job.key: answer["text"], **job.extra}
+        for row, answer in zip(job.records, answers, strict=True)
+    ]
+    write_marked(output, rows, job.identity, trace_path(output))
     part.remove()
     log.info(f"saved    {output}")
+
+
+def read_answers(output: Path, job: Job) -> list[dict[str, Any]]:
+    """What `answer_file` kept of every answer; raises UserError where the file is not this job's,
+    finished.
+    """
+    if not output.is_file():
+        raise UserError(f"{job.label}: no answers in {output.parent}: run evaluation.steps=[generate] first")
+    if not marker(output).is_file():
+        raise UserError(f"{job.label}: {output} was not made here; move it away, or set overwrite=true")
+    verify(output, job.identity, job.label)
+    return [answer for _, answer in read_rows(trace_path(output))]
 
 
 def speed_path(output: Path) -> Path:
@@ -272,29 +296,35 @@ def trace_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.trace.jsonl")
 
 
-def sample_training_set(stage, overwrite: bool) -> None:
-    """The sample stage: answers every training prompt once with the proposal, under the key `sampling`."""
+def sample_job(stage) -> tuple[Job, BadRows]:
+    """What a sample stage has to decode: every training prompt once, the answer under the key `sampling`."""
     config, settings = stage.config, stage.config.sampling
     name, bad = config.datasets[0], BadRows(config.on_bad_row)
     examples = get_dataset(
         name, "all", data_dir=config.data_dir, cache_dir=hub_cache(config.local_dirs), bad=bad
     )
     examples = examples[: settings.limit]
-    params = PARParams(**{key: settings[key] for key in PARParams.field_names()})
-    proposal = checkpoints.find_model(stage.source)
     job = Job(
         label=f"stage {stage.name}",
-        pair=Pair(proposal, None, settings.dtype, settings.tokenizer_path),
-        params=params,
+        pair=Pair(checkpoints.find_model(stage.source), None, settings.dtype, settings.tokenizer_path),
+        params=PARParams(**{key: settings[key] for key in PARParams.field_names()}),
         settings=settings,
         records=[example.record for example in examples],
         prompts=[example.prompt for example in examples],
         row_ids=[example.row for example in examples],
         seed=config.seed,
         add_bos=config.add_bos,
+        key="sampling",
+        extra={},
     )
+    return job, bad
+
+
+def sample_training_set(stage, overwrite: bool) -> None:
+    """The sample stage: answers every training prompt once with the proposal."""
+    job, bad = sample_job(stage)
     bad.report(stage.output.with_name(f"{stage.output.name}.bad_rows.jsonl"))
-    answer_file(stage.output, job, "sampling", {}, overwrite)
+    answer_file(stage.output, job, overwrite)
 
 
 # ---- files that say what they were made from ---------------------------------------------------------------
@@ -310,27 +340,46 @@ def finished(path: Path, inputs: str, overwrite: bool, what: str) -> bool:
     """
     if not path.is_file() or overwrite:
         return False
-    meta = read_json(marker(path)) if marker(path).is_file() else {}
-    if not meta:
+    if not marker(path).is_file():
         log.info(f"{what}: {path} was not made here and is used as it is (overwrite=true makes it anew)")
         return True
-    if meta.get("inputs") != inputs:
-        raise UserError(
-            f"{what}: {path} was made from other settings, weights or rows; set overwrite=true to make it "
-            "anew, or change data_dir or output_dir to keep both"
-        )
-    if meta.get("sha256") != file_sha256(path):
-        raise UserError(
-            f"{what}: {path} was changed or cut short after it was written; set overwrite=true to remake it"
-        )
+    verify(path, inputs, what)
     log.info(f"{what}: done before, {path}")
     return True
 
 
-def write_marked(path: Path, rows: Sequence[dict[str, Any]], inputs: str) -> None:
-    """Writes rows as .json or .jsonl with a marker of what they were made from; the marker comes first.
+def verify(path: Path, inputs: str, what: str) -> None:
+    """Raises UserError where a marked file was made from other inputs, or is no longer what was written."""
+    meta = read_json(marker(path))
+    if not isinstance(meta, dict) or meta.get("inputs") != inputs or not isinstance(meta.get("sha256"), dict):
+        raise UserError(
+            f"{what}: {path} was made from other settings, weights or rows; set overwrite=true to make it "
+            "anew, or change data_dir or output_dir to keep both"
+        )
+    for name, digest in meta["sha256"].items():
+        file = path.with_name(name)
+        if not file.is_file() or file_sha256(file) != digest:
+            raise UserError(
+                f"{what}: {file} was changed or cut short after it was written; set overwrite=true to "
+                "remake it"
+            )
 
-    A file without a marker counts as the user's own, so at no moment may ours be without.
+
+def is_made_from(path: Path, inputs: str) -> bool:
+    """Whether a marked file is there, whole, and made from these inputs."""
+    if not (path.is_file() and marker(path).is_file()):
+        return False
+    try:
+        verify(path, inputs, path.name)
+    except UserError:
+        return False
+    return True
+
+
+def write_marked(path: Path, rows: Sequence[dict[str, Any]], inputs: str, *beside: Path) -> None:
+    """Writes rows as .json or .jsonl with a marker of what they, and the files `beside`, were made from.
+
+    The marker comes first: a file without one counts as the user's own, so at no moment may ours be without.
     """
     with replacing(path) as aside:
         with open(aside, "w", encoding="utf-8") as file:
@@ -338,4 +387,5 @@ def write_marked(path: Path, rows: Sequence[dict[str, Any]], inputs: str) -> Non
                 json.dump(list(rows), file, indent=1, ensure_ascii=False)
             else:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_json(marker(path), {"inputs": inputs, "rows": len(rows), "sha256": file_sha256(aside)})
+        digests = {path.name: file_sha256(aside)} | {other.name: file_sha256(other) for other in beside}
+        write_json(marker(path), {"inputs": inputs, "rows": len(rows), "sha256": digests})

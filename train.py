@@ -38,7 +38,7 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     identity = recipes.identity(config)
     done_file = run_dir / "done.json"
     done = read_json(done_file) if done_file.is_file() and not overwrite else None
-    if done is not None and (changed := differences(done["settings"], identity)):
+    if done is not None and (changed := recipes.differences(done["settings"], identity)):
         raise UserError(
             f"stage {stage.name}: {run_dir} holds a run with other settings ({changed}); set "
             "overwrite=true to replace it, or exp_flag=NAME to keep both"
@@ -99,12 +99,6 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
         write_json(done_file, record)
 
 
-def differences(before: dict, now: dict) -> str:
-    """The keys that differ between two settings, as `key: old -> new`."""
-    changed = [key for key in before | now if before.get(key) != now.get(key)]
-    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
-
-
 def sample_stage(stage: recipes.Stage, overwrite: bool) -> None:
     sampling.sample_training_set(stage, overwrite)
 
@@ -156,6 +150,20 @@ def describe(stage: recipes.Stage) -> str:
     return "\n".join(lines)
 
 
+def check_samples(stages: list[recipes.Stage], running: list[recipes.Stage]) -> None:
+    """Raises UserError where a stage reads samples that a sample stage left out of this run would make
+    otherwise.
+
+    Samples can be carried to where their proposal is not; then only the files are checked, as they are read.
+    """
+    for stage in stages:
+        read = any(stage.output in other.reads for other in running)
+        if stage.kind == "sample" and stage not in running and read and Path(stage.source).is_dir():
+            recipes.check_trained(stages, stage.source)
+            job, _ = sampling.sample_job(stage)
+            sampling.finished(stage.output, job.identity, False, job.label)
+
+
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def main(config: DictConfig) -> None:
     run_entry_point(lambda: run(config, list(HydraConfig.get().overrides.task)))
@@ -169,6 +177,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
         for stage in running:
             log.info(describe(stage))
     recipes.check_inputs(stages, running)
+    check_samples(stages, running)
     if config.dry_run:
         log.info(f"{len(running)} stages: everything they need is there or made by an earlier one")
         return

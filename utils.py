@@ -149,7 +149,7 @@ def read_rows(
     path, bad = Path(path), bad or BadRows()
     types = required if isinstance(required, dict) else dict.fromkeys(required, str)
     if not path.is_file():
-        raise UserError(f"no such file: {path}; {_how_to_get(path)}")
+        raise UserError(f"no such file: {path}; {how_to_get(path)}")
     rows: list[tuple[int, Any, str]] = []
     try:
         with open_text(path) as file:
@@ -208,7 +208,8 @@ def count_lines(path: Path) -> int:
         return sum(1 for _ in file)
 
 
-def _how_to_get(path: Path) -> str:
+def how_to_get(path: Path) -> str:
+    """Who makes a data file that is not there."""
     if "_sampling_" in path.name:
         return "the sample stage writes it: run train.py with stages=[sample] first"
     return "`bash bin/prepare_data.sh` makes the data files, or check data_dir"

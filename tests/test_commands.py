@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,71 @@ def test_changed_settings_are_refused_not_reused(finished):
         run(train, "experiment=demo", f"output_dir={finished}", *SMALL, "max_grad_norm=2.0")
     with pytest.raises(UserError, match="holds a toy world of other settings"):
         run(train, "experiment=demo", f"output_dir={finished}", *SMALL, "world.entities=9")
+    assert snapshot(finished) == before
+
+
+def copy_of(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_evaluation_refuses_weights_of_other_settings(finished):
+    """pipeline.py with settings that the run folder was not trained with: refused, and nothing written."""
+    before = snapshot(finished)
+    with pytest.raises(
+        UserError, match=r"trained with other settings \(max_grad_norm: 1.0 -> 2.0\); give those"
+    ):
+        run(pipeline, "experiment=demo", f"output_dir={finished}", *SMALL, "max_grad_norm=2.0")
+    assert snapshot(finished) == before
+
+
+def test_a_stage_alone_refuses_what_other_settings_made(finished, tmp_path):
+    """stages=[...] checks what it reads: samples of another temperature, weights of another schedule."""
+    small = ["experiment=demo", f"output_dir={copy_of(finished, tmp_path)}", *SMALL]
+    with pytest.raises(UserError, match="_sampling_toy-large.jsonl was made from other settings"):
+        run(train, *small, "stages=[aligner]", "stage.sample.sampling.base_temperature=0.7")
+    with pytest.raises(UserError, match=r"stage 'proposal': .* other settings \(lr: 5e-05 -> 0.01\)"):
+        run(
+            train,
+            *small,
+            "stages=[sample]",
+            "stage.proposal.lr=0.01",
+            "stage.proposal.exp_name=" + (next((tmp_path / "copy" / "model").glob("wu_*")).name),
+        )
+    run(train, *small, "stages=[aligner]")
+
+
+def test_judging_alone_refuses_answers_to_other_rows(finished, tmp_path):
+    """Answers are judged only where they answer these rows by these weights, and are as they were written."""
+    folder = copy_of(finished, tmp_path)
+    small = ["experiment=demo", f"output_dir={folder}", *SMALL, "evaluation.steps=[judge]"]
+    run(pipeline, *small)
+    test = folder / "data" / "seed0" / "test" / "toy_test.json"
+    rows = json.loads(test.read_text())
+    write_json(test, [rows[0] | {"instruction": "What is the dish of Nobody?"}, *rows[1:]])
+    with pytest.raises(UserError, match="output.json was made from other settings, weights or rows"):
+        run(pipeline, *small)
+    write_json(test, rows)
+    trace = next(folder.glob("toy/facts/*/*/output.trace.jsonl"))
+    trace.write_text(trace.read_text().replace('"text": "', '"text": "!', 1))
+    with pytest.raises(UserError, match="trace.jsonl was changed or cut short after it was written"):
+        run(pipeline, *small)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("evaluation.reference=proposa", "unknown evaluation.reference .* did you mean 'proposal'"),
+        ("evaluation.steps=[jugde]", "unknown step 'jugde': did you mean 'judge'"),
+        ("evaluation.systems.proposal.limit=3", "compared on the same rows; set sampling.limit"),
+        ("evaluation.systems.proposal.temprature=3", "unknown sampling key 'temprature'"),
+        ("evaluation.tasks.facts.temperature=hot", "sampling.temperature='hot': expected float"),
+    ],
+)
+def test_evaluation_is_refused_before_it_decodes(finished, override, message):
+    before = snapshot(finished)
+    with pytest.raises(UserError, match=message):
+        run(pipeline, "experiment=demo", f"output_dir={finished}", *SMALL, override)
     assert snapshot(finished) == before
 
 

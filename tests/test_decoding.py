@@ -16,14 +16,28 @@ import par
 from par import PARParams
 
 KNOBS = {
-    "temperature": 0.8, "top_p": 0.93, "repetition_penalty": 1.4, "base_temperature": 1.2, "base_top_p": 0.9,
-    "base_repetition_penalty": 1.3, "n_candidates": 3, "expert_temperature": 1.5, "div_threshold": 1.2,
-}  # fmt: skip
+    "temperature": 0.8,
+    "top_p": 0.93,
+    "repetition_penalty": 1.4,
+    "base_temperature": 1.2,
+    "base_top_p": 0.9,
+    "base_repetition_penalty": 1.3,
+    "n_candidates": 3,
+    "expert_temperature": 1.5,
+    "div_threshold": 1.2,
+}
 OTHERS = {  # settings so near that a law must be told from theirs
-    "temperature": 1.1, "top_p": 1.0, "repetition_penalty": 1.0, "base_temperature": 1.6, "base_top_p": 1.0,
-    "base_repetition_penalty": 1.0, "n_candidates": 1, "expert_temperature": 1.0, "div_threshold": 9.0,
+    "temperature": 1.1,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "base_temperature": 1.6,
+    "base_top_p": 1.0,
+    "base_repetition_penalty": 1.0,
+    "n_candidates": 1,
+    "expert_temperature": 1.0,
+    "div_threshold": 9.0,
     "eos_priority": False,
-}  # fmt: skip
+}
 BOTH, PROPOSAL, ALIGNER = (True, True), (True, False), (False, True)
 POST, NUCLEUS = ["temperature", "top_p", "repetition_penalty"], ["base_temperature", "base_top_p"]
 CASES = {  # name -> models, settings, the settings that its law depends on
@@ -272,9 +286,13 @@ def test_greedy_equals_transformers(roles, penalty):
         ids = torch.tensor([LETTERS(prompt).input_ids])
         special = {"eos_token_id": LETTERS.eos_token_id, "pad_token_id": LETTERS.pad_token_id}
         answer = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16,
-            repetition_penalty=penalty, **special,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=16,
+            repetition_penalty=penalty,
+            **special,
+        )
         expected.append(answer[0, ids.shape[1] :].tolist())
     found = [g.token_ids for g in run(roles, PARParams(**keys), prompts, stop=())]
     assert found == expected

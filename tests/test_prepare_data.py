@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
-from omegaconf import OmegaConf
 
 import pipeline
 import prepare_data
+import recipes
 import utils
 from preference_datasets import get_dataset
 from utils import UserError, read_rows
@@ -387,12 +388,9 @@ def test_a_connection_lost_on_the_way_leaves_no_half_file(prepare, monkeypatch, 
 
 def read_test_rows(data_dir, dataset, task):
     """What pipeline.py reads of a test file, found by the names in its table."""
-    config = {
-        "data_dir": str(data_dir),
-        "evaluation": {"dataset": dataset},
-        "sampling": {"input_key": "instruction", "output_key": "output", "limit": None},
-    }
-    return [row for _, row in pipeline.read_test_rows(OmegaConf.create(config), task)]
+    config = recipes.compose([f"data_dir={data_dir}", f"evaluation.dataset={dataset}"])
+    systems = {"any": SimpleNamespace(settings=config.sampling)}
+    return [row for _, row in pipeline.read_test_rows(systems, config, task, data_dir)]
 
 
 @needs_real

@@ -245,6 +245,36 @@ REFUSED = {
         [*TRAIN, "model.policy_dtype=bfloat16"],
         r"only float32; narrower weights do not move",
     ),
+    "list": ([*TRAIN, "stages=aligner"], r"stages='aligner': expected list, e.g. stages=\[aligner\]"),
+    "list of names": (
+        ["model=llama1b", "datasets=uc"],
+        r"datasets='uc': expected list, e.g. datasets=\[uc\]",
+    ),
+    "null section": ([*TRAIN, "sampling=null"], r"sampling=None: expected keys below it, e.g. sampling."),
+    "not finite": ([*TRAIN, "lr=nan"], r"lr=nan: expected a finite number"),
+    "no examples": ([*TRAIN, "n_examples=0"], r"n_examples=0: expected a number in \[1, inf\)"),
+    "no epochs": ([*TRAIN, "n_epochs=-1"], r"n_epochs=-1: expected a number in \[1, inf\)"),
+    "held-out share": ([*TRAIN, "heldout_fraction=1.0"], r"heldout_fraction=1.0: .*\[0, 1\)"),
+    "seed": ([*TRAIN, "seed=-1"], r"seed=-1: expected a number in \[0, inf\)"),
+    "beta": ([*TRAIN, "loss=dpo", "loss.beta=0"], r"loss.beta=0: expected a number in \(0, inf\)"),
+    "smoothing": ([*TRAIN, "loss=dpo", "loss.label_smoothing=0.5"], r"label_smoothing=0.5: .*\[0, 0.5\)"),
+    "loss name": ([*TRAIN, "loss.name=dpo"], r"loss.beta is not set.*choose a loss by loss=dpo"),
+    "reference type": (
+        [*TRAIN, "loss=dpo", "model.reference_dtype=int8"],
+        r"reference_dtype='int8': .*one of",
+    ),
+    "folder name": ([*TRAIN, "exp_name=../x"], r"exp_name='../x': expected a name that a folder can have"),
+    "schedule": ([*TRAIN, "lr_schedule=linear"], r"lr_schedule='linear': expected one of constant, cosine"),
+    "wandb": ([*TRAIN, "wandb.mode=on"], r"wandb.mode='?\w+'?: expected"),
+    "rows at once": ([*TRAIN, "sampling.batch_size=0"], r"sampling.batch_size=0: expected"),
+    "settings of a stage": (
+        ["experiment=demo", "++stage.aligner.loss_settings=3"],
+        r"stage.aligner.loss_settings=3: expected keys below it",
+    ),
+    "samples at evaluation": (
+        [*TRAIN, "sample_during_eval=true", "sampling.sample_mode=snis"],
+        r"n_candidates",
+    ),
     "alpha": ([*TRAIN, "loss=ours_sft", "loss.alpha=2"], r"loss.alpha=2: expected a number in \[0, 1\]"),
     "lr": ([*TRAIN, "lr=0"], r"lr=0: expected"),
     "root model in a recipe": (["experiment=llama_uc", "model=llama3b"], r"pair.aligner="),
@@ -276,6 +306,36 @@ def test_refused_in_one_line(case):
     with pytest.raises(UserError, match=message) as error:
         recipes.resolve(overrides)
     assert "\n" not in str(error.value)
+
+
+def test_every_key_of_a_file_must_mean_something(tmp_path, monkeypatch):
+    """A key that a YAML file misspells is refused, not ignored."""
+    import shutil
+
+    shutil.copytree(CONFIG, tmp_path / "config")
+    monkeypatch.setattr(recipes, "CONFIG_DIR", tmp_path / "config")
+    for group, name, line, key in (
+        ("experiment", "llama_uc", "batch_sise: 2", "batch_sise"),
+        ("experiment", "llama_uc", "sampling: {base_temprature: 1}", "sampling.base_temprature"),
+        ("model", "llama1b", "blok_name: x", "model.blok_name"),
+    ):
+        path = tmp_path / "config" / group / f"{name}.yaml"
+        text = path.read_text()
+        path.write_text(f"{text}\n{line}\n")
+        overrides = ["experiment=llama_uc"] if group == "experiment" else TRAIN
+        with pytest.raises(UserError, match=f"unknown key '{key}'.*did you mean"):
+            recipes.resolve(overrides)
+        path.write_text(text)
+    recipes.resolve(TRAIN)
+
+
+def test_settings_of_a_stages_loss():
+    """`stage.NAME.loss.key=` reaches the one stage; text with quotes and backslashes arrives as it was."""
+    overrides = recipes.preflight(["experiment=demo", "stage.aligner.loss.alpha=0.5"])
+    stages = {stage.name: stage for stage in recipes.resolve(overrides)}
+    assert stages["aligner"].config.loss.alpha == 0.5
+    for text in ("\n\nHuman", "\\n", "it's", "a\\'b", "x\\"):
+        assert recipes.compose([f"sampling.stop_str={recipes.literal(text)}"]).sampling.stop_str == text
 
 
 def test_missing_inputs_name_who_makes_them(tmp_path):

@@ -15,21 +15,48 @@ EVIL = """<script>alert("x")</script> & 'quoted' " onmouseover="alert(1)"""
 
 ROWS = [
     {
-        "system": "ours: large + small", "n": 1210, "judge": "exact", "reference": "chosen",
-        "win_rate": 0.7312, "win_rate_low": 0.7061, "win_rate_high": 0.7554,
-        "both": 0.642, "both_low": 0.615, "both_high": 0.669, "correct": 0.801, "aligned": 0.799,
-        "average_length": 34.2, "fallback_fraction": 0.183, "mean_kl": 0.0721, "acceptance": 0.655,
+        "system": "ours: large + small",
+        "n": 1210,
+        "judge": "exact",
+        "reference": "chosen",
+        "win_rate": 0.7312,
+        "win_rate_low": 0.7061,
+        "win_rate_high": 0.7554,
+        "both": 0.642,
+        "both_low": 0.615,
+        "both_high": 0.669,
+        "correct": 0.801,
+        "aligned": 0.799,
+        "average_length": 34.2,
+        "fallback_fraction": 0.183,
+        "mean_kl": 0.0721,
+        "acceptance": 0.655,
     },
     {
-        "system": "ours: tight threshold", "n": 1210, "judge": "exact", "reference": "chosen",
-        "win_rate": 0.5, "win_rate_low": 0.47, "win_rate_high": 0.53, "both": None,
-        "average_length": 30.0, "fallback_fraction": 0.783, "mean_kl": 0.4, "acceptance": math.nan,
+        "system": "ours: tight threshold",
+        "n": 1210,
+        "judge": "exact",
+        "reference": "chosen",
+        "win_rate": 0.5,
+        "win_rate_low": 0.47,
+        "win_rate_high": 0.53,
+        "both": None,
+        "average_length": 30.0,
+        "fallback_fraction": 0.783,
+        "mean_kl": 0.4,
+        "acceptance": math.nan,
     },
     {
-        "system": "large, sft", "n": 1210, "judge": "exact", "reference": "chosen", "average_length": 27.9,
-        "win_rate": 0.45, "win_rate_low": 0.42, "win_rate_high": 0.48,
+        "system": "large, sft",
+        "n": 1210,
+        "judge": "exact",
+        "reference": "chosen",
+        "average_length": 27.9,
+        "win_rate": 0.45,
+        "win_rate_low": 0.42,
+        "win_rate_high": 0.48,
     },
-]  # fmt: skip
+]
 
 
 def record(split, examples, loss, target="", sampled=""):
@@ -57,9 +84,12 @@ def make_curves():
 def make_answers():
     tokens = ["The", " colour", " is", "\n", " teal", "."]
     pair = {
-        "system": "ours: large + small", "text": "The colour is\n teal.", "verdict": "won", "tokens": tokens,
+        "system": "ours: large + small",
+        "text": "The colour is\n teal.",
+        "verdict": "won",
+        "tokens": tokens,
         "events": ["agreed", "changed", "fell_back", "changed", "agreed", "agreed"],
-    }  # fmt: skip
+    }
     alone = {"system": "large, sft", "text": "Just  teal.", "tokens": None, "events": None, "verdict": None}
     return [
         {"prompt": "What is the colour of Bado?", "reference": "Olive.", "systems": [pair, alone]},
@@ -204,8 +234,13 @@ def test_ticks_are_few_round_and_inside(low, high):
 def test_answers_show_events_by_more_than_colour(render):
     page, raw = whole(render)
     assert [a["title"] for a in page.find("span") if "title" in a and a["class"] != "alert"] == [
-        "agreed", "changed", "fell_back", "changed", "agreed", "agreed",
-    ]  # fmt: skip
+        "agreed",
+        "changed",
+        "fell_back",
+        "changed",
+        "agreed",
+        "agreed",
+    ]
     assert '<span class="changed newline" title="changed">\n</span>' in raw
     for words in (*report.EVENTS.values(), "3 agreed, 2 changed, 1 fell back", "Olive.", "won", "(empty)"):
         assert words in page.text

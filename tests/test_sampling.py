@@ -368,7 +368,9 @@ def test_pair_answers_are_traced(resolve, folders, tmp_path):
     pair, prompts = sampling.Pair(folders["large"], folders["small"], "float32"), ["hello", "you", "a" * 30]
     settings = resolve("sampling.sample_mode=par", "sampling.base_top_p=1.0").config.sampling
     params, records = validation.par_params(settings), [{"instruction": prompt} for prompt in prompts]
-    job = sampling.Job("pair", pair, params, settings, records, prompts, [0, 10, 20], seed=0, add_bos=False)
+    job = sampling.Job(
+        *("pair", pair, params, settings, records, prompts, [0, 10, 20]), 0, add_bos=False, key="x", extra={}
+    )
     answers = sampling.answer_all(job, sampling.PartFile(tmp_path / "x.part", job.identity, overwrite=False))
     expected = decoding.generate(
         *pair.load(), TOKENIZER, prompts, params, max_new_tokens=NEW_TOKENS, row_ids=[0, 10, 20]

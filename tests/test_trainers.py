@@ -324,6 +324,9 @@ def test_pair_is_refused_before_weights_are_read(tmp_path):
     other = save_model_folder(tmp_path / "b", tiny_model(5, 0), tiny_tokenizer("abc"))
     with pytest.raises(UserError, match="tokenizer of the aligner"):
         checkpoints.load_pair(same, other)
+    small = save_model_folder(tmp_path / "rows", tiny_model(5, 0), TOKENIZER)
+    with pytest.raises(UserError, match=f"5 vocabulary rows, the tokenizer {len(TOKENIZER)} tokens"):
+        checkpoints.load_pair(same, small)
     for name, bos in (("c", True), ("d", False)):
         checkpoints.export_model(
             tiny_model(len(TOKENIZER), 0), TOKENIZER, tmp_path / name, "float32", {"add_bos": bos}
