@@ -386,6 +386,24 @@ def test_a_process_exits_without_a_traceback():
     assert (done.returncode, done.stderr, done.stdout) == (2, "error: bad\n", "")
 
 
+@pytest.mark.parametrize("entry", ["train.py", "prepare_data.py"])
+def test_ctrl_c_during_the_imports_is_quiet(tmp_path, entry):
+    """The seconds in which torch loads end like any others: without a traceback."""
+    (tmp_path / "torch.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, ROOT / entry], cwd=tmp_path, env=env, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (-2, b"", b"")
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "_log").touch()
+    command = [sys.executable, ROOT / "train.py", "experiment=llama_uc", "dry_run=true"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, f"error: _log: File exists; {MEND}\n")
+
+
 # ---- devices, folders, seeds, progress ---------------------------------------------------------------------
 
 
