@@ -6,6 +6,8 @@ decoding must know and transformers has no place for (`add_bos`, lengths, the ru
 """
 
 import hashlib
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from utils import (
     UserError,
     fingerprint,
     log,
+    nearest,
+    pick,
     pick_dtype,
     quiet_transformers,
     read_json,
@@ -25,6 +29,14 @@ from utils import (
 
 CARD = "ram.json"
 BLOCK = 1 << 20
+
+# What a run folder holds.
+LATEST = "LATEST"
+DONE = "done.json"
+METRICS = "metrics.csv"
+BAD_ROWS = "bad_rows.jsonl"
+# Keys of done.json and their types; `weights` is the fingerprint of LATEST.
+RECORD = {"settings": dict, "inputs": dict, "weights": str, "metrics": dict, "seconds": int | float}
 
 
 def find_model(path: str | None, hub_id: str | None = None, quiet: bool = False) -> str:
@@ -57,7 +69,7 @@ def load_tokenizer(source: str):
     quiet_transformers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file makes it raise a dozen unrelated types
         raise UserError(f"no tokenizer in {source} ({_first_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -75,33 +87,61 @@ def pad_id(tokenizer) -> int:
 def load_model(source: str, dtype: str = "auto", device: torch.device | str = "cpu", attention: str = "sdpa"):
     """A causal language model for decoding or as a start of training; weights are only read as
     safetensors.
+
+    Raises UserError for a folder that is damaged or whose weights are not those of its config.json.
     """
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
     device = torch.device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=pick_dtype(dtype, device), attn_implementation=attention, use_safetensors=True
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=pick_dtype(dtype, device),
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a model from {source} ({_first_line(error)})") from None
+    except Exception as error:  # a damaged file makes it raise a dozen unrelated types
+        hint = "; is a file of it cut short, or of another model?" if Path(source).is_dir() else ""
+        raise UserError(f"cannot load a model from {source} ({_first_line(error)}){hint}") from None
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        raise UserError(
+            f"{source} lacks {len(missing)} weights that its config.json asks for ({missing[0]}, ...): its "
+            "files do not belong together; fetch or train the model again"
+        )
     return model.to(device).eval()
 
 
 def new_model(architecture: dict, tokenizer, seed: int):
-    """A model of the given transformers config with fresh float32 weights drawn from `seed`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A model of the given transformers config with fresh float32 weights drawn from `seed`.
+
+    Raises UserError where transformers does not know the config's keys or the model cannot be run.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     settings = dict(architecture)
-    model_type = settings.pop("model_type")
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    config = AutoConfig.for_model(
-        model_type, vocab_size=len(tokenizer), pad_token_id=None, **special, **settings
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kind = pick(CONFIG_MAPPING, settings.pop("model_type", None), "model.architecture.model_type")
+    try:
+        config = kind(vocab_size=len(tokenizer), pad_token_id=None, **special, **settings)
+        known = kind()
+        if stray := [key for key in settings if hasattr(config, key) and not hasattr(known, key)]:
+            names = [name for name in vars(known) if not name.startswith("_")]
+            raise UserError(f"unknown key model.architecture.{stray[0]}: {nearest(stray[0], names)}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            with torch.no_grad():  # some sizes that do not fit together show only here
+                model(torch.zeros(1, 2, dtype=torch.int64))
+    except UserError:
+        raise
+    except Exception as error:  # ValueError, ZeroDivisionError, RuntimeError, and the hub's own types
+        raise UserError(
+            f"model.architecture cannot be made into a model ({_first_line(error)}); expected model_type and "
+            "sizes as in config/model/toy_small.yaml"
+        ) from None
+    return model
 
 
 def export_model(model, tokenizer, folder: Path, dtype: str, card: dict[str, Any]) -> None:
@@ -125,14 +165,21 @@ def read_card(source: str) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def check_context(source: str | None, longest: int) -> None:
-    """Raises UserError where a folder's model holds fewer positions than `longest`; reads no weights."""
-    config = Path(source) / "config.json" if source else None
-    if config is None or not config.is_file():
-        return
-    limit = read_json(config).get("max_position_embeddings")
-    if limit is not None and longest > limit:
-        raise UserError(f"max_length={longest}, but {source} holds {limit} positions; lower max_length")
+def check_context(source: str | None, longest: int, architecture: dict | None = None) -> None:
+    """Raises UserError where a folder's model, or the fresh one of `architecture`, holds fewer positions than
+    `longest`; reads no weights.
+    """
+    path = Path(source) / "config.json" if source else None
+    if path is not None and path.is_file():
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: expected a transformers config, found a {type(config).__name__}")
+    else:
+        config = {} if source else architecture or {}
+    limit = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(limit, int) and longest > limit:
+        what = source or "model.architecture"
+        raise UserError(f"max_length={longest}, but {what} holds {limit} positions; lower max_length")
 
 
 def weights_fingerprint(source: str) -> str:
@@ -145,7 +192,8 @@ def weights_fingerprint(source: str) -> str:
         return fingerprint(source)
     digest = hashlib.sha256()
     digest.update(str(read_card(source).get("add_bos")).encode())
-    names = ("config.json", "generation_config.json", "tokenizer.json")
+    names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    names.append("special_tokens_map.json")
     settings = [path for path in (Path(source) / name for name in names) if path.is_file()]
     for path in [*settings, *sorted(Path(source).glob("*.safetensors"))]:
         size = path.stat().st_size
@@ -193,10 +241,64 @@ def load_pair(proposal: str | None, aligner: str | None, tokenizer_path: str | N
     return tokenizer, next(iter(bos.values()), None)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+# ---- run folders -------------------------------------------------------------------------------------------
 
 
 def finished_run(run_dir: Path) -> dict[str, Any] | None:
-    path = run_dir / "done.json"
-    return read_json(path) if path.is_file() else None
+    """What done.json says of a finished run; None for a run that is not finished.
+
+    Raises UserError where the file is broken or lacks a key of RECORD.
+    """
+    path = Path(run_dir) / DONE
+    if not path.exists():
+        return None
+    remedy = "overwrite=true trains the run anew"
+    try:
+        record = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
+    wrong = [
+        key
+        for key, kind in RECORD.items()
+        if not isinstance(record, dict) or not isinstance(record.get(key), kind)
+    ]
+    if wrong:
+        raise UserError(f"{path}: no record of a finished run (no {', '.join(wrong)}); {remedy}")
+    return record
+
+
+def check_finished(run_dir: Path, record: dict[str, Any]) -> None:
+    """Raises UserError where LATEST is missing or holds other weights than `record` (done.json) describes."""
+    if weights_fingerprint(str(Path(run_dir) / LATEST)) != record["weights"]:
+        raise UserError(
+            f"{run_dir}: {LATEST} does not hold the weights that {DONE} describes (missing, changed or from "
+            "another run); overwrite=true trains them anew"
+        )
+
+
+def saved_steps(run_dir: Path) -> list[Path]:
+    """The run's step-N folders in order of N."""
+    found = [path for path in Path(run_dir).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def clear_run(run_dir: Path) -> None:
+    """Makes the run folder and removes what an earlier attempt left in it, the mark that it is finished
+    first.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for name in (DONE, METRICS, BAD_ROWS):
+        (run_dir / name).unlink(missing_ok=True)
+    for folder in (run_dir / LATEST, *saved_steps(run_dir)):
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.is_dir():
+            shutil.rmtree(folder)
+
+
+def _first_line(error: Exception) -> str:
+    """The error's first line that says something: strict configs begin with the validator's name."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    line = next((line for line in lines if line and not line.endswith(":")), "")
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return f"{kind}{line}"[:200]

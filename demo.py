@@ -6,12 +6,24 @@ style. So knowledge and behaviour come from different places, and an exact judge
 answer has.
 """
 
+import itertools
+import math
 import random
 import re
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, fingerprint, log, read_json, write_json, write_jsonl
+from utils import (
+    UserError,
+    file_sha256,
+    fingerprint,
+    log,
+    nearest,
+    read_json,
+    replacing,
+    write_json,
+    write_jsonl,
+)
 
 ATTRIBUTES = {
     "colour": (
@@ -42,6 +54,7 @@ STYLES = {
 }
 VALUES = {attribute: words.split() for attribute, words in ATTRIBUTES.items()}
 ALL_VALUES = {value for values in VALUES.values() for value in values}
+SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "el", "or")]
 PIECES = r"\n\n| ?\w+|[^\w\s]|\s"  # words carry the space before them
 
 
@@ -50,14 +63,16 @@ def build_world(folder: Path, settings: dict[str, Any], seed: int, overwrite: bo
 
     settings: entities, general_rows, aligned_rows, general_styles and mixture_styles (style -> share). The
     same seed and settings give the same files; the test questions are all facts that the aligned subset does
-    not ask for. Raises UserError where the folder holds another world and overwrite is not set.
+    not ask for. Raises UserError for settings that make no world, and where the folder holds another world or
+    not all of this one, unless overwrite is set.
     """
+    _check(settings)
     marker, identity = folder / "world.json", fingerprint([settings, seed])
-    if marker.is_file() and not overwrite:
-        if read_json(marker)["identity"] == identity:
-            log.info(f"toy world: done before, {folder}")
-            return
-        raise UserError(f"{folder} holds a toy world of other settings or another seed: set overwrite=true")
+    if marker.exists() and not overwrite:
+        _check_finished(marker, identity)
+        log.info(f"toy world: done before, {folder}")
+        return
+    marker.unlink(missing_ok=True)
     rng = random.Random(seed)
     entities = _names(rng, settings["entities"])
     facts = [
@@ -79,12 +94,61 @@ def build_world(folder: Path, settings: dict[str, Any], seed: int, overwrite: bo
         write_jsonl(folder / "train" / f"toy_{name}.jsonl", rows)
     test = [_row(rng, fact, {"well_formed": 1.0}) | fact | {"dataset": "toy"} for fact in unseen]
     write_json(folder / "test" / "toy_test.json", test)
-    _tokenizer(entities).save_pretrained(folder / "tokenizer")
-    write_json(marker, {"identity": identity, "seed": seed, "settings": settings})
+    with replacing(folder / "tokenizer") as aside:
+        _tokenizer(entities).save_pretrained(aside)
+    made = [folder / "train" / f"toy_{name}.jsonl" for name in subsets] + [folder / "test" / "toy_test.json"]
+    made += sorted((folder / "tokenizer").iterdir())
+    files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in made}
+    write_json(marker, {"identity": identity, "seed": seed, "settings": settings, "files": files})
     log.info(
         f"toy world: {len(facts)} facts, {len(general):,} general rows, {len(aligned)} aligned rows, "
         f"{len(test)} test questions in {folder}"
     )
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Raises UserError for settings that make no world."""
+    names = {first + second for first, second in itertools.permutations(SYLLABLES, 2)}
+    for key in ("entities", "general_rows", "aligned_rows"):
+        value = settings.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"world.{key}={value!r}: expected a whole number > 0")
+    if settings["entities"] > len(names):
+        raise UserError(
+            f"world.entities={settings['entities']}: only {len(names)} different names can be made; lower it"
+        )
+    facts = settings["entities"] * len(VALUES)
+    if settings["aligned_rows"] >= facts:
+        raise UserError(
+            f"world.aligned_rows={settings['aligned_rows']} leaves no fact for the test: expected fewer than "
+            f"{facts} ({len(VALUES)} per entity)"
+        )
+    for key in ("general_styles", "mixture_styles"):
+        shares = settings.get(key)
+        shares = shares if isinstance(shares, dict) else {}
+        for style, share in shares.items():
+            if style not in STYLES:
+                raise UserError(f"world.{key}: unknown style {style!r}: {nearest(str(style), STYLES)}")
+            if not isinstance(share, int | float) or not 0 <= share < math.inf:
+                raise UserError(f"world.{key}.{style}={share!r}: expected a share, a number >= 0")
+        if not any(shares.values()):
+            raise UserError(f"world.{key}: no style has a share above 0; give e.g. {{terse: 1.0}}")
+
+
+def _check_finished(marker: Path, identity: str) -> None:
+    """Raises UserError unless `marker` belongs to the wanted world and its files are as they were made."""
+    folder, remedy = marker.parent, "stages=[world] overwrite=true makes it anew"
+    try:
+        record = read_json(marker)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("files"), dict) or "identity" not in record:
+        raise UserError(f"{marker}: no record of a toy world (identity and files); {remedy}")
+    if record["identity"] != identity:
+        raise UserError(f"{folder} holds a toy world of other settings or another seed: set overwrite=true")
+    for name, digest in record["files"].items():
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
+            raise UserError(f"{folder / name} is missing or not as it was made; {remedy}")
 
 
 def _row(rng: random.Random, fact: dict[str, str], styles: dict[str, float]) -> dict[str, str]:
@@ -93,10 +157,10 @@ def _row(rng: random.Random, fact: dict[str, str], styles: dict[str, float]) -> 
 
 
 def _names(rng: random.Random, count: int) -> list[str]:
-    syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "el", "or")]
+    """Different names; `_check` has seen to it that there are so many."""
     names: dict[str, None] = {}
     while len(names) < count:
-        names["".join(rng.sample(syllables, 2)).capitalize()] = None
+        names["".join(rng.sample(SYLLABLES, 2)).capitalize()] = None
     return list(names)
 
 

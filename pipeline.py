@@ -6,11 +6,14 @@ overrides).
 """
 
 import csv
+import signal
 import sys
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C during the seconds that the imports take needs no traceback
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,17 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 import checkpoints
 import decoding
 import evaluation
-import prompts
 import recipes
 import report
 import sampling
-from par import PARParams
+from systems import System, job_of, resolve_system
 from utils import (
     BadRows,
     UserError,
     fingerprint,
     log,
-    nearest,
     pick,
     read_json,
     read_rows,
@@ -38,7 +39,6 @@ from utils import (
     write_csv,
     write_json,
 )
-from validation import check_sampling, check_types, par_params
 
 # data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
 # the instruction is the whole dialogue up to and including "\n\nAssistant: ".
@@ -52,89 +52,6 @@ test_files = {
 
 
 STEPS = ("generate", "judge", "leaderboard", "report")
-
-
-@dataclass(frozen=True)
-class System:
-    """One line of a leaderboard: which models decode, with which settings, and where the answers go."""
-
-    name: str
-    pair: sampling.Pair
-    settings: DictConfig  # the `sampling` keys
-    params: PARParams
-    folder: Path
-
-    @property
-    def output(self) -> Path:
-        """AlpacaEval's rows; what else is known of each answer lies beside it."""
-        return self.folder / "output.json"
-
-    @property
-    def generator(self) -> str:
-        return self.settings.generator or "/".join(self.folder.parts[-2:])
-
-
-def resolve_system(
-    name: str,
-    spec: dict[str, Any],
-    task: str,
-    config: DictConfig,
-    stages: dict[str, recipes.Stage],
-    given: set[str],
-) -> System:
-    """A system of the recipe: the root's `sampling`, then the task's keys, then the system's own.
-
-    A `sampling.key=` on the command line beats the task's key, not the system's: that is what its name says.
-    """
-    own = {key: value for key, value in spec.items() if key not in ("proposal", "aligner")}
-    by_task = {k: v for k, v in config.evaluation.tasks[task].items() if f"sampling.{k}" not in given}
-    known = set(config.sampling)
-    for key in [*own, *by_task]:
-        if key not in known:
-            raise UserError(f"evaluation: unknown sampling key {key!r}: {nearest(key, known)}")
-    if "limit" in own:
-        raise UserError(
-            f"evaluation.systems.{name}.limit: systems are compared on the same rows; set sampling.limit"
-        )
-    settings = OmegaConf.merge(config.sampling, by_task, own)
-    check_types({f"sampling.{key}": value for key, value in settings.items()}, recipes.all_keys())
-    params = check_sampling(settings)
-    paths = [spec.get(role) and recipes.model_source(spec[role], stages) for role in ("proposal", "aligner")]
-    pair = sampling.Pair(*paths, settings.dtype, settings.tokenizer_path)
-    main = Path(paths[1] or paths[0] or "")
-    dataset = config.evaluation.dataset
-    tag = settings_tag(pair, settings, config.seed)
-    folder = Path(config.output_dir) / dataset / task / main.parent.name / f"{main.name}#{tag}"
-    return System(name, pair, settings, params, folder)
-
-
-def settings_tag(pair: sampling.Pair, settings: DictConfig, seed: int) -> str:
-    """The settings that a person looks for, and a hash of all that decide an answer."""
-    s = settings
-    aligner = f"t{s.temperature}_p{s.top_p}_rp{s.repetition_penalty}" + (
-        f"_k{s.top_k}" if s.top_k > 0 else ""
-    )
-    base = f"base_t{s.base_temperature}_p{s.base_top_p}" + (f"_k{s.base_top_k}" if s.base_top_k > 0 else "")
-    parts = [aligner] * bool(pair.aligner) + [base] * bool(pair.proposal)
-    if pair.aligner and pair.proposal:
-        parts.append(s.sample_mode + (f"_dt{s.div_threshold}" if s.sample_mode == "par_kl" else ""))
-    keys = (
-        "max_length",
-        "max_prompt_length",
-        "stop_str",
-        "template",
-        "multiround",
-        "input_key",
-        "output_key",
-        "system_key",
-        "for_aligner",
-        "tokenizer_path",
-        "dtype",
-    )
-    law = pair.law(par_params(s))
-    models = [path and Path(path).parts[-2:] for path in (pair.proposal, pair.aligner)]
-    decides = [{key: s[key] for key in keys}, law, models, seed]
-    return "_".join([*parts, fingerprint(decides)[:8]])
 
 
 def read_test_rows(
@@ -153,23 +70,6 @@ def read_test_rows(
 
 
 # ---- the steps ---------------------------------------------------------------------------------------------
-
-
-def job_of(system: System, rows: list[tuple[int, dict]], config: DictConfig) -> sampling.Job:
-    """What has to be decoded for a system on a test file."""
-    return sampling.Job(
-        label=system.name,
-        pair=system.pair,
-        params=system.params,
-        settings=system.settings,
-        records=[row for _, row in rows],
-        prompts=[prompts.from_record(row, system.settings) for _, row in rows],
-        row_ids=[index for index, _ in rows],
-        seed=config.seed,
-        add_bos=config.add_bos,
-        key=system.settings.output_key,
-        extra={"generator": system.generator},
-    )
 
 
 Answers = dict[str, list[dict[str, Any]]]  # by system, in order of the test rows
@@ -295,16 +195,17 @@ def identical_to_plain(answers: list[dict], job: sampling.Job) -> bool:
 
 def training_seconds(stages: list[recipes.Stage]) -> float:
     """Time that the recipe's finished stages took."""
-    records = [stage.output / "done.json" for stage in stages if stage.kind == "train"]
-    records += [sampling.speed_path(stage.output) for stage in stages if stage.kind == "sample"]
-    return sum(read_json(path)["seconds"] for path in records if path.is_file())
+    speeds = [sampling.speed_path(stage.output) for stage in stages if stage.kind == "sample"]
+    records = [checkpoints.finished_run(stage.output) for stage in stages if stage.kind == "train"]
+    records += [read_json(path) for path in speeds if path.is_file()]
+    return sum(record["seconds"] for record in records if record)
 
 
 def training_curves(stages: list[recipes.Stage]) -> dict[str, list[dict]]:
     """metrics.csv of every training stage that has run."""
     curves = {}
     for stage in stages:
-        path = stage.output / "metrics.csv"
+        path = stage.output / checkpoints.METRICS
         if stage.kind == "train" and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
                 curves[stage.name] = list(csv.DictReader(file))
@@ -440,7 +341,13 @@ def main(config: DictConfig) -> None:
     run_entry_point(lambda: run(config, list(HydraConfig.get().overrides.task)))
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """`main` with a log file and a command line that were checked."""
+    sys.argv[1:] = recipes.preflight(sys.argv[1:])
     setup_logging(Path("_log") / f"pipeline-{datetime.now():%Y%m%d-%H%M%S}.log")
-    sys.argv[1:] = run_entry_point(lambda: recipes.preflight(sys.argv[1:]))
     main()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
+    run_entry_point(start)

@@ -115,9 +115,8 @@ def get_hh(request: Request, subset: str = "") -> list[Example]:
     for index, row in rows:
         chosen, rejected = split_dialogue(row["chosen"]), split_dialogue(row["rejected"])
         if chosen is None or rejected is None:
-            request.bad.add(
-                f"hh, row {index} counted over its files", "no '\\n\\nAssistant:' in the dialogue"
-            )
+            where = f"{subset or 'hh'}, row {index} counted over its {request.part} files"
+            request.bad.add(where, "no '\\n\\nAssistant:' in the dialogue")
         elif chosen[0] != rejected[0]:
             unequal += 1
         else:

@@ -8,11 +8,15 @@ _data/README.md describes every file. A file that is there already is kept unles
 
 import argparse
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the seconds that the imports take needs no traceback
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import utils
 from preference_datasets import split_dialogue
@@ -270,5 +274,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     utils.setup_logging()
     utils.run_entry_point(main)

@@ -89,7 +89,7 @@ class Stage:
     @property
     def weights(self) -> Path:
         """The finished weights of a training stage."""
-        return self.output / "LATEST"
+        return self.output / checkpoints.LATEST
 
 
 # ---- composing ---------------------------------------------------------------------------------------------
@@ -368,6 +368,7 @@ def check_trained(stages: Sequence[Stage], source: str, ignore: Sequence[str] = 
                 f"stage {stage.name!r}: {stage.output} was trained with other settings ({changed}); give "
                 f"those it was trained with, or train it again (stages=[{stage.name}] overwrite=true)"
             )
+        checkpoints.check_finished(stage.output, done)
 
 
 def differences(before: dict, now: dict) -> str:

@@ -29,6 +29,7 @@ from utils import (
     fingerprint,
     hub_cache,
     log,
+    naming,
     pick_device,
     progress,
     read_json,
@@ -189,8 +190,9 @@ class PartFile:
 
     def add(self, value: dict[str, Any]) -> None:
         self.done[value["index"]] = value
-        self.file.write(json.dumps(value, ensure_ascii=False) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(value, ensure_ascii=False) + "\n")
+            self.file.flush()
 
     def remove(self) -> None:
         self.file.close()

@@ -4,10 +4,15 @@ loss=…`.
 Resolves and checks all stages first, then runs them one after the other; what is finished is left alone.
 """
 
+import copy
+import signal
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the seconds that the imports take needs no traceback
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,7 +29,7 @@ from utils import (
     BadRows,
     UserError,
     log,
-    read_json,
+    pick_dtype,
     run_entry_point,
     seed_everything,
     setup_logging,
@@ -36,18 +41,19 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     """Trains one model into its run folder; raises UserError where the folder belongs to another run."""
     config, run_dir = stage.config, stage.output
     identity = recipes.identity(config)
-    done_file = run_dir / "done.json"
-    done = read_json(done_file) if done_file.is_file() and not overwrite else None
+    done = None if overwrite else checkpoints.finished_run(run_dir)
     if done is not None and (changed := recipes.differences(done["settings"], identity)):
         raise UserError(
             f"stage {stage.name}: {run_dir} holds a run with other settings ({changed}); set "
             "overwrite=true to replace it, or exp_flag=NAME to keep both"
         )
 
-    source = None
+    source, architecture = None, None
     if not config.model.architecture or config.model.archive:
         source = checkpoints.find_model(stage.source, None if config.model.archive else config.model.hub_id)
-    checkpoints.check_context(source, config.max_length)
+    else:
+        architecture = OmegaConf.to_container(config.model.architecture, resolve=True)
+    checkpoints.check_context(source, config.max_length, architecture)
     tokenizer = checkpoints.load_tokenizer(config.model.tokenizer_name_or_path or source)
     loss = LOSSES[config.loss.name]
     bad = BadRows(config.on_bad_row)
@@ -62,22 +68,27 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
                 f"stage {stage.name}: {run_dir} was trained from other data or weights; set "
                 "overwrite=true to train it anew"
             )
+        checkpoints.check_finished(run_dir, done)
         log.info(f"stage {stage.name}: done before, {run_dir}")
         return
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    done_file.unlink(missing_ok=True)
-    bad.report(run_dir / "bad_rows.jsonl")
-    OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+    if source and Path(source).resolve().is_relative_to(run_dir.resolve()):
+        raise UserError(
+            f"stage {stage.name}: starts from {source}, which lies in its own run folder and would be "
+            "replaced; set exp_flag=NAME"
+        )
     seed_everything(config.seed)
     if source is None:
-        architecture = OmegaConf.to_container(config.model.architecture, resolve=True)
         model = checkpoints.new_model(architecture, tokenizer, config.seed)
     else:
         model = checkpoints.load_model(source, "float32")
     reference = None
     if loss.needs_reference and not config.loss.reference_free:
-        reference = checkpoints.load_model(source, config.model.reference_dtype)
+        dtype = config.model.reference_dtype
+        if source is None:
+            reference = copy.deepcopy(model).to(pick_dtype(dtype, model.device))
+        else:
+            reference = checkpoints.load_model(source, dtype)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     log.info(
         f"stage {stage.name}: {config.loss.name} of {config.model.name} ({size:.2f} M weights) into {run_dir}"
@@ -88,15 +99,20 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
         "run": run_dir.name,
         "max_prompt_length": config.max_prompt_length,
     }
+    if not config.debug:
+        checkpoints.clear_run(run_dir)
+        bad.report(run_dir / checkpoints.BAD_ROWS)
+        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     trainer = pick_trainer(config.trainer)(
         config, model, tokenizer, data["train"], data["heldout"], run_dir, card, reference
     )
     start = time.monotonic()
     metrics = trainer.train()
     if not config.debug:
-        record = {"settings": identity, "inputs": inputs, "metrics": metrics}
+        weights = checkpoints.weights_fingerprint(str(run_dir / checkpoints.LATEST))
+        record = {"settings": identity, "inputs": inputs, "weights": weights, "metrics": metrics}
         record |= {"seconds": time.monotonic() - start, "finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-        write_json(done_file, record)
+        write_json(run_dir / checkpoints.DONE, record)
 
 
 def sample_stage(stage: recipes.Stage, overwrite: bool) -> None:
@@ -185,7 +201,13 @@ def run(config: DictConfig, overrides: list[str]) -> None:
         RUN[stage.kind](stage, config.overwrite)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """`main` with a log file and a command line that were checked."""
+    sys.argv[1:] = recipes.preflight(sys.argv[1:])
     setup_logging(Path("_log") / f"train-{datetime.now():%Y%m%d-%H%M%S}.log")
-    sys.argv[1:] = run_entry_point(lambda: recipes.preflight(sys.argv[1:]))
     main()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
+    run_entry_point(start)

@@ -7,6 +7,8 @@ the batch is cut into micro-batches. Weights stay float32; only the forward pass
 import contextlib
 import csv
 import math
+import os
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ import checkpoints
 from losses import LOSSES, sequence_logps
 from preference_datasets import collate, get_batch_iterator
 from tokenization import TokenizedDataset
-from utils import UserError, log, pick, pick_device, pick_dtype, progress
+from utils import UserError, log, naming, pick, pick_device, pick_dtype, progress
 
 # Columns of metrics.csv; the README says what each one means.
 COLUMNS = (
@@ -53,7 +55,9 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, settings) -> None:
         self.interval, self.last = settings.minimum_log_interval_secs, -math.inf
-        self.file = open(run_dir / "metrics.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115
+        # With debug the folder may be a finished run's: nothing in it is touched.
+        self.path = Path(os.devnull) if settings.debug else run_dir / checkpoints.METRICS
+        self.file = open(self.path, "w", newline="", encoding="utf-8")  # noqa: SIM115
         self.writer = csv.DictWriter(self.file, fieldnames=COLUMNS)
         self.writer.writeheader()
         self.wandb = None
@@ -69,13 +73,14 @@ class MetricsLog:
             )
 
     def write(self, split: str, row: dict[str, float]) -> None:
-        self.writer.writerow({"split": split} | {key: f"{value:.8g}" for key, value in row.items()})
-        now = time.monotonic()
-        if split == "train" and now - self.last < self.interval:
-            return
-        if split == "train":
-            self.last = now
-        self.file.flush()
+        with naming(self.path):
+            self.writer.writerow({"split": split} | {key: f"{value:.8g}" for key, value in row.items()})
+            now = time.monotonic()
+            if split == "train" and now - self.last < self.interval:
+                return
+            if split == "train":
+                self.last = now
+            self.file.flush()
         shown = (
             "loss",
             "target_logp_per_token",
@@ -91,7 +96,8 @@ class MetricsLog:
             self.wandb.log({f"{split}/{key}": value for key, value in row.items()}, step=int(row["updates"]))
 
     def close(self) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
 
@@ -133,9 +139,11 @@ class BasicTrainer:
         epochs, rest = divmod(self.total_examples, len(train_data))
         self.total_updates = epochs * math.ceil(len(train_data) / settings.batch_size)
         self.total_updates += math.ceil(rest / settings.batch_size)
-        self.optimizer = getattr(torch.optim, settings.optimizer)(self.model.parameters(), lr=settings.lr)
+        self.optimizer = pick_optimizer(settings.optimizer)(self.model.parameters(), lr=settings.lr)
         warmup = settings.warmup_steps
         self.warmup = round(warmup * self.total_updates) if 0 < warmup < 1 else int(warmup)
+        limit = settings.n_eval_examples
+        self.n_heldout = len(eval_data) if limit is None else min(limit, len(eval_data))
         self.updates = self.examples = self.tokens = 0
 
     # ---- forward -------------------------------------------------------------------------------------------
@@ -223,9 +231,10 @@ class BasicTrainer:
         return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
 
     def check(self, row: dict[str, float]) -> None:
-        """Raises Diverged before an update that would spoil the weights."""
+        """Raises Diverged before an update that would spoil the weights; those before it are saved if they
+        still give a held-out loss.
+        """
         floor = self.settings.divergence.min_sampled_logp_per_token
-        reason = None
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             reason = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
             remedy = "lower lr, or look for a broken row in this batch"
@@ -233,19 +242,25 @@ class BasicTrainer:
             found = row["sampled_logp_per_token"]
             reason = f"the sampled term runs away: {found:.2f} nats per token, floor {floor}"
             remedy = "lower loss.alpha or lr, or lower divergence.min_sampled_logp_per_token"
-        if reason is None:
+        else:
             return
-        if self.examples and not math.isfinite(row["loss"] + row["grad_norm"]):
-            self.save(
-                f"step-{self.examples}"
-            )  # this batch's update was not applied: the weights are still good
-        good = sorted(self.run_dir.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
-        kept = (
-            f"the last good weights are in {good[-1]}"
-            if good
-            else "no weights were saved before (see save_every)"
-        )
-        raise Diverged(f"diverged after {self.examples} examples: {reason}; {kept}; {remedy}")
+        now = f"step-{self.examples}"
+        if not (self.finite() and math.isfinite(self.heldout_averages().get("loss", 0.0))):
+            if not self.settings.debug:  # the last update, not this batch, is to blame
+                shutil.rmtree(self.run_dir / now, ignore_errors=True)
+        elif self.examples:
+            self.save(now)
+        raise self.diverged(reason, remedy)
+
+    def finite(self) -> bool:
+        """Whether all weights are numbers."""
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+
+    def diverged(self, reason: str, remedy: str) -> Diverged:
+        """The error to raise; it names the last good weights of this run."""
+        good = checkpoints.saved_steps(self.run_dir) if not self.settings.debug else []
+        kept = f"the last good weights are in {good[-1]}" if good else "no good weights were saved"
+        return Diverged(f"diverged after {self.examples} examples: {reason}; {kept}; {remedy}")
 
     # ---- the loop ------------------------------------------------------------------------------------------
 
@@ -287,7 +302,7 @@ class BasicTrainer:
                     self.save(f"step-{self.examples}")
                     next_save = (self.examples // settings.save_every + 1) * settings.save_every
             final = self.evaluate(metrics)
-            self.save("LATEST")
+            self.save(checkpoints.LATEST)
         finally:
             if bar is not None:
                 bar.close()
@@ -298,11 +313,24 @@ class BasicTrainer:
         epoch = self.examples / max(len(self.train_data), 1)
         return {"updates": self.updates, "examples": self.examples, "epoch": epoch}
 
-    @torch.no_grad()
     def evaluate(self, metrics: MetricsLog) -> dict[str, float]:
-        """Averages over the first n_eval_examples held-out examples; some sampled answers where asked."""
-        limit = self.settings.n_eval_examples
-        n = len(self.eval_data) if limit is None else min(limit, len(self.eval_data))
+        """Logs the held-out averages, and some sampled answers where asked; raises Diverged where the loss is
+        no number.
+        """
+        row = self.heldout_averages()
+        if not row:
+            return {}
+        metrics.write("heldout", self.counters() | row)
+        if not math.isfinite(row["loss"]):
+            raise self.diverged(f"held-out loss {row['loss']}", "lower lr, or look for a broken held-out row")
+        if self.settings.sample_during_eval:
+            self.show_samples(min(self.n_heldout, self.settings.n_eval_model_samples))
+        return row
+
+    @torch.no_grad()
+    def heldout_averages(self) -> dict[str, float]:
+        """Averages over the first n_eval_examples held-out examples; empty where there are none."""
+        n = self.n_heldout
         if n == 0:
             return {}
         self.model.eval()
@@ -312,11 +340,7 @@ class BasicTrainer:
             _, parts = self.losses(self.eval_data, np.arange(start, min(start + size, n)))
             for key, value in parts.items():
                 sums[key] += value
-        row = self.averages(sums, n)
-        metrics.write("heldout", self.counters() | row)
-        if self.settings.sample_during_eval:
-            self.show_samples(min(n, self.settings.n_eval_model_samples))
-        return row
+        return self.averages(sums, n)
 
     def show_samples(self, n: int) -> None:
         """Logs answers of the model as it stands to the first held-out prompts."""
@@ -342,7 +366,11 @@ class BasicTrainer:
             log.info(f"sample   {self.tokenizer.decode(prompt)!r} -> {answer.text!r}")
 
     def save(self, name: str) -> None:
-        """Exports the weights as a transformers folder run_dir/`name`."""
+        """Exports the weights as a transformers folder run_dir/`name`; raises Diverged where one is no
+        number.
+        """
+        if not self.finite():
+            raise self.diverged("the last update made weights that are no numbers", "lower lr")
         if self.settings.debug:
             return
         card = self.card | {"examples": self.examples, "updates": self.updates}
@@ -352,6 +380,19 @@ class BasicTrainer:
 
 
 TRAINERS = {"BasicTrainer": BasicTrainer}
+# What torch.optim has beside optimizers for a whole model: the base class, one that wants a closure, one for
+# sparse gradients only, one for matrices only.
+UNFIT = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
+OPTIMIZERS = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in UNFIT
+}
+
+
+def pick_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer class of a config; raises UserError for one that cannot train a model by default."""
+    return pick(OPTIMIZERS, name, "optimizer")
 
 
 def pick_trainer(name: str):

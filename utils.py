@@ -3,13 +3,16 @@
 import contextlib
 import csv
 import difflib
+import errno
 import gzip
 import hashlib
 import json
 import logging
 import os
 import random
+import re
 import shutil
+import socket
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,9 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 log = logging.getLogger("ram")
+HOST = socket.gethostname()
 
 
 class UserError(Exception):
@@ -45,6 +50,7 @@ def setup_logging(log_file: Path | None = None) -> None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(log_file)
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
+        handler.handleError = lambda record: None  # a full disk: what it cannot write stands on the console
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -62,11 +68,19 @@ def quiet_transformers() -> None:
 
 
 def run_entry_point(main: Callable[[], Any]) -> Any:
-    """Runs an entry point: a UserError becomes one line and exit code 2, Ctrl-C one line and 130."""
+    """Runs an entry point: a UserError or OSError becomes one line and exit code 2, Ctrl-C one line and
+    130.
+    """
     try:
         return main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        place = f"{error.filename2 or error.filename}: " if error.filename is not None else ""
+        reason = str(error.strerror or error).strip().split("\n")[0]
+        advice = "mend that (is it there, may it be written, is there space?), then the same command goes on"
+        print(f"error: {place}{reason}; {advice}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\nstopped: what is finished stands, the same command goes on from there", file=sys.stderr)
@@ -119,12 +133,14 @@ class BadRows:
     def __init__(self, on_bad_row: str = "error") -> None:
         if on_bad_row not in ("error", "skip"):
             raise UserError(f"on_bad_row={on_bad_row!r}: expected 'error' or 'skip'")
-        self.skip, self.rows = on_bad_row == "skip", []
+        self.skip, self.rows, self._seen = on_bad_row == "skip", [], set()
 
     def add(self, where: str, reason: str) -> None:
         if not self.skip:
             raise UserError(f"{where}: {reason}; mend the row, or set on_bad_row=skip to leave such rows out")
-        self.rows.append({"where": where, "reason": reason})
+        if (where, reason) not in self._seen:  # training and held-out part may come from one file, read twice
+            self._seen.add((where, reason))
+            self.rows.append({"where": where, "reason": reason})
 
     def report(self, path: Path) -> None:
         """Writes the list beside the run and says how many; nothing where there are none."""
@@ -134,7 +150,8 @@ class BadRows:
 
 
 def open_text(path: Path):
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+    """A text file for reading, gzipped or not; the mark that some editors put before UTF-8 is dropped."""
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
 
 
 def read_rows(
@@ -216,23 +233,64 @@ def how_to_get(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Has an OSError name `path` where it names no file: a full disk's, and what safetensors makes of one."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a path beside `path` to write to, and renames it over `path` only when the block ends well.
 
-    Works for a file and for a folder; what was at `path` stands until the rename.
+    Works for a file and for a folder; what was at `path` stands until the rename. A folder is renamed aside
+    first: where a kill came between both renames, the next call for the same path puts it back.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process is part of the name: two that write the same file must not take each other's.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    _remove(aside)
+    _tidy(path)
+    # Host and process are part of the name: two that write the same file must not take each other's.
+    aside, old = (path.with_name(f".{path.name}.{HOST}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
     try:
-        yield aside
-        if aside.is_dir():
-            _remove(path)
-        os.replace(aside, path)
+        with naming(path):
+            yield aside
+            if aside.is_dir() and os.path.lexists(path):
+                os.rename(path, old)
+            os.replace(aside, path)
     finally:
-        _remove(aside)
+        _tidy(path)
+
+
+def _tidy(path: Path) -> None:
+    """Clears what this process, or one that is no longer alive, left beside `path`; puts an old folder back
+    where nothing has taken its place.
+    """
+    leftover = re.compile(re.escape(f".{path.name}.{HOST}.") + r"(\d+)\.(partial|old)")
+    for found in path.parent.iterdir():
+        match = leftover.fullmatch(found.name)
+        if match is None or _is_another_process(int(match[1])):
+            continue
+        if match[2] == "old" and not os.path.lexists(path):
+            os.rename(found, path)
+        else:
+            _remove(found)
+
+
+def _is_another_process(pid: int) -> bool:
+    """Whether a process other than this one has that id and lives."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return pid != os.getpid()
 
 
 def _remove(path: Path) -> None:
@@ -262,10 +320,15 @@ def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
 
 
 def read_json(path: str | Path) -> Any:
+    """The value of a JSON file; raises UserError where there is none that can be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
 
 
 def fingerprint(value: Any) -> str:

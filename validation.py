@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from losses import LOSSES
 from par import PARParams
 from preference_datasets import DATASETS, parse_name
-from trainers import pick_trainer
+from trainers import pick_optimizer, pick_trainer
 from utils import UserError, nearest, pick
 
 SECTIONS = ("model", "loss", "judge", "divergence", "wandb", "sampling", "evaluation")
@@ -166,12 +165,7 @@ def check_training(config: DictConfig) -> None:
     """Raises UserError for a training configuration that cannot work."""
     pick_trainer(config.trainer)
     pick(LOSSES, config.loss.name, "loss")
-    optimizers = {
-        n: c
-        for n, c in vars(torch.optim).items()
-        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
-    }
-    pick(optimizers, config.optimizer, "optimizer")
+    pick_optimizer(config.optimizer)
     if OmegaConf.is_missing(config, "datasets") or not config.datasets:
         raise UserError(f"datasets is not set: give e.g. datasets=[hh]; known: {', '.join(sorted(DATASETS))}")
     for name in config.datasets:

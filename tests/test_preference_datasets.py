@@ -239,6 +239,16 @@ def test_hh_rows_of_two_questions_are_left_out(put, caplog):
         get_dataset("hh", "all", data_dir=data_dir)
 
 
+def test_bad_hh_rows_are_counted_by_part(put):
+    """The same place in the training and in the test files is two rows, and each counts once."""
+    bad, broken = BadRows("skip"), HH | {"chosen": "Because."}
+    put("train/hh/x.jsonl", [broken, HH])
+    data_dir = put("test/hh/x.jsonl", [broken, HH])
+    for split in ("train", "heldout", "train"):
+        get_dataset("hh", split, data_dir=data_dir, bad=bad)
+    assert [row["where"].split()[-2] for row in bad.rows] == ["train", "test"]
+
+
 LISTED = ["hh", "summ", "shp", "se"]
 
 

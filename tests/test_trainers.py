@@ -212,10 +212,11 @@ def test_not_a_number_stops_and_keeps_the_weights_before(tmp_path, monkeypatch):
     assert not (tmp_path / "LATEST").exists()
 
 
-def test_runaway_sampled_term_stops_and_keeps_what_was_saved(tmp_path):
-    """alpha = 1 drives the sampled answers' probability down for ever; the floor stops it, saved weights
-    stand.
+def test_runaway_sampled_term_stops_and_keeps_the_weights_before(tmp_path):
+    """alpha = 1 drives the sampled answers' probability down for ever; the floor stops it before the update,
+    so the weights as they stand are saved too.
     """
+    (tmp_path / "step-old").mkdir()  # not one of ours: neither counted nor a crash
     run = trainer(
         tmp_path,
         "loss=ours_sft",
@@ -225,11 +226,52 @@ def test_runaway_sampled_term_stops_and_keeps_what_was_saved(tmp_path):
         "save_every=40",
         "divergence.min_sampled_logp_per_token=-12",
     )
-    with pytest.raises(Diverged, match=r"runs away.*step-\d+.*lower loss.alpha"):
+    with pytest.raises(Diverged, match=r"runs away.*step-\d+;.*lower loss.alpha") as stopped:
         run.train()
     assert not (tmp_path / "LATEST").exists()
-    saved = AutoModelForCausalLM.from_pretrained(sorted(tmp_path.glob("step-*"))[0])
-    assert all(torch.isfinite(p).all() for p in saved.parameters())
+    assert f"step-{run.examples};" in str(stopped.value) and run.examples % 40
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"step-{run.examples}").state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in weights(run).items())
+
+
+@pytest.mark.parametrize(
+    ("lr", "n", "message"),
+    [
+        ("1e38", 8, "after 8 examples: held-out loss nan"),  # by the last update: no batch shows it
+        ("1e36", 8, "after 8 examples: held-out loss (nan|inf)"),  # the weights are numbers still
+        ("1e38", 20, "after 8 examples: the last update made weights that are no numbers"),
+        ("1e36", 20, "after 8 examples: loss (nan|inf)"),
+    ],
+)
+def test_ruined_weights_are_never_kept(tmp_path, lr, n, message):
+    """An update that makes the loss no number leaves neither LATEST nor a step, even where it is the last."""
+    run = trainer(tmp_path, f"lr={lr}", "save_every=8", "max_grad_norm=1e9", n=n)
+    with pytest.raises(Diverged, match=rf"{message}.*; no good weights were saved; lower lr"):
+        run.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_ruined_weights_are_never_kept_without_heldout_data(tmp_path):
+    """Where nothing is held out, the weights themselves tell."""
+    run = trainer(tmp_path, "lr=1e38", "n_eval_examples=0", n=8)
+    with pytest.raises(Diverged, match="weights that are no numbers; no good weights were saved"):
+        run.train()
+    assert not (tmp_path / "LATEST").exists()
+
+
+@pytest.mark.parametrize("name", trainers.OPTIMIZERS)
+def test_every_optimizer_that_is_offered_can_train(tmp_path, name):
+    """Each class makes an update of a whole model with nothing given but lr."""
+    run = trainer(tmp_path, f"optimizer={name}", "lr=1e-3", n=8)
+    before = weights(run)
+    run.update(np.arange(8))
+    assert any(not torch.equal(before[name], weight) for name, weight in weights(run).items())
+
+
+@pytest.mark.parametrize("name", ["Optimizer", "LBFGS", "SparseAdam", "Muon", "lr_scheduler", "adamw"])
+def test_what_cannot_train_by_default_is_no_optimizer(name):
+    with pytest.raises(UserError, match=f"unknown optimizer '{name}': .*AdamW"):
+        trainers.pick_optimizer(name)
 
 
 def test_counts_and_columns(tmp_path):
@@ -292,10 +334,14 @@ def test_pad_is_not_learnt_and_eos_is(tmp_path):
     assert batch["labels"][0].tolist()[-2:] == [-100, -100]
 
 
-def test_debug_writes_no_weights(tmp_path):
-    run = trainer(tmp_path, "debug=true")
-    run.train()
+def test_debug_writes_nothing(tmp_path):
+    """Neither weights nor metrics: the folder may be a finished run's. Not even where the run diverges."""
+    (tmp_path / "metrics.csv").write_text("old")
+    trainer(tmp_path, "debug=true", "save_every=8").train()
+    with pytest.raises(Diverged):
+        trainer(tmp_path, "debug=true", "save_every=8", "lr=1e36").train()
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+    assert (tmp_path / "metrics.csv").read_text() == "old"
 
 
 def test_samples_during_evaluation_are_logged(tmp_path, caplog):

@@ -1,8 +1,10 @@
 """Files that appear whole or not at all, records on disk, hints for misspelt names, exits, devices."""
 
 import csv
+import errno
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import utils
 from utils import (
@@ -100,6 +103,50 @@ def test_the_leftover_of_a_killed_run_is_cleared(tmp_path, kind):
     assert names(path) == ["weights"] and names(tmp_path) == ["model"]
 
 
+KILLED = """
+import os, sys, utils
+def killed(source, target):
+    os.kill(os.getpid(), 9)
+with utils.replacing(sys.argv[1]) as aside:
+    aside.mkdir()
+    (aside / "weights").write_text("new")
+    if sys.argv[2] == "writing":
+        killed(0, 0)
+    os.replace = killed
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "between both renames"])
+def test_a_kill_leaves_one_whole_folder_which_the_next_write_finds(tmp_path, moment):
+    """Killed while it writes, or between both renames: the old folder stands or is put back, nothing else
+    stays.
+    """
+    path = tmp_path / "model"
+    write_folder(path, "old")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), moment], cwd=ROOT)
+    assert done.returncode == -9 and len(names(tmp_path)) == 2
+    with pytest.raises(ValueError), replacing(path):
+        raise ValueError
+    assert (path / "weights").read_text() == "old" and names(tmp_path) == ["model"]
+
+
+def test_what_a_living_process_writes_is_left_to_it(tmp_path):
+    """Two processes may write the same path at once; on another host a process id says nothing."""
+    parent, elsewhere = f".x.{utils.HOST}.{os.getppid()}.partial", ".x.elsewhere.1.partial"
+    (tmp_path / parent).touch(), (tmp_path / elsewhere).touch()
+    utils.write_json(tmp_path / "x", 1)
+    assert names(tmp_path) == sorted([parent, elsewhere, "x"])
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """The error of a write names no file by itself: the one that was to be made is put in."""
+    for error in (OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left (28)")):
+        with pytest.raises(OSError, match="No space left") as found, replacing(tmp_path / "x") as aside:
+            aside.touch()
+            raise error
+        assert found.value.filename == str(tmp_path / "x") and names(tmp_path) == []
+
+
 # ---- what is written ---------------------------------------------------------------------------------------
 
 
@@ -146,6 +193,18 @@ def test_broken_json_names_file_and_line(tmp_path):
     (tmp_path / "x.json").write_text('{\n"a": 1,\n')
     with pytest.raises(UserError, match=r"x\.json, line 3: not valid JSON"):
         utils.read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"a": "\xff"}', "UTF-8 .*at byte 7"), (None, "cannot be read .*directory")],
+)
+def test_what_is_no_text_is_no_json(tmp_path, content, message):
+    """A binary file or a folder in the place of a JSON file is named in one line."""
+    path = tmp_path / "x.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"x\.json: .*{message}"):
+        utils.read_json(path)
 
 
 def test_fingerprints_ignore_the_order_of_keys_only():
@@ -196,6 +255,15 @@ def test_a_skipped_row_leaves_the_others_their_ids(tmp_path, name):
     assert sorted(row["where"].rsplit(" ", 1)[1] for row in bad.rows) == places
 
 
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.jsonl.gz"])
+def test_a_byte_order_mark_is_no_content(tmp_path, name):
+    """Files that an editor saved as "UTF-8 with BOM" read like any other."""
+    text = '[{"a": "x"}]' if name == "x.json" else '{"a": "x"}\n'
+    data = text.encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(data) if "gz" in name else data)
+    assert read_rows(tmp_path / name, ("a",)) == [(0, {"a": "x"})]
+
+
 def test_a_missing_file_says_how_to_get_it(tmp_path):
     """Data files come from one script, sampled ones from the sample stage, and each message says so."""
     with pytest.raises(UserError, match=r"no such file: .*uc\.json; `bash bin/prepare_data.sh`"):
@@ -221,6 +289,15 @@ def test_skipped_rows_are_listed_in_a_file(tmp_path, caplog):
     lines = (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {"where": "x.jsonl, line 3", "reason": "no text"} and len(lines) == 2
     assert "skipped 2 bad rows" in caplog.text and names(tmp_path) == ["run"]
+
+
+def test_a_bad_row_that_is_read_twice_counts_once(tmp_path):
+    """Training and held-out part come from one file, which is read for each of them."""
+    (tmp_path / "x.jsonl").write_text('{"a": "x"}\n{"a": 1}\n[]\n')
+    bad = BadRows("skip")
+    for _ in range(2):
+        read_rows(tmp_path / "x.jsonl", ("a",), bad)
+    assert [row["where"][-6:] for row in bad.rows] == ["line 2", "line 3"]
 
 
 def test_on_bad_row_takes_two_words():
@@ -263,6 +340,9 @@ def test_pick_survives_a_name_that_is_no_text(name):
         pick({"sft": 1}, name, "loss")
 
 
+MEND = "mend that (is it there, may it be written, is there space?), then the same command goes on"
+
+
 # ---- exits -------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +350,13 @@ def test_pick_survives_a_name_that_is_no_text(name):
     ("error", "code", "lines"),
     [
         (UserError("no such file: x; make it"), 2, ["error: no such file: x; make it"]),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "_output/x"),
+            2,
+            [f"error: _output/x: No space left on device; {MEND}"],
+        ),
+        (OSError(errno.EACCES, "No", ".x.1.partial", None, "x"), 2, [f"error: x: No; {MEND}"]),
+        (OSError("the hub is away\nat line 3"), 2, [f"error: the hub is away; {MEND}"]),
         (KeyboardInterrupt(), 130, ["stopped: what is finished stands, the same command goes on from there"]),
     ],
 )
@@ -297,6 +384,24 @@ def test_a_process_exits_without_a_traceback():
     code = "import utils\ndef main(): raise utils.UserError('bad')\nutils.run_entry_point(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (2, "error: bad\n", "")
+
+
+@pytest.mark.parametrize("entry", ["train.py", "pipeline.py", "prepare_data.py"])
+def test_ctrl_c_during_the_imports_is_quiet(tmp_path, entry):
+    """The seconds in which torch loads end like any others: without a traceback."""
+    (tmp_path / "torch.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, ROOT / entry], cwd=tmp_path, env=env, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (-2, b"", b"")
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "_log").touch()
+    command = [sys.executable, ROOT / "train.py", "experiment=llama_uc", "dry_run=true"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, f"error: _log: File exists; {MEND}\n")
 
 
 # ---- devices, folders, seeds, progress ---------------------------------------------------------------------
