@@ -1,238 +1,14 @@
-"""Two-model generation: caches, the plain loop, stop handling.
+"""Two-model generation: texts in, texts out, by the plain loop or, where it pays, by drafting ahead.
 
-    prompts -> token ids -> batches (left-padded) -> one forward of each model per token -> par.next_token_law
-            -> Gumbel-max draw -> Generation
-
-The plain loop is the specification: one token per forward of each model. The noise depends only on
-(seed, row id, position, stream, token), so a row's text does not depend on the batch it is decoded in.
+prompts -> token ids -> speculation.decode_rows (or plain_loop.decode_batch) -> Generation
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
-import torch
-from transformers import DynamicCache
-
-from par import IGNORE_INDEX, PARParams, gumbel_argmax, gumbel_noise, next_token_law, seen_mask, warp
+from par import PARParams
+from plain_loop import Generation, StopWatch, decode_batch
+from speculation import can_draft, decode_rows
 from tokenization import encode
-
-AGREED, CHANGED, FELL_BACK = "agreed", "changed", "fell_back"  # what happened to a token of a pair
-
-
-@dataclass
-class Generation:
-    """One finished row.
-
-    token_ids: every token drawn, the closing EOS included. text: decoded, special tokens and what follows a
-    stop string left out. finish_reason: "stop" (EOS or a stop string) or "length". stats: proposal_forwards,
-    aligner_forwards, drafted, accepted (drafts from the aligner that the pair's law confirmed),
-    fallback_fraction, mean_kl (nats). events: per token of a pair "agreed" (the proposal alone would have
-    drawn the same with the same noise), "changed" or "fell_back"; None for one model alone.
-    """
-
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-    stats: dict[str, float] = field(default_factory=dict)
-    events: list[str] | None = None
-
-
-class _Member:
-    """One model of the pair with its key-value cache; gives the last position's logits, cut to the
-    vocabulary.
-    """
-
-    def __init__(self, model, vocab_size: int) -> None:
-        self.model, self.vocab_size, self.cache = model, vocab_size, DynamicCache()
-        self.forwards = 0
-
-    def step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """ids, positions: (B, T) new tokens; mask: (B, S) over everything so far. Returns (B, V)."""
-        self.forwards += 1
-        device = self.model.device
-        output = self.model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        # Rows beyond the tokenizer are padding of the embedding; they name no token.
-        return output.logits[:, -1, : self.vocab_size]
-
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        self.cache.batch_select_indices(rows.to(self.model.device))
-
-
-class StopWatch:
-    """Finds a stop string in a growing output, also where it spans several tokens."""
-
-    def __init__(self, tokenizer, stop: Sequence[str]) -> None:
-        self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
-        # A token adds at least a byte, except a stray empty one: so many tokens back a stop string can begin.
-        self.window = max((len(s.encode()) for s in self.stop), default=0) + 8
-
-    def text(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def cut(self, text: str) -> str | None:
-        """The text before the first stop string, None where there is none."""
-        found = [index for index in (text.find(s) for s in self.stop) if index >= 0]
-        return text[: min(found)] if found else None
-
-    def hit(self, token_ids: Sequence[int]) -> bool:
-        """Whether the newest token completed a stop string."""
-        return bool(self.stop) and self.cut(self.text(token_ids[-self.window :])) is not None
-
-
-class _Row:
-    """The output of one row while it grows."""
-
-    def __init__(self, index: int, pair: bool) -> None:
-        self.index, self.ids, self.finish = index, [], None
-        self.events: list[str] | None = [] if pair else None
-        self.kl_sum, self.accepted = 0.0, 0
-        self.ended_by_token = False
-
-    @property
-    def shown_ids(self) -> list[int]:
-        """What the text is made of: all but the token that ended the answer."""
-        return self.ids[:-1] if self.ended_by_token else self.ids
-
-    def generation(self, watch: StopWatch, proposal: bool, aligner: bool) -> Generation:
-        text = watch.text(self.shown_ids)
-        stopped = watch.cut(text)
-        n, pair = len(self.ids), self.events is not None
-        fallen = self.events.count(FELL_BACK) if pair else 0
-        stats = {
-            "proposal_forwards": n * proposal,
-            "aligner_forwards": n * aligner,
-            "drafted": n * pair,
-            "accepted": self.accepted,
-            "fallback_fraction": fallen / n if n else 0.0,
-            "mean_kl": self.kl_sum / n if n else 0.0,
-        }
-        return Generation(self.ids, text if stopped is None else stopped, self.finish, stats, self.events)
-
-
-def eos_token_ids(tokenizer, *models) -> tuple[int, ...]:
-    """Every id that ends an answer for one of the models: EOS as an int or a list, wherever it is
-    configured.
-    """
-    found: set[int] = set()
-    for model in (m for m in models if m is not None):
-        for source in (model.config, getattr(model, "generation_config", None)):
-            value = getattr(source, "eos_token_id", None)
-            found.update([value] if isinstance(value, int) else value or [])
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    return tuple(sorted(found))
-
-
-def _draw(law: torch.Tensor, seed: int, row_ids: torch.Tensor, positions: torch.Tensor, stream: int = 0):
-    return gumbel_argmax(law, gumbel_noise(seed, row_ids, positions, law.shape[-1], stream))
-
-
-@torch.inference_mode()
-def decode_batch(
-    proposal,
-    aligner,
-    tokenizer,
-    prompt_ids: Sequence[Sequence[int]],
-    params: PARParams,
-    *,
-    max_new_tokens: int,
-    seed: int,
-    row_ids: Sequence[int],
-    stop: Sequence[str] = (),
-    stop_token_ids: Sequence[int] = (),
-) -> Iterator[list[_Row]]:
-    """Decodes one batch, one token per step; yields all rows after each step, the finished ones included.
-
-    prompt_ids: non-empty ids per row. stop_token_ids: further ids that end an answer as EOS does. This is the
-    plain loop: every law is computed in full, from one forward of each model over one new position per row.
-    """
-    members = [_Member(model, len(tokenizer)) for model in (proposal, aligner) if model is not None]
-    pair, watch = len(members) == 2, StopWatch(tokenizer, stop)
-    eos = eos_token_ids(tokenizer, proposal, aligner)
-    ends = {*eos, *stop_token_ids}
-    device = members[0].model.device
-    rows = [_Row(index, pair) for index in range(len(prompt_ids))]
-
-    # Left padding: the last prompt token of every row stands in the same column, and masked columns add exact
-    # zeros.
-    width = max(len(ids) for ids in prompt_ids)
-    context = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.int64)
-    for i, ids in enumerate(prompt_ids):
-        context[i, width - len(ids) :] = torch.as_tensor(ids)
-    context = context.to(device)
-    mask = torch.zeros(len(rows), width + max_new_tokens, dtype=torch.int64, device=device)
-    mask[:, :width] = context != IGNORE_INDEX
-    mask[:, width:] = 1
-    seen = seen_mask(context, len(tokenizer))
-    new_ids, positions = context.clamp(min=0), (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
-    live = torch.arange(len(rows), device=device)  # which row stands in each line of the batch
-    row_ids = torch.as_tensor(list(row_ids), dtype=torch.int64, device=device)
-
-    for step in range(max_new_tokens):
-        logits = [m.step(new_ids, mask[:, : width + step], positions).to(device) for m in members]
-        z_p = logits[0] if proposal is not None else None
-        z_q = logits[-1] if aligner is not None else None
-        at, ids = torch.full_like(live, step), row_ids[live]
-
-        candidates = None
-        if pair and params.sample_mode == "snis":
-            nucleus = next_token_law(z_p, None, params).logprobs
-            draws = [_draw(nucleus, seed, ids, at, stream) for stream in range(1, params.n_candidates + 1)]
-            candidates = torch.stack(draws, dim=-1)
-        law = next_token_law(z_p, z_q, params, seen, eos, candidates)
-        noise = gumbel_noise(seed, ids, at, len(tokenizer))
-        token = gumbel_argmax(law.logprobs, noise)
-        report = {"token": token}
-        if pair:
-            report["fell_back"], report["kl"] = law.fell_back, law.kl
-            report["as_proposal"] = gumbel_argmax(law.proposal_logprobs, noise) == token
-            report["as_draft"] = gumbel_argmax(warp(_wide(z_q), params, seen), noise) == token
-        seen = seen.scatter(1, token.unsqueeze(1), True)
-
-        report = {key: value.tolist() for key, value in report.items()}
-        for line, index in enumerate(live.tolist()):
-            _append(rows[index], report, line, ends, watch, last=step + 1 == max_new_tokens)
-        yield rows
-
-        running = [line for line, index in enumerate(live.tolist()) if rows[index].finish is None]
-        if not running:
-            return
-        new_ids, positions = token.unsqueeze(1), positions[:, -1:] + 1
-        if 2 * len(running) <= len(live):  # half of the batch is done: go on with the rest only
-            kept = torch.as_tensor(running, device=device)
-            live, mask, seen, new_ids, positions = (t[kept] for t in (live, mask, seen, new_ids, positions))
-            for member in members:
-                member.keep_rows(kept)
-
-
-def _wide(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _append(
-    row: _Row, report: dict[str, list], line: int, ends: set[int], watch: StopWatch, last: bool
-) -> None:
-    """Adds the step's token to an unfinished row and notes whether it ends it."""
-    if row.finish is not None:
-        return
-    row.ids.append(report["token"][line])
-    if row.events is not None:
-        agreed = AGREED if report["as_proposal"][line] else CHANGED
-        row.events.append(FELL_BACK if report["fell_back"][line] else agreed)
-        row.kl_sum += report["kl"][line]
-        row.accepted += report["as_draft"][line]
-    row.ended_by_token = row.ids[-1] in ends
-    if row.ended_by_token or watch.hit(row.ids):
-        row.finish = "stop"
-    elif last:
-        row.finish = "length"
 
 
 def check_pair(proposal, aligner, tokenizer, longest: int) -> None:
@@ -265,10 +41,12 @@ def generate_iter(
     seed: int = 0,
     row_ids: Sequence[int] | None = None,
     stop: Sequence[str] = (),
+    speculative: bool = True,
+    draft_tokens: int | None = None,
+    drafter=None,
     batch_size: int = 16,
-    on_step: Callable[[int], None] = lambda finished: None,
 ) -> Iterator[tuple[int, Generation]]:
-    """`generate`, but gives (index, Generation) batch by batch as they finish, the longest prompts first."""
+    """`generate`, but gives (index, Generation) as rows finish, the longest prompts first."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
     ids = [encode(tokenizer, [p])[0] if isinstance(p, str) else list(p) for p in prompts]
@@ -278,63 +56,36 @@ def generate_iter(
     if len(row_ids) != len(ids):
         raise ValueError(f"{len(row_ids)} row_ids for {len(ids)} prompts: expected one each")
     check_pair(proposal, aligner, tokenizer, max((len(row) for row in ids), default=0) + max_new_tokens)
+    if drafter is not None and proposal is not None and aligner is not None:
+        raise ValueError("a pair drafts with its aligner: give a drafter for one model alone")
     watch = StopWatch(tokenizer, stop)
+    settings = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": stop}
+    models = [model for model in (proposal, aligner, drafter) if model is not None]
+    if speculative and can_draft(*models):
+        settings |= {"drafter": drafter, "draft_tokens": draft_tokens, "batch_size": batch_size}
+        for rows in decode_rows(proposal, aligner, tokenizer, ids, params, row_ids=row_ids, **settings):
+            yield from ((row.index, row.generation(watch)) for row in rows if row.finish is not None)
+        return
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        rows: list[_Row] = []
-        for rows in decode_batch(
-            proposal,
-            aligner,
-            tokenizer,
-            [ids[i] for i in batch],
-            params,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            row_ids=[row_ids[i] for i in batch],
-            stop=stop,
-        ):
-            on_step(sum(row.finish is not None for row in rows))
-        for index, row in zip(batch, rows, strict=True):
-            yield index, row.generation(watch, proposal is not None, aligner is not None)
+        picked = {"prompt_ids": [ids[i] for i in batch], "row_ids": [row_ids[i] for i in batch]}
+        *_, rows = decode_batch(proposal, aligner, tokenizer, params=params, **picked, **settings)
+        yield from ((index, row.generation(watch)) for index, row in zip(batch, rows, strict=True))
 
 
-def generate(
-    proposal,
-    aligner,
-    tokenizer,
-    prompts: Sequence[str | Sequence[int]],
-    params: PARParams,
-    *,
-    max_new_tokens: int,
-    seed: int = 0,
-    row_ids: Sequence[int] | None = None,
-    stop: Sequence[str] = (),
-    speculative: bool = True,
-    draft_tokens: int | None = None,
-    batch_size: int = 16,
-) -> list[Generation]:
+def generate(proposal, aligner, tokenizer, prompts, params: PARParams, **settings) -> list[Generation]:
     """Decodes every prompt with the pair, or with one model alone where the other is None; order as given.
 
-    prompts: texts, or token ids as `tokenization.encode_prompts` gives them. row_ids: which row's noise each
-    prompt draws (default 0, 1, …); equal (seed, row id) gives equal text whatever the batch. stop: strings
-    that end an answer. speculative, draft_tokens: reserved for drafting by the aligner, which by construction
-    gives the same tokens; every call runs the plain loop today. Raises ValueError for no model, an empty
-    prompt, or more positions than a model holds.
+    prompts: texts, or token ids as `tokenization.encode_prompts` gives them. Settings by name:
+    max_new_tokens (required). seed, row_ids: whose noise each prompt draws (rows 0, 1, … by default); equal
+    (seed, row id) gives equal text whatever the batch. stop: strings that end an answer. speculative: False
+    is the plain loop, which gives the same tokens. draft_tokens: how many a round drafts ahead; None adapts
+    to what pays. drafter: for one model alone, a small model of its vocabulary that drafts for it.
+    batch_size: rows decoded at once. Raises ValueError for no model, an empty prompt, or more positions than
+    a model holds.
     """
-    del speculative, draft_tokens
     results: list[Generation | None] = [None] * len(prompts)
-    for index, generation in generate_iter(
-        proposal,
-        aligner,
-        tokenizer,
-        prompts,
-        params,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        row_ids=row_ids,
-        stop=stop,
-        batch_size=batch_size,
-    ):
+    for index, generation in generate_iter(proposal, aligner, tokenizer, prompts, params, **settings):
         results[index] = generation
     return results

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-import decoding
 import demo
+import plain_loop
 from utils import UserError
 
 Judgement = dict[str, Any]  # "preference" in [0, 1], and whatever else the judge can say of the answer
@@ -82,7 +82,7 @@ def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
         for key in ("fallback_fraction", "mean_kl")
     }
     drafted = sum(a["stats"]["drafted"] for a in pairs)
-    changed = sum(answer["events"].count(decoding.CHANGED) for answer in pairs)
+    changed = sum(answer["events"].count(plain_loop.CHANGED) for answer in pairs)
     weighted["acceptance"] = sum(a["stats"]["accepted"] for a in pairs) / drafted
     return weighted | {"changed_fraction": changed / tokens}
 

@@ -224,6 +224,7 @@ def answer_all(job: Job, part: PartFile) -> list[dict[str, Any]]:
             row_ids=[job.row_ids[i] for i in todo],
             stop=job.stop,
             batch_size=job.settings.batch_size,
+            speculative=job.settings.speculative,
         )
         for position, answer in answers:
             value = {"index": todo[position], "text": answer.text, "finish_reason": answer.finish_reason}

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-import decoding
+import plain_loop
+import speculation
 from par import PARParams
 from tokenization import encode_prompts
 
@@ -69,7 +70,9 @@ def generate_stream(
     stop = [stop] if isinstance(stop, str) else list(stop)
     prompt, echo = params["prompt"], bool(params.get("echo", True))
     (ids,), _ = encode_prompts(tokenizer, [prompt], context_len - new, model.add_bos)
-    steps = decoding.decode_batch(
+    models = [each for each in (model.proposal, model.aligner) if each is not None]
+    loop = speculation.decode_rows if speculation.can_draft(*models) else plain_loop.decode_batch
+    rounds = loop(
         model.proposal,
         model.aligner,
         tokenizer,
@@ -81,21 +84,22 @@ def generate_stream(
         stop=stop,
         stop_token_ids=params.get("stop_token_ids") or (),
     )
-    watch = decoding.StopWatch(tokenizer, stop)
-    for count, (row,) in enumerate(steps, start=1):
+    watch, sent = plain_loop.StopWatch(tokenizer, stop), 0
+    for (row,) in rounds:
         text = watch.text(row.shown_ids)
         if row.finish is not None:
             stopped = watch.cut(text)
             text = text if stopped is None else stopped
-        elif count % stream_interval or held_back(text, stop):
+        elif len(row.ids) - sent < stream_interval or held_back(text, stop):
             continue
+        sent = len(row.ids)
         yield {
             "text": prompt + text if echo else text,
             "logprobs": None,
             "usage": {
                 "prompt_tokens": len(ids),
-                "completion_tokens": count,
-                "total_tokens": len(ids) + count,
+                "completion_tokens": sent,
+                "total_tokens": len(ids) + sent,
             },
             "finish_reason": row.finish,
         }

@@ -13,7 +13,9 @@ from tiny import Scripted, byte_tokenizer, tiny_model, tiny_tokenizer
 
 import decoding
 import par
+import plain_loop
 from par import PARParams
+from speculation import DraftLength
 
 KNOBS = {
     "temperature": 0.8,
@@ -83,12 +85,17 @@ def run(roles, params, prompts, tokenizer=LETTERS, dtype=torch.float32, **settin
     return decoding.generate(*pair(len(tokenizer), roles, dtype), tokenizer, prompts, params, **settings)
 
 
+def settled(stats):
+    """Without the count of forwards, which hangs on how far the rounds drafted ahead."""
+    return {key: value for key, value in stats.items() if not key.endswith("_forwards")}
+
+
 def assert_same(found, expected):
     assert [(g.token_ids, g.text, g.finish_reason, g.events) for g in found] == [
         (g.token_ids, g.text, g.finish_reason, g.events) for g in expected
     ]
     for a, b in zip(found, expected, strict=True):
-        assert a.stats == pytest.approx(b.stats, rel=1e-4, abs=1e-6)
+        assert settled(a.stats) == pytest.approx(settled(b.stats), rel=1e-4, abs=1e-6)
 
 
 # ---- the law of whole sequences ----------------------------------------------------------------------------
@@ -207,13 +214,30 @@ def slow_answer(models, params, prompt, row, vocab, eos):
     return decoding.Generation(ids, text, finish, stats, events if is_pair else None)
 
 
+LOOPS = {
+    "plain": {"speculative": False},
+    "adaptive": {"batch_size": 5},
+    "no drafts": {"draft_tokens": 0},
+    "one ahead": {"draft_tokens": 1, "batch_size": 3},
+    "far ahead": {"draft_tokens": 9, "batch_size": 16},  # past ends, stop strings and the last position
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_batched_and_cached_equals_slow_reference(case, dtype):
+def test_batched_and_cached_equals_slow_reference(case, dtype, loop):
     """Tokens, text, events and statistics of 16 ragged rows equal the uncached, unpadded recomputation."""
     roles, params, _ = CASES[case]
-    found = run(roles, params, ragged_prompts(), dtype=dtype)
+    found = run(roles, params, ragged_prompts(), dtype=dtype, **LOOPS[loop])
     assert_same(found, slow_answers(case, dtype))
+    for generation, role in itertools.product(found, ("proposal", "aligner")):
+        forwards, given = generation.stats[f"{role}_forwards"], roles[role == "aligner"]
+        if loop in ("plain", "no drafts") or not given:
+            assert forwards == len(generation.token_ids) * given
+    if loop == "far ahead" and roles == BOTH:
+        verified = sum(g.stats["proposal_forwards"] for g in found)
+        assert verified < 0.9 * sum(len(g.token_ids) for g in found)
     assert {g.finish_reason for g in found} == {"stop", "length"}
     if roles == BOTH:
         gated = {"fell_back"} if case.startswith("par_kl") else set()
@@ -233,6 +257,39 @@ def test_batch_size_and_order_change_nothing(case):
     order = random.Random(1).sample(range(16), 16)
     shuffled = run(roles, params, [prompts[i] for i in order], batch_size=7, row_ids=order)
     assert_same(shuffled, [whole[i] for i in order])
+
+
+@pytest.mark.parametrize("role", [0, 1])
+def test_another_model_may_draft_for_one_alone(role):
+    """A drafter saves forwards and changes no token, whichever of the two models stands alone."""
+    alone = [None, None]
+    alone[role], drafter = pair(len(LETTERS), BOTH)[role], pair(len(LETTERS), BOTH)[1 - role]
+    params, settings = PARParams(**KNOBS), {"max_new_tokens": 16, "seed": SEED, "stop": STOP}
+    plain = decoding.generate(*alone, LETTERS, ragged_prompts(), params, speculative=False, **settings)
+    for draft_tokens in (None, 1, 4):
+        settings |= {"drafter": drafter, "draft_tokens": draft_tokens, "batch_size": 6}
+        found = decoding.generate(*alone, LETTERS, ragged_prompts(), params, **settings)
+        assert_same(found, plain)
+    key = ("proposal_forwards", "aligner_forwards")[role]
+    assert sum(g.stats[key] for g in found) < 0.9 * sum(len(g.token_ids) for g in found)
+
+
+def test_drafts_are_worth_their_time():
+    """The draft length follows the cost of both models and the agreement, down to none."""
+
+    def settle(step, verify, agreed):
+        length = DraftLength()
+        for _ in range(40):
+            width = length.choose()
+            kept = 1 + sum(agreed**i for i in range(1, width))
+            length.learn(width, width * step, verify(width), agreed * kept, kept)
+        return length.choose()
+
+    assert settle(0.1, lambda width: 10 + 0.2 * width, 0.9) >= 10
+    assert 3 <= settle(1.0, lambda width: 10 + 0.2 * width, 0.8) <= 8
+    assert settle(8.0, lambda width: 10 + 0.2 * width, 0.3) == 1
+    assert settle(0.1, lambda width: 10 * width, 0.8) == 1
+    assert DraftLength(4).choose() == 4
 
 
 def test_row_id_and_seed_decide_the_draw():
@@ -365,7 +422,7 @@ def test_eos_wherever_it_is_configured(role, where, value, ids):
     models[role] = Scripted(PIECES, "abc", 1, **{where: value})
     answer = decoding.generate(*models, PIECES, ["a"], PARParams(), max_new_tokens=6)[0]
     assert (answer.token_ids, answer.finish_reason) == ([0, 1, 2], "stop")
-    assert decoding.eos_token_ids(PIECES, *models) == (*ids, PIECES.eos_token_id)
+    assert plain_loop.eos_token_ids(PIECES, *models) == (*ids, PIECES.eos_token_id)
 
 
 @pytest.mark.parametrize("mode", par.SAMPLE_MODES)
@@ -380,16 +437,6 @@ def test_eos_priority_ends_where_the_proposal_would(mode):
         answer = decoding.generate(*models, PIECES, ["a"], params, max_new_tokens=5)[0]
         ends[priority] = PIECES.convert_ids_to_tokens(answer.token_ids)
     assert ends == {True: ["b", "b", "</s>"], False: ["b"] * 5}
-
-
-def test_on_step_counts_finished_rows():
-    """`on_step` is told after every step how many rows of the batch are finished, and last that all are."""
-    seen, prompts = [], ragged_prompts()
-    models = pair(len(LETTERS), BOTH)
-    settings = {"max_new_tokens": 16, "seed": SEED, "stop": STOP, "on_step": seen.append}
-    answers = dict(decoding.generate_iter(*models, LETTERS, prompts, CASES["par"][1], **settings))
-    lengths = [len(g.token_ids) for g in answers.values()]
-    assert seen == [sum(length <= step for length in lengths) for step in range(1, max(lengths) + 1)]
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------

@@ -379,7 +379,8 @@ def test_pair_answers_are_traced(resolve, folders, tmp_path):
         assert (answer["text"], answer["finish_reason"]) == (generation.text, generation.finish_reason)
         assert answer["tokens"] == sampling.pieces(TOKENIZER, generation.token_ids)
         assert answer["events"] == generation.events
-        assert answer["stats"] == pytest.approx(generation.stats)
+        for key in ("drafted", "accepted", "fallback_fraction", "mean_kl"):
+            assert answer["stats"][key] == pytest.approx(generation.stats[key])
         assert answer["n_tokens"] == len(answer["tokens"]) == len(answer["events"])
 
 
