@@ -208,6 +208,8 @@ def contents(folder):
             [*found.get(path.parts[-3], []), answers]
         )  # the folder's hash knows the path
     systems = json.loads((folder / "results.json").read_text())["systems"]
+    for row in systems.values():
+        row.pop("mean_kl", None)  # rounded as the batch's shape has it, unlike every token
     return found | {"systems": systems}
 
 
