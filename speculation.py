@@ -29,15 +29,16 @@ class SlotCache(Cache):
     `aim` says where the next forward's tokens go and what they see; nothing is ever moved or grown.
     """
 
-    def __init__(self, slots: int, columns: int) -> None:
+    def __init__(self, slots: int, columns: int, device: torch.device) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.slots, self.columns, self.stored = slots, columns, []
+        self.lines = torch.arange(slots, device=device)
 
     def aim(self, slots: torch.Tensor | None, places: torch.Tensor, seen: int) -> None:
         """slots: (R,) whose tokens come, None for all; places: (R, T) their columns; seen: columns read."""
         self.chosen, self.seen = slots, seen
-        lines = torch.arange(len(places), device=places.device) if slots is None else slots
-        self.where = (lines.unsqueeze(1).to(places.device), places)
+        lines = self.lines[: len(places)] if slots is None else slots
+        self.where = (lines.unsqueeze(1), places)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if layer_idx == len(self.stored):
@@ -52,7 +53,7 @@ class SlotCache(Cache):
         return tuple(found)
 
     def keep(self, slots: torch.Tensor) -> None:
-        self.slots = len(slots)
+        self.slots, self.lines = len(slots), self.lines[: len(slots)]
         self.stored = [(keys[slots], values[slots]) for keys, values in self.stored]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -63,21 +64,23 @@ class _Member:
     """A model with its slots."""
 
     def __init__(self, model, slots: int, columns: int, vocab_size: int) -> None:
-        self.model, self.vocab_size, self.cache = model, vocab_size, SlotCache(slots, columns)
+        self.model, self.vocab_size, self.cache = model, vocab_size, SlotCache(slots, columns, model.device)
         self.forwards = 0
 
     def __call__(
-        self, ids: torch.Tensor, places: torch.Tensor, positions: torch.Tensor, seen: int, slots=None
+        self, ids: torch.Tensor, places: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, slots=None
     ) -> torch.Tensor | None:
-        """Logits (R, T, V) of new tokens; None where only some `slots` are filled with a prompt."""
+        """Logits (R, T, V) of new tokens; None where only some `slots` are filled with a prompt.
+
+        ids, places, positions: (R, T); mask: (R, 1, T, S), which columns each token sees.
+        """
         device = self.model.device
-        ids, places, positions = ids.to(device), places.to(device), positions.to(device)
-        self.cache.aim(slots, places, seen)
-        mask = torch.arange(seen, device=device) <= positions.unsqueeze(-1)
+        ids, places, positions, mask = (t.to(device) for t in (ids, places, positions, mask))
+        self.cache.aim(slots, places, mask.shape[-1])
         model = self.model if slots is None else self.model.base_model
         output = model(
             input_ids=ids,
-            attention_mask=mask.unsqueeze(1),
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
@@ -149,7 +152,6 @@ class _Batch:
         self.members, self.device = members, device
         self.rows: list[Row | None] = [None] * slots
         self.lengths = [1] * slots  # tokens of prompt and output, the last of them not yet in the caches
-        self.ends = [2] * slots  # columns that the row may ever need
         self.last, self.row_ids = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2))
         self.length = torch.ones_like(self.last)
         self.end, self.step = torch.full_like(self.last, 2), torch.zeros_like(self.last)
@@ -167,7 +169,6 @@ class _Batch:
         free = [slot for slot, row in enumerate(self.rows) if row is None][: len(new)]
         for slot, (row, ids, _) in zip(free, new, strict=True):
             self.rows[slot], self.lengths[slot] = row, len(ids)
-            self.ends[slot] = len(ids) + max_new_tokens
         at = torch.tensor(free, device=self.device)
         for target, values in (
             (self.last, [ids[-1] for _, ids, _ in new]),
@@ -191,17 +192,15 @@ class _Batch:
             return
         columns = torch.arange(longest - 1, device=self.device).expand(len(new), -1)
         inside = columns < self.length[at].unsqueeze(1) - 1
+        mask = (columns.unsqueeze(1) <= columns.unsqueeze(2)).unsqueeze(1)
         for member in self.members:
             places = columns.masked_fill(~inside, member.cache.columns)
-            member(
-                context[:, :-1].clamp(min=0), places, columns, longest - 1, slots=at.to(member.model.device)
-            )
+            member(context[:, :-1].clamp(min=0), places, columns, mask, slots=at.to(member.model.device))
 
     def keep(self, slots: list[int]) -> None:
         """Goes on with some slots only."""
         at = torch.tensor(slots, device=self.device)
         self.rows, self.lengths = [self.rows[s] for s in slots], [self.lengths[s] for s in slots]
-        self.ends = [self.ends[s] for s in slots]
         self.last, self.row_ids, self.length = self.last[at], self.row_ids[at], self.length[at]
         self.end, self.step = self.end[at], self.step[at]
         self.seen = self.seen[at] if self.seen is not None else None
@@ -258,7 +257,8 @@ def decode_rows(
             batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))], max_new_tokens)
         elif 2 * len(batch.alive) <= len(batch.rows):  # nobody waits: go on with the rest only
             batch.keep(batch.alive)
-        alive, width = batch.alive, length.choose()
+        alive = batch.alive
+        width = min(length.choose(), max(max_new_tokens - len(batch.rows[slot].ids) for slot in alive))
         start = time.perf_counter()
 
         # Columns that a row will never need go where nobody reads; their tokens are dropped as too many.
@@ -267,6 +267,7 @@ def decode_rows(
         columns_bw = batch.length.unsqueeze(1) - 1 + ahead
         places = torch.where(columns_bw < batch.end.unsqueeze(1) - 1, columns_bw, columns)
         positions = columns_bw.clamp(max=columns - 1)
+        mask = (torch.arange(seen_columns, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
         steps = batch.step.unsqueeze(1) + ahead
         flat_ids = batch.row_ids.repeat_interleave(width)
         noise = gumbel_noise(seed, flat_ids, steps.flatten(), vocab).view(len(batch.rows), width, vocab)
@@ -274,7 +275,7 @@ def decode_rows(
         ids, seen, drafts, z_q, seens = batch.last.unsqueeze(1), batch.seen, [], [], []
         for i in range(width if pair else width - 1):
             at = slice(i, i + 1)
-            logits = members[1](ids, places[:, at], positions[:, at], seen_columns)[:, 0].to(device)
+            logits = members[1](ids, places[:, at], positions[:, at], mask[:, :, at])[:, 0].to(device)
             draft = gumbel_argmax(draft_law(logits, seen), noise[:, i])
             z_q.append(logits)
             seens.append(seen)
@@ -288,7 +289,7 @@ def decode_rows(
         middle = time.perf_counter()
 
         feed = torch.cat([batch.last.unsqueeze(1), drafted[:, : width - 1]], dim=1)
-        logits = members[0](feed, places, positions, seen_columns).flatten(0, 1)
+        logits = members[0](feed, places, positions, mask).flatten(0, 1)
         aligner_logits = torch.stack(z_q, dim=1).flatten(0, 1) if pair else None
         seen_all = None if batch.seen is None else torch.stack(seens, dim=1).flatten(0, 1)
         z_p, z_a = (logits, aligner_logits) if proposal is not None else (None, logits)
@@ -327,9 +328,12 @@ def decode_rows(
             for i in range(kept_by_slot[slot]):
                 if row.finish is None:  # what follows an end inside a draft is dropped
                     append_token(row, line, i, ends, watch, last=len(row.ids) + 1 == max_new_tokens)
-            if drafted.shape[1]:
-                agreed += sum(line["as_draft"][: kept_by_slot[slot]])
-                compared += min(kept_by_slot[slot], drafted.shape[1])
+            if drafted.shape[1]:  # a draft beyond a row's end is lost like one that the law refused
+                tried = min(kept_by_slot[slot], drafted.shape[1])
+                compared += tried
+                agreed += sum(line["as_draft"][:tried]) - (
+                    row.finish is not None and line["as_draft"][tried - 1]
+                )
             batch.lengths[slot] += kept_by_slot[slot]
             worked.append(row)
             if row.finish is not None:
