@@ -188,7 +188,9 @@ def preference_loss(
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-Logps = Mapping[str, torch.Tensor]  # "target" (B,) and, where the loss needs it, "negative" (B,)
+# "target" (B,) and, where the loss needs it, "negative" (B,); "negative_weight" (B,), mean 1, where only some
+# examples' negatives were computed: 1 / share for those, 0 for the others.
+Logps = Mapping[str, torch.Tensor]
 LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]  # losses (B,), metrics, each (B,)
 
 
@@ -197,7 +199,8 @@ def _sft(policy: Logps, reference: Logps | None, settings) -> LossOutput:
 
 
 def _residual_aligner(policy: Logps, reference: Logps | None, settings) -> LossOutput:
-    return residual_aligner_loss(policy["target"], policy["negative"], settings.alpha), {}
+    sampled = policy["negative"] * policy.get("negative_weight", 1.0)
+    return residual_aligner_loss(policy["target"], sampled, settings.alpha), {}
 
 
 def _preference(policy: Logps, reference: Logps | None, settings) -> LossOutput:

@@ -197,8 +197,8 @@ def test_not_a_number_stops_and_keeps_the_weights_before(tmp_path, monkeypatch):
     run = trainer(tmp_path, "lr=1e-3", "batch_size=4")
     real, good = run.losses, {}
 
-    def losses(data, rows):
-        values, sums = real(data, rows)
+    def losses(data, rows, drawn=None):
+        values, sums = real(data, rows, drawn)
         if run.updates == 2 and data is run.train_data:
             good.update(weights(run))
             return values * float("nan"), sums | {"loss": float("nan")}
