@@ -22,6 +22,7 @@ ATTENTION = "packed"  # its name in transformers
 # those whose attention does not reach back to the first token.
 BENT = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 WINDOWS = ("sliding_window", "attention_chunk_size")
+BLOCK = 128  # tokens; below it a masked call is cheaper than one call per segment
 
 # answer -> (B,) sums over its tokens, and answer -> number of tokens in each sum; 0 where it is left out
 Answers = tuple[dict[str, torch.Tensor], dict[str, list[int]]]
@@ -42,18 +43,63 @@ def attend(
 
     query: (1, heads, T, D). key, value: (1, key heads, T, D); heads is a multiple of key heads.
     """
+    calls = _calls(segments, query.device)
     # split, not slices: the backward pass of a slice fills a tensor of all T tokens, that of a split none
-    queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
+    lengths = [length for length, _, _ in calls]
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     options = {"scale": scale, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
     found = []
-    for i, (length, prefix) in enumerate(zip(segments.lengths, segments.prefixes, strict=True)):
-        k, v, how = keys[i], values[i], {"is_causal": True}
+    for i, (_, prefix, mask) in enumerate(calls):
+        k, v = keys[i], values[i]
         if prefix:
             k, v = (torch.cat([part[i - 1][:, :, :prefix], part[i]], dim=2) for part in (keys, values))
-            mask = torch.ones(length, prefix + length, dtype=torch.bool, device=query.device)
-            how = {"attn_mask": mask.tril(prefix)}
-        found.append(F.scaled_dot_product_attention(queries[i], k, v, **how, **options))
+        found.append(
+            F.scaled_dot_product_attention(queries[i], k, v, mask, is_causal=mask is None, **options)
+        )
     return torch.cat(found, dim=2)
+
+
+@functools.lru_cache(maxsize=2)  # the same for all layers of a forward pass
+def _calls(segments: Segments, device: torch.device) -> list[tuple[int, int, torch.Tensor | None]]:
+    """How `attend` goes about it: (length, prefix, mask) of each call; no mask means a causal one.
+
+    A long segment has a call of its own; examples of up to BLOCK tokens together share one under a mask.
+    """
+    examples: list[list[tuple[int, int]]] = []  # the segments of each
+    for length, prefix in zip(segments.lengths, segments.prefixes, strict=True):
+        if not prefix:
+            examples.append([])
+        examples[-1].append((length, prefix))
+    calls, block = [], []
+
+    def add(length: int, prefix: int, mask: np.ndarray | None) -> None:
+        calls.append((length, prefix, None if mask is None else torch.from_numpy(mask).to(device)))
+
+    for example in [*examples, None]:
+        size = sum(length for length, _ in example or ())
+        held = sum(length for length, _ in block)
+        if block and (example is None or held + size > BLOCK):
+            add(held, 0, _block_mask(block) if len(block) > 1 else None)
+            block = []
+        if size <= BLOCK:
+            block += example or ()
+            continue
+        for length, prefix in example:
+            add(length, prefix, np.tri(length, prefix + length, prefix, dtype=bool) if prefix else None)
+    return calls
+
+
+def _block_mask(block: list[tuple[int, int]]) -> np.ndarray:
+    """Which tokens of some segments (length, prefix) see which, true where they do."""
+    ends = np.cumsum([length for length, _ in block])
+    mask = np.zeros((ends[-1], ends[-1]), dtype=bool)
+    for i, (length, prefix) in enumerate(block):
+        start = ends[i] - length
+        mask[start : ends[i], start : ends[i]] = np.tri(length, dtype=bool)
+        if prefix:
+            before = start - block[i - 1][0]
+            mask[start : ends[i], before : before + prefix] = True
+    return mask
 
 
 def attend_at_once(

@@ -120,5 +120,7 @@ def draw(seed: int, first: int, count: int, fraction: float) -> np.ndarray:
     Each draw hangs on (seed, index) alone (Philox, a counter-based generator): no cut into micro-batches or
     processes and no restart changes it.
     """
+    if fraction == 1:
+        return np.ones(count, dtype=bool)
     words = [np.random.Philox(key=seed, counter=index).random_raw() for index in range(first, first + count)]
     return (np.array(words, dtype=np.uint64) >> np.uint64(11)) * 2.0**-53 < fraction

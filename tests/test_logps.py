@@ -18,10 +18,10 @@ VOCAB = 97
 BOTH = ("target", "negative")
 
 
-def ragged(count, seed, longest=40):
-    """Examples whose three parts have random lengths from 1 up."""
+def ragged(count, seed, longest=100):
+    """Examples whose three parts have random lengths from 1 up, short ones more often than long ones."""
     rng = np.random.default_rng(seed)
-    sizes = {part: rng.integers(1, longest, size=count) for part in ("prompt", *BOTH)}
+    sizes = {part: rng.integers(1, rng.integers(2, longest, size=count)) for part in ("prompt", *BOTH)}
     return TokenizedDataset(
         {part: rng.integers(VOCAB, size=size.sum()).astype(np.int32) for part, size in sizes.items()},
         {part: np.cumsum([0, *size]) for part, size in sizes.items()},
@@ -148,7 +148,7 @@ def test_under_autocast():
     ):
         truth = part(exact)
         ours, theirs = ((part(found) - truth).norm() / truth.norm() for found in (packed, padded))
-        assert 1e-5 < ours < 1.5 * theirs < 0.1
+        assert 1e-5 < ours < 1.5 * theirs < 0.2
 
 
 def test_decoding_is_untouched():
@@ -164,6 +164,29 @@ def test_decoding_is_untouched():
     before = decode()
     assert logps.prepare(model, 64) is None
     assert decode() == before
+
+
+@pytest.mark.parametrize("block", [0, 8, 20, 10**6])
+def test_attention_equals_one_dense_mask(monkeypatch, block):
+    """Segments alone, a few under one mask, all under one mask: as one mask of all tokens has it."""
+    segments = Segments((5, 3, 1, 4, 2, 30, 7, 6), (0, 2, 0, 1, 0, 0, 29, 0))
+    total, dense, start = sum(segments.lengths), torch.zeros(58, 58, dtype=torch.bool), 0
+    for i, (length, prefix) in enumerate(zip(segments.lengths, segments.prefixes, strict=True)):
+        before = start - segments.lengths[i - 1]
+        for query in range(start, start + length):
+            dense[query, start : query + 1] = True
+            dense[query, before : before + prefix] = True
+        start += length
+    query, key, value = (torch.randn(1, heads, total, 8, requires_grad=True) for heads in (4, 2, 2))
+    monkeypatch.setattr(logps, "BLOCK", block)
+    logps._calls.cache_clear()
+    found = logps.attend(query, key, value, segments, 0.3)
+    logps._calls.cache_clear()
+    wanted = F.scaled_dot_product_attention(query, key, value, dense, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(x.square().sum(), (query, key, value)) for x in (found, wanted)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_one_kernel_equals_the_loop(monkeypatch):
