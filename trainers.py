@@ -158,7 +158,9 @@ class BasicTrainer:
                 return logps.padded_logps
         return logps.packed_logps
 
-    def forward(self, model, data: TokenizedDataset, rows: np.ndarray, drawn: np.ndarray) -> logps.Answers:
+    def forward(
+        self, model, data: TokenizedDataset, rows: np.ndarray, drawn: np.ndarray | None
+    ) -> logps.Answers:
         """Sequence log-probabilities (B,) of each answer, and the response tokens that each of them sums."""
         with self.autocast():
             return self.logps(model, data, rows, self.answers, self.pad_id, drawn)
@@ -180,17 +182,18 @@ class BasicTrainer:
         if self.reference is not None:
             with torch.no_grad():
                 reference, _ = self.forward(self.reference, data, rows, drawn)
-        weight = 1.0 if drawn is None else torch.from_numpy(drawn).to(policy["target"]) / self.fraction
-        losses, metrics = self.loss.function(
-            policy | {"negative_weight": weight}, reference, self.settings.loss
-        )
+        weights = {}
+        if drawn is not None:
+            weights["negative_weight"] = torch.from_numpy(drawn).to(policy["target"]) / self.fraction
+        losses, metrics = self.loss.function(policy | weights, reference, self.settings.loss)
         sums = {key: value.detach().double().sum().item() for key, value in metrics.items()}
         sums["loss"] = losses.detach().double().sum().item()
         names = {"target": "target_logp", "negative": "sampled_logp"}
         for answer, values in policy.items():
             sums[names[answer]] = values.detach().double().sum().item()
             sums[f"{answer}_tokens"] = sum(counts[answer])
-            sums[f"{answer}_examples"] = len(rows) if answer == "target" or drawn is None else drawn.sum()
+            everyone = answer == "target" or drawn is None
+            sums[f"{answer}_examples"] = len(rows) if everyone else int(drawn.sum())
         return losses, sums
 
     @staticmethod
