@@ -168,15 +168,15 @@ def packed_logps(
 ) -> Answers:
     """Sums of the log-probabilities of the answers' tokens, from one forward pass over all of them.
 
-    model: one that `prepare` accepted. drawn: (B,) whose "negative" is computed; None = all.
+    model: one that `prepare` accepted. drawn: (B,) whose "negative" is computed; None = all. pad_id: only for
+    the reference below.
     """
     batch = pack(data, rows, answers, drawn).to(model.device)
+    no_mask = batch.input_ids.new_empty(1, 1, 0, 0)  # transformers makes none where it gets four dimensions
     hidden = model.base_model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        attention_mask=batch.input_ids.new_empty(
-            1, 1, 0, 0
-        ),  # transformers takes four dimensions as they are
+        attention_mask=no_mask,
         use_cache=False,
         segments=batch.segments,
     ).last_hidden_state
