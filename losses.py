@@ -1,7 +1,8 @@
 """Sequence log-probabilities and the losses on them.
 
-Shapes: B examples, T tokens, V vocabulary. A loss sees only sums of response log-probabilities (B,), so it
-does not care how the models computed them. `LOSSES` is the table that `loss.name` picks from.
+Shapes: B examples, T tokens, N response tokens, H hidden width, V vocabulary. A loss sees only sums of
+response log-probabilities (B,), so it does not care how the models computed them. `LOSSES` is the table that
+`loss.name` picks from.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,6 +38,108 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits: (B, T, V). labels: (B, T) with -100 on prompt and padding; the shift by one happens inside.
     """
     return token_logps(logits, labels).sum(dim=-1)
+
+
+# ---- the same without a (B, T, V) tensor -------------------------------------------------------------------
+
+TILE = 1 << 20  # logits held at once: 4 MB in float32, so that a CPU works on them in its cache
+CUDA_TILE = 1 << 26  # 256 MB: a GPU wants large products
+
+
+def head_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    tile: int | None = None,
+) -> torch.Tensor:
+    """log softmax(hidden @ weight.T + bias) at the labels, never holding more than `tile` logits. (N,)
+
+    hidden: (N, H). weight: (V, H), the head. labels: (N,) ids below V. bias: (V,). tile: None picks one by
+    device. Products are taken in autocast's type where it is on, everything else in float32 or wider; the
+    backward pass makes the logits a second time. Equals `token_logps` of the whole logits.
+    """
+    device = hidden.device.type
+    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    tile = tile or (CUDA_TILE if device == "cuda" else TILE)
+    return _HeadLogps.apply(hidden, weight, labels, bias, narrow, max(1, tile // max(1, len(hidden))))
+
+
+class _HeadLogps(torch.autograd.Function):
+    """Log-probabilities from tiles of logits over the vocabulary, made again in the backward pass.
+
+    Tiles of tokens would read and write the whole (V, H) gradient once per tile; these write each of its rows
+    once. The running maximum and sum: Milakov and Gimelshein 2018, algorithm 3.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, bias, narrow, width):
+        wide = torch.promote_types(narrow, torch.float32)
+        h = hidden.to(narrow)
+        highest = torch.full((len(h),), float("-inf"), dtype=wide, device=h.device)
+        total, chosen = torch.zeros_like(highest), torch.zeros_like(highest)
+        for start in range(0, len(weight), width):
+            logits, column, here = _tile(h, weight, labels, bias, start, width, wide)
+            chosen += torch.where(here, logits.gather(1, column).squeeze(1), 0.0)
+            before, highest = highest, torch.maximum(highest, logits.amax(dim=1))
+            total = total * (before - highest).exp() + logits.sub_(highest.unsqueeze(1)).exp_().sum(dim=1)
+        normaliser = highest + total.log()
+        ctx.save_for_backward(hidden, weight, labels, bias, normaliser)
+        ctx.narrow, ctx.wide, ctx.width = narrow, wide, width
+        return chosen - normaliser
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, labels, bias, normaliser = ctx.saved_tensors
+        wants_hidden, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
+        narrow, wide = ctx.narrow, ctx.wide
+        h, grad = hidden.to(narrow), grad.to(wide)
+        grad_hidden = torch.zeros_like(hidden, dtype=wide) if wants_hidden else None
+        grad_weight = torch.empty_like(weight, dtype=wide) if wants_weight else None
+        grad_bias = torch.empty_like(bias, dtype=wide) if wants_bias else None
+        for start in range(0, len(weight), ctx.width):
+            rows = slice(start, start + ctx.width)
+            logits, column, here = _tile(h, weight, labels, bias, start, ctx.width, wide)
+            # d logp / d logits = one-hot - softmax, in place of the logits
+            logits.sub_(normaliser.unsqueeze(1)).exp_().mul_(-grad.unsqueeze(1))
+            logits.scatter_add_(1, column, torch.where(here, grad, 0.0).unsqueeze(1))
+            if wants_bias:
+                grad_bias[rows] = logits.sum(dim=0)
+            logits = logits.to(narrow)
+            if wants_weight:
+                grad_weight[rows] = _product(logits.T, h, wide)
+            if wants_hidden:
+                grad_hidden += _product(logits, weight[rows].to(narrow), wide)
+        return (
+            grad_hidden.to(hidden.dtype) if wants_hidden else None,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _tile(h, weight, labels, bias, start: int, width: int, wide: torch.dtype):
+    """Logits (N, width) of some vocabulary rows, each label's column (N, 1) there, and whether it has one."""
+    rows = slice(start, start + width)
+    logits = _product(h, weight[rows].to(h.dtype).T, wide)
+    if bias is not None:
+        logits += bias[rows]
+    column = labels - start
+    here = (column >= 0) & (column < logits.shape[1])
+    return logits, column.clamp(0, logits.shape[1] - 1).unsqueeze(1), here
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """a @ b in `wide`: a GPU keeps its float32 sums of narrow products, a CPU rounds them once."""
+    if a.dtype == wide:
+        return a @ b
+    return torch.mm(a, b, out_dtype=wide) if a.is_cuda else (a @ b).to(wide)
+
+
+# ---- losses ------------------------------------------------------------------------------------------------
 
 
 def residual_aligner_loss(
@@ -85,7 +188,9 @@ def preference_loss(
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-Logps = Mapping[str, torch.Tensor]  # "target" (B,) and, where the loss needs it, "negative" (B,)
+# "target" (B,) and, where the loss needs it, "negative" (B,); "negative_weight" (B,), mean 1, where only some
+# examples' negatives were computed: 1 / share for those, 0 for the others.
+Logps = Mapping[str, torch.Tensor]
 LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]  # losses (B,), metrics, each (B,)
 
 
@@ -94,7 +199,8 @@ def _sft(policy: Logps, reference: Logps | None, settings) -> LossOutput:
 
 
 def _residual_aligner(policy: Logps, reference: Logps | None, settings) -> LossOutput:
-    return residual_aligner_loss(policy["target"], policy["negative"], settings.alpha), {}
+    sampled = policy["negative"] * policy.get("negative_weight", 1.0)
+    return residual_aligner_loss(policy["target"], sampled, settings.alpha), {}
 
 
 def _preference(policy: Logps, reference: Logps | None, settings) -> LossOutput:

@@ -44,6 +44,8 @@ NOT_IDENTITY = set(
         "n_eval_examples",
         "eval_batch_size",
         "activation_checkpointing",
+        "packed",
+        "compile",
         "do_first_eval",
         "eval_every",
         "save_every",

@@ -11,15 +11,16 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import checkpoints
-from losses import LOSSES, sequence_logps
-from preference_datasets import collate, get_batch_iterator
+import logps
+import packing
+from losses import LOSSES
+from preference_datasets import get_batch_iterator
 from tokenization import TokenizedDataset
 from utils import UserError, log, naming, pick, pick_device, pick_dtype, progress
 
@@ -133,6 +134,12 @@ class BasicTrainer:
             self.model.activation_checkpointing_enable()
         wanted = pick_dtype(settings.model.fsdp_policy_mp or "float32", self.device)
         self.compute_dtype = wanted if wanted != torch.float32 else None
+        self.fraction = settings.loss.get("sampled_fraction", 1.0)
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"loss.sampled_fraction={self.fraction}: expected a number in (0, 1]")
+        self.logps = self.pick_forward()
+        if settings.compile:
+            self.model.base_model.compile(dynamic=True)
 
         n = settings.n_examples if settings.n_examples is not None else len(train_data) * settings.n_epochs
         self.total_examples = int(n)
@@ -148,52 +155,72 @@ class BasicTrainer:
 
     # ---- forward -------------------------------------------------------------------------------------------
 
-    def forward(self, model, data: TokenizedDataset, rows: np.ndarray) -> tuple[dict, dict[str, int]]:
-        """Sequence log-probabilities (B,) of each answer, and how many response tokens each had in all."""
-        logps, counts = {}, {}
-        for answer in self.answers:
-            batch = {key: t.to(self.device) for key, t in collate(data, rows, answer, self.pad_id).items()}
-            labels = batch.pop("labels")
-            with self.autocast():
-                logits = model(**batch, use_cache=False).logits
-            logps[answer] = sequence_logps(logits, labels)
-            counts[answer] = int((labels[:, 1:] != -100).sum())
-        return logps, counts
+    def pick_forward(self):
+        """The packed forward pass; the padded reference where it is asked for or a model cannot be packed."""
+        if not self.settings.packed:
+            return logps.padded_logps
+        for model in filter(None, (self.model, self.reference)):
+            reason = logps.prepare(model, self.settings.max_length, self.autocast)
+            if reason is not None:
+                log.info(f"packed=true cannot be had of this model: {reason}; padded forward passes instead")
+                return logps.padded_logps
+        return logps.packed_logps
+
+    def forward(
+        self, model, data: TokenizedDataset, rows: np.ndarray, drawn: np.ndarray | None
+    ) -> logps.Answers:
+        """Sequence log-probabilities (B,) of each answer, and the response tokens that each of them sums."""
+        with self.autocast():
+            return self.logps(model, data, rows, self.answers, self.pad_id, drawn)
 
     def autocast(self):
         if self.compute_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def losses(self, data: TokenizedDataset, rows: np.ndarray) -> tuple[torch.Tensor, dict[str, float]]:
-        """Losses (B,) of some examples with gradient, and sums over them of everything that is logged."""
-        policy, counts = self.forward(self.model, data, rows)
+    def losses(
+        self, data: TokenizedDataset, rows: np.ndarray, drawn: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Losses (B,) of some examples with gradient, and sums over them of everything that is logged.
+
+        drawn: (B,) bool, the examples whose sampled answer stands for those of all; None computes all.
+        """
+        policy, counts = self.forward(self.model, data, rows, drawn)
         reference = None
         if self.reference is not None:
             with torch.no_grad():
-                reference, _ = self.forward(self.reference, data, rows)
-        losses, metrics = self.loss.function(policy, reference, self.settings.loss)
+                reference, _ = self.forward(self.reference, data, rows, drawn)
+        weights = {}
+        if drawn is not None:
+            weights["negative_weight"] = torch.from_numpy(drawn).to(policy["target"]) / self.fraction
+        losses, metrics = self.loss.function(policy | weights, reference, self.settings.loss)
         sums = {key: value.detach().double().sum().item() for key, value in metrics.items()}
         sums["loss"] = losses.detach().double().sum().item()
         names = {"target": "target_logp", "negative": "sampled_logp"}
         for answer, values in policy.items():
             sums[names[answer]] = values.detach().double().sum().item()
-            sums[f"{answer}_tokens"] = counts[answer]
+            sums[f"{answer}_tokens"] = sum(counts[answer])
+            everyone = answer == "target" or drawn is None
+            sums[f"{answer}_examples"] = len(rows) if everyone else int(drawn.sum())
         return losses, sums
 
     @staticmethod
     def averages(sums: dict[str, float], n: int) -> dict[str, float]:
-        """Means per example, and log-probabilities per token too."""
-        row = {key: value / n for key, value in sums.items() if not key.endswith("_tokens")}
+        """Means per example, and log-probabilities per token too; none of an answer that was never drawn."""
+        row = {key: value / n for key, value in sums.items() if not key.endswith(("_tokens", "_examples"))}
         for answer, name in (("target", "target_logp"), ("negative", "sampled_logp")):
-            if name in row:
-                row[f"{name}_per_token"] = sums[name] / max(sums[f"{answer}_tokens"], 1)
+            if not sums.get(f"{answer}_examples"):
+                row.pop(name, None)
+                continue
+            row[name] = sums[name] / sums[f"{answer}_examples"]
+            row[f"{name}_per_token"] = sums[name] / max(sums[f"{answer}_tokens"], 1)
         return row
 
-    def micro_batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+    def micro_batches(self, rows: np.ndarray, drawn: np.ndarray) -> list[np.ndarray]:
+        """Positions in `rows` of each micro-batch, cut so that all hold about equally many tokens."""
         size = self.settings.batch_size // self.settings.gradient_accumulation_steps
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
+        lengths = packing.lengths(self.train_data, rows, self.answers, drawn)
+        return packing.cut_evenly(lengths, math.ceil(len(rows) / size))
 
     # ---- one update ----------------------------------------------------------------------------------------
 
@@ -201,8 +228,9 @@ class BasicTrainer:
         """One optimizer step on a global batch; returns its averages. Raises Diverged before harm is done."""
         self.model.train()
         sums: dict[str, float] = defaultdict(float)
-        for micro in self.micro_batches(rows):
-            losses, parts = self.losses(self.train_data, micro)
+        drawn = packing.draw(self.settings.seed, self.examples, len(rows), self.fraction)
+        for micro in self.micro_batches(rows, drawn):
+            losses, parts = self.losses(self.train_data, rows[micro], drawn[micro])
             (losses.sum() / len(rows)).backward()
             for key, value in parts.items():
                 sums[key] += value

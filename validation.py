@@ -65,6 +65,7 @@ INTERVALS = {
     "n_eval_model_samples": "[0, inf)",
     "minimum_log_interval_secs": "[0, inf)",
     "loss.alpha": "[0, 1]",
+    "loss.sampled_fraction": "(0, 1]",
     "loss.beta": "(0, inf)",
     "loss.label_smoothing": "[0, 0.5)",
     "sampling.max_length": "[2, inf)",

@@ -5,12 +5,16 @@ import gzip
 import itertools
 import json
 
+import torch
 from test_commands import run
 from tiny import SHARED, needs_shared
 
+import checkpoints
+import logps
 import pipeline
 import train
 from preference_datasets import split_dialogue
+from tokenization import Example, tokenize
 from utils import write_json, write_jsonl
 
 pytestmark = needs_shared
@@ -112,3 +116,22 @@ def test_hh_helpful_and_harmless(tmp_path):
     run(pipeline, *command)
     sampled = tmp_path / "data" / "train" / "hh_sampling_llama8b.jsonl"
     check(tmp_path, "hh", sampled, ["helpful", "harmless"], 6)
+
+
+def test_packed_equals_padded():
+    """The trained model on real dialogues: sums of both answers and the gradient, for a batch of 24."""
+    examples = []
+    for index, row in enumerate(head(SHARED / "data" / "hh" / "helpful-base.test.jsonl.gz", 24)):
+        (prompt, chosen), (_, rejected) = (split_dialogue(row[key]) for key in ("chosen", "rejected"))
+        examples.append(Example(index, prompt, chosen, rejected))
+    data = tokenize(examples, checkpoints.load_tokenizer(STORIES), 512, 384)
+    found = []
+    for way in (logps.packed_logps, logps.padded_logps):
+        model = checkpoints.load_model(STORIES, "float32")
+        assert logps.prepare(model, 512) is None
+        sums, _ = way(model, data, range(24), ("target", "negative"), 0)
+        (0.3 * sums["negative"] - sums["target"]).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((sums["target"].detach(), sums["negative"].detach(), gradient))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()

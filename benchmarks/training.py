@@ -1,0 +1,341 @@
+"""Training steps of the two-term loss: as published, with padded rows, and packed; time and memory.
+
+    python benchmarks/training.py [--data FOLDER_OR_FILE] [--vocabularies 32000 128256] [--batch 8]
+
+One small Llama with random weights trains on examples with the lengths of real ones (HH rows where --data
+gives them, else log-normal lengths fitted to those; four characters count as a token, ids are random).
+Contenders take turns on the same batches; times are medians. Peak memory is that of a process of its own,
+above its weights and optimizer state (Linux only). The last line is one JSON object. Contenders:
+
+    published      two padded forward passes, float32 logits, log_softmax of all of them, gather
+    padded         packed=false: two padded forward passes, cross entropy of all logits
+    packed, kept   packed, but with the logits of all response tokens, kept for the backward pass
+    packed         what training does
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import logps
+import losses
+import packing
+import recipes
+from preference_datasets import collate, get_batch_iterator, split_dialogue
+from tokenization import TokenizedDataset
+from trainers import BasicTrainer
+from utils import UserError, read_rows, run_entry_point
+
+PARTS = ("prompt", "target", "negative")
+# Mean and standard deviation of the logarithm of HH's lengths in tokens, by part.
+FITTED = {"prompt": (4.36, 1.08), "target": (3.48, 1.03), "negative": (3.44, 1.03)}
+CHARACTERS = 4  # per token
+
+
+# ---- contenders --------------------------------------------------------------------------------------------
+
+
+def published_logps(model, data, rows, answers, pad_id, drawn=None):
+    """As published: logits of every position in float32, all their log-probabilities, then the labels'."""
+    sums, counts = {}, {}
+    for answer in answers:
+        batch = collate(data, rows, answer, pad_id)
+        labels = batch.pop("labels")[:, 1:]
+        mask = labels != -100
+        logits = model(**batch, use_cache=False).logits.to(torch.float32)[:, :-1]
+        found = logits.log_softmax(-1).gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
+        sums[answer], counts[answer] = (found * mask).sum(-1), mask.sum(-1).tolist()
+    return sums, counts
+
+
+def kept_logits(hidden, weight, labels, bias=None, tile=None):
+    """`head_logps` without recomputation."""
+    return -F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="none")
+
+
+CONTENDERS = {
+    "published": (published_logps, None),
+    "padded": (logps.padded_logps, None),
+    "packed, kept": (logps.packed_logps, kept_logits),
+    "packed": (logps.packed_logps, None),
+}
+
+
+# ---- data and model ----------------------------------------------------------------------------------------
+
+
+def lengths_of(source: str | None, count: int, seed: int = 0) -> np.ndarray:
+    """Tokens of prompt, target and negative of `count` examples. (count, 3)"""
+    rng = np.random.default_rng(seed)
+    if source is None:
+        drawn = [np.exp(rng.normal(*FITTED[part], size=count)) for part in PARTS]
+        return np.maximum(np.stack(drawn, axis=1).astype(int), 1)
+    path = Path(source)
+    files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(
+            f"no *.jsonl* files in {path}: give a folder or file of rows with chosen and rejected"
+        )
+    found = []
+    for file in files:
+        for _, row in read_rows(file, ("chosen", "rejected")):
+            chosen, rejected = split_dialogue(row["chosen"]), split_dialogue(row["rejected"])
+            if chosen and rejected and chosen[0] == rejected[0]:
+                found.append([len(text) // CHARACTERS + 1 for text in (*chosen, rejected[1])])
+    return np.array(found)[rng.permutation(len(found))[:count]]
+
+
+def dataset(lengths: np.ndarray, vocabulary: int, max_length: int) -> TokenizedDataset:
+    """Random ids of these lengths: a prompt up to half of max_length, an answer up to what is left of it."""
+    rng = np.random.default_rng(0)
+    prompts = np.minimum(lengths[:, 0], max_length // 2)
+    sizes = {"prompt": prompts}
+    for i, part in enumerate(PARTS[1:], start=1):
+        sizes[part] = np.minimum(lengths[:, i], max_length - prompts)
+    return TokenizedDataset(
+        {part: rng.integers(vocabulary, size=size.sum(), dtype=np.int32) for part, size in sizes.items()},
+        {part: np.cumsum([0, *size]) for part, size in sizes.items()},
+        {},
+    )
+
+
+def make_run(args, vocabulary: int, *overrides: str, max_length: int | None = None) -> BasicTrainer:
+    """A trainer of the benchmark's model and data; nothing is written."""
+    max_length = max_length or args.max_length
+    settings = recipes.compose(
+        [
+            "datasets=[hh]",
+            "model.name_or_path=none",
+            "loss=ours_sft",
+            f"batch_size={args.batch}",
+            f"max_length={max_length}",
+            f"max_prompt_length={max_length // 2}",
+            "warmup_steps=0",
+            "lr=1e-6",
+            "debug=true",
+            *overrides,
+        ]
+    )
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=4 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    data = dataset(lengths_of(args.data, 4096), vocabulary, max_length)
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=0)
+    return BasicTrainer(settings, LlamaForCausalLM(config), tokenizer, data, data, Path("unused"), {})
+
+
+def batches_of(run: BasicTrainer, count: int) -> list[np.ndarray]:
+    batches = get_batch_iterator(len(run.train_data), run.settings.batch_size, n_epochs=1)
+    return list(itertools.islice(batches, count))
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+def choose(run: BasicTrainer, contender: str) -> None:
+    run.logps, head = CONTENDERS[contender]
+    logps.head_logps = head or losses.head_logps
+
+
+def step(run: BasicTrainer, contender: str, rows: np.ndarray) -> float:
+    """Seconds of one update."""
+    choose(run, contender)
+    start = time.perf_counter()
+    run.update(rows)
+    return time.perf_counter() - start
+
+
+def times(runs: dict[str, tuple[BasicTrainer, str]], repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds, and speeds, of each named (trainer, contender); they take turns on the same batches."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    counts = {name: [0, 0] for name in runs}
+    first = next(iter(runs.values()))[0]
+    for i, rows in enumerate(batches_of(first, repeats + 1)):
+        for name, (run, contender) in runs.items():
+            before = run.tokens
+            taken = step(run, contender, rows)
+            if i:  # the first is a warm-up
+                seconds[name].append(taken)
+                counts[name][0] += len(rows)
+                counts[name][1] += run.tokens - before
+    found = {}
+    for name, taken in seconds.items():
+        examples, tokens = (count / len(taken) for count in counts[name])
+        middle = statistics.median(taken)
+        found[name] = {
+            "seconds": middle,
+            "spread": [min(taken), max(taken)],
+            "examples_per_second": examples / middle,
+            "response_tokens_per_second": tokens / middle,
+        }
+    return found
+
+
+def check_equal(run: BasicTrainer) -> None:
+    """All contenders give the same losses: what is compared does the same thing."""
+    found = {}
+    for name in CONTENDERS:
+        choose(run, name)
+        with torch.no_grad():
+            found[name], _ = run.losses(run.train_data, np.arange(4))
+    for name, values in found.items():
+        torch.testing.assert_close(values, found["published"], rtol=1e-5, atol=0, msg=f"{name} differs")
+
+
+def status(field: str) -> float:
+    """A size in /proc/self/status, in MB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def probe(args) -> None:
+    """In a process of its own: MB at the worst moment of an update, above weights and optimizer state.
+
+    The update is that of the batch with the most tokens among the first eight.
+    """
+    run = make_run(args, args.probe_vocabulary)
+    for weight in run.model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    run.optimizer.step()  # makes its state; all gradients are 0
+    run.optimizer.zero_grad(set_to_none=True)
+    batches, before = batches_of(run, 8), status("VmRSS")
+    longest = max(batches, key=lambda rows: packing.lengths(run.train_data, rows, run.answers).sum())
+    step(run, args.probe, longest)
+    print(json.dumps(status("VmHWM") - before))
+
+
+def peak(args, contender: str, vocabulary: int, **changed) -> float:
+    """Runs `probe` on the same arguments but for those in `changed`."""
+    values = vars(args) | changed | {"probe": contender, "probe_vocabulary": vocabulary}
+    names = ("data", "batch", "max_length", "hidden", "layers", "probe", "probe_vocabulary")
+    given = [f"--{name.replace('_', '-')}={values[name]}" for name in names if values[name] is not None]
+    # Blocks above 64 kB go back to the system when they are freed, so that the peak is what was held at once.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, __file__, *given], capture_output=True, text=True, check=True, env=environment
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- the tables --------------------------------------------------------------------------------------------
+
+
+def against_published(args, vocabulary: int) -> dict:
+    run = make_run(args, vocabulary)
+    check_equal(run)
+    found = times({name: (run, name) for name in CONTENDERS}, args.repeats)
+    rows = batches_of(run, args.repeats)
+    start = time.perf_counter()
+    for batch in rows:
+        packing.pack(run.train_data, batch, run.answers)
+    packing_seconds = (time.perf_counter() - start) / len(rows)
+    base = found["published"]
+    print(f"\nvocabulary {vocabulary:,}, batch {args.batch}, up to {args.max_length} tokens")
+    for name, row in found.items():
+        row["peak_mb"] = peak(args, name, vocabulary)
+        row["speedup"] = row["examples_per_second"] / base["examples_per_second"]
+        row["memory_share"] = row["peak_mb"] / found["published"]["peak_mb"]
+        print(
+            f"  {name:<13} {row['seconds']:>7.2f} s  {row['examples_per_second']:>6.2f} examples/s  "
+            f"{row['response_tokens_per_second']:>6.0f} tokens/s  {row['speedup']:>5.2f}x  "
+            f"{row['peak_mb']:>7,.0f} MB  {row['memory_share']:.2f} of published",
+            flush=True,
+        )
+    found["collation_share"] = packing_seconds / found["packed"]["seconds"]
+    print(f"  laying out the tokens: {found['collation_share']:.2%} of a packed step")
+    return found
+
+
+def by_size(args, vocabulary: int) -> list[dict]:
+    """The packed and the published step for several batch sizes and lengths."""
+    print(f"\nvocabulary {vocabulary:,}: seconds (and MB) of one step, published -> packed")
+    cells = []
+    for max_length in (args.max_length // 4, args.max_length // 2, args.max_length):
+        for batch in (args.batch // 4, args.batch // 2, args.batch):
+            sizes = {"batch": batch, "max_length": max_length}
+            run = make_run(argparse.Namespace(**vars(args) | sizes), vocabulary)
+            names = ("published", "packed")
+            found = times({name: (run, name) for name in names}, args.repeats)
+            seconds = {name: found[name]["seconds"] for name in names}
+            memory = {name: peak(args, name, vocabulary, **sizes) for name in names}
+            cells.append(sizes | {"seconds": seconds, "peak_mb": memory})
+            print(
+                f"  up to {max_length:>4} tokens, batch {batch:>2}: {seconds['published']:>6.2f} -> "
+                f"{seconds['packed']:>5.2f} s ({memory['published']:>6,.0f} -> {memory['packed']:>5,.0f} MB)",
+                flush=True,
+            )
+    return cells
+
+
+def sampled_term(args, vocabulary: int) -> dict:
+    """What the second term costs beside plain SFT on the same targets."""
+    runs = {"sft": make_run(args, vocabulary, "loss=sft")}
+    for share in (1.0, 0.1):
+        runs[f"two terms, {share}"] = make_run(args, vocabulary, f"loss.sampled_fraction={share}")
+    found = times({name: (run, "packed") for name, run in runs.items()}, args.repeats)
+    print(f"\nvocabulary {vocabulary:,}: the sampled term's price")
+    for name, row in found.items():
+        row["over_sft"] = row["seconds"] / found["sft"]["seconds"]
+        print(f"  {name:<15} {row['seconds']:>6.2f} s  {row['over_sft']:.2f} x plain SFT", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="a file, or a folder of files, with rows {chosen, rejected}")
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_256])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--probe", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--probe-vocabulary", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.probe:
+        return probe(args)
+    found = {"published_step": {v: against_published(args, v) for v in args.vocabularies}}
+    found["by_size"] = by_size(args, args.vocabularies[0])
+    found["sampled_term"] = {v: sampled_term(args, v) for v in args.vocabularies}
+    try:
+        import trl
+
+        found["trl"] = f"not measured: trl {trl.__version__} has no two-term loss"
+    except ImportError:
+        found["trl"] = "not measured: trl is not installed"
+    settings = {key: value for key, value in vars(args).items() if not key.startswith("probe")}
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(found | {"settings": settings, "environment": environment}))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
