@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import Cache, DynamicLayer
@@ -208,6 +209,129 @@ class _Batch:
             member.cache.keep(at.to(member.model.device))
 
 
+class _Round(NamedTuple):
+    """Where the next `width` tokens of every slot lie and what they draw with; B slots, W = width."""
+
+    width: int
+    places: torch.Tensor  # (B, W) columns of the caches
+    positions: torch.Tensor  # (B, W)
+    mask: torch.Tensor  # (B, 1, W, S)
+    row_ids: torch.Tensor  # (B * W,)
+    steps: torch.Tensor  # (B * W,) how many tokens the row had drawn before
+    noise: torch.Tensor  # (B, W, V)
+
+
+class _Loop:
+    """What stays the same from round to round; `decode_rows` says what the arguments are."""
+
+    def __init__(self, proposal, aligner, drafter, tokenizer, params, seed, stop, stop_token_ids) -> None:
+        self.pair = proposal is not None and aligner is not None
+        self.proposes, self.aligns = proposal is not None, aligner is not None
+        self.verifier = proposal if self.proposes else aligner
+        self.drafter = aligner if self.pair else drafter
+        self.params, self.seed, self.vocab = params, seed, len(tokenizer)
+        self.watch, self.eos = StopWatch(tokenizer, stop), eos_token_ids(tokenizer, proposal, aligner)
+        self.ends = {*self.eos, *stop_token_ids}
+
+    def frame(self, batch: "_Batch", width: int, columns: int) -> _Round:
+        """Columns that a row will never need go where nobody reads; what is drawn there is dropped."""
+        device = batch.device
+        ahead = torch.arange(width, device=device)
+        wanted = batch.length.unsqueeze(1) - 1 + ahead
+        places = torch.where(wanted < batch.end.unsqueeze(1) - 1, wanted, columns)
+        positions = wanted.clamp(max=columns - 1)
+        seen = min(max(batch.lengths[slot] for slot in batch.alive) + width - 1, columns)
+        mask = (torch.arange(seen, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
+        row_ids = batch.row_ids.repeat_interleave(width)
+        steps = (batch.step.unsqueeze(1) + ahead).flatten()
+        noise = gumbel_noise(self.seed, row_ids, steps, self.vocab).view(-1, width, self.vocab)
+        return _Round(width, places, positions, mask, row_ids, steps, noise)
+
+    def draft(self, batch: "_Batch", frame: _Round):
+        """Drafts (B, D), the drafter's logits of each, and the ids seen before each position (None: unused).
+
+        A pair's aligner reads all W positions, since the law needs its logits there: D = W. Another drafter
+        has nothing to say of the last one: D = W - 1.
+        """
+        ids, seen = batch.last.unsqueeze(1), batch.seen
+        drafts, logits, seens = [], [], []
+        for i in range(frame.width if self.pair else frame.width - 1):
+            at = slice(i, i + 1)
+            found = batch.members[1](ids, frame.places[:, at], frame.positions[:, at], frame.mask[:, :, at])
+            logits.append(found[:, 0].to(batch.device))
+            seens.append(seen)
+            drafts.append(gumbel_argmax(self.draft_law(logits[-1], seen), frame.noise[:, i]))
+            ids = drafts[-1].unsqueeze(1)
+            seen = None if seen is None else seen.scatter(1, ids, True)
+        seens += [] if self.pair else [seen]
+        drafted = torch.stack(drafts, dim=1) if drafts else batch.last.new_zeros(len(batch.last), 0)
+        return drafted, logits, seens
+
+    def draft_law(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        if self.pair or not self.proposes:
+            return warp(wide(logits), self.params, seen)
+        return next_token_law(logits, None, self.params, seen, self.eos).logprobs
+
+    def verify(self, batch: "_Batch", frame: _Round, drafted, draft_logits, seens) -> dict[str, torch.Tensor]:
+        """What the law itself draws at every position, and what is known of it; all (B, W), by name."""
+        feed = torch.cat([batch.last.unsqueeze(1), drafted[:, : frame.width - 1]], dim=1)
+        logits = batch.members[0](feed, frame.places, frame.positions, frame.mask).flatten(0, 1)
+        z_p = logits if self.proposes else None
+        z_q = (
+            torch.stack(draft_logits, dim=1).flatten(0, 1) if self.pair else None if self.proposes else logits
+        )
+        seen = None if batch.seen is None else torch.stack(seens, dim=1).flatten(0, 1)
+        candidates = None
+        if self.pair and self.params.sample_mode == "snis":
+            nucleus = next_token_law(z_p, None, self.params).logprobs
+            streams = range(1, self.params.n_candidates + 1)
+            noises = (gumbel_noise(self.seed, frame.row_ids, frame.steps, self.vocab, j) for j in streams)
+            candidates = torch.stack([gumbel_argmax(nucleus, noise) for noise in noises], dim=-1)
+        law = next_token_law(z_p, z_q, self.params, seen, self.eos, candidates)
+        noise = frame.noise.flatten(0, 1)
+        token = gumbel_argmax(law.logprobs, noise)
+        found = {"token": token}
+        if self.pair:
+            as_proposal = gumbel_argmax(law.proposal_logprobs, noise) == token
+            found |= {"fell_back": law.fell_back, "kl": law.kl, "as_proposal": as_proposal}
+        found = {key: value.view(-1, frame.width) for key, value in found.items()}
+        return found | {"as_draft": found["token"][:, : drafted.shape[1]] == drafted}
+
+    def accept(self, batch: "_Batch", frame: _Round, found: dict[str, torch.Tensor], max_new_tokens: int):
+        """Moves every slot on by what it keeps, up to the first token that was not the draft's.
+
+        Returns the rows worked on, and how many of how many drafts were kept. Fetching what was found is the
+        round's one wait for the device.
+        """
+        width, tokens = frame.width, found["token"]
+        kept = found["as_draft"][:, : width - 1].long().cumprod(dim=1).sum(dim=1) + 1
+        report = {key: value.tolist() for key, value in found.items()}
+        counts = kept.tolist()
+        batch.last = tokens.gather(1, kept.unsqueeze(1) - 1).squeeze(1)
+        batch.length, batch.step = batch.length + kept, batch.step + kept
+        if batch.seen is not None:
+            ahead = torch.arange(width, device=batch.device)
+            mine = torch.where(ahead < kept.unsqueeze(1), tokens, batch.last.unsqueeze(1))
+            batch.seen = batch.seen.scatter(1, mine, True)
+        worked, agreed, compared = [], 0, 0
+        for slot in batch.alive:
+            row, line = batch.rows[slot], {key: values[slot] for key, values in report.items()}
+            row.proposal_forwards += self.proposes
+            row.aligner_forwards += width if self.pair else self.aligns
+            batch.lengths[slot] += counts[slot]
+            for i in range(counts[slot]):
+                if row.finish is None:  # what follows an end inside a draft is dropped
+                    append_token(row, line, i, self.ends, self.watch, last=len(row.ids) + 1 == max_new_tokens)
+            tried = line["as_draft"][: counts[slot]]
+            compared += len(tried)
+            agreed += sum(tried)
+            if row.finish is not None:
+                agreed -= bool(tried and tried[-1])  # nothing drafted beyond an end can be kept
+                batch.rows[slot] = None
+            worked.append(row)
+        return worked, agreed, compared
+
+
 @torch.inference_mode()
 def decode_rows(
     proposal,
@@ -231,112 +355,29 @@ def decode_rows(
     aligner. draft_tokens: how many tokens a round drafts ahead (0 = the plain loop); None chooses by what
     rounds cost and keep. Rows come and go one by one, longest prompts first.
     """
-    pair = proposal is not None and aligner is not None
-    verifier = proposal if proposal is not None else aligner
-    drafter = aligner if pair else drafter
-    watch, vocab = StopWatch(tokenizer, stop), len(tokenizer)
-    eos = eos_token_ids(tokenizer, proposal, aligner)
-    ends, device = {*eos, *stop_token_ids}, verifier.device
+    loop = _Loop(proposal, aligner, drafter, tokenizer, params, seed, stop, stop_token_ids)
     order = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
-    waiting = deque((Row(index, pair), prompt_ids[index], row_ids[index]) for index in order)
+    waiting = deque((Row(index, loop.pair), prompt_ids[index], row_ids[index]) for index in order)
     slots = min(batch_size, len(order))
     columns = max((len(ids) for ids in prompt_ids), default=0) + max_new_tokens
-    members = [_Member(m, slots, columns, vocab) for m in (verifier, drafter) if m is not None]
+    models = [model for model in (loop.verifier, loop.drafter) if model is not None]
+    members = [_Member(model, slots, columns, loop.vocab) for model in models]
     penalised = params.repetition_penalty != 1.0 or params.base_repetition_penalty != 1.0
-    batch = _Batch(members, slots, device, vocab if penalised else None)
-    length = DraftLength(None if draft_tokens is None else draft_tokens + 1) if drafter else DraftLength(1)
-
-    def draft_law(logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        if pair or proposal is None:
-            return warp(wide(logits), params, seen)
-        return next_token_law(logits, None, params, seen, eos).logprobs
-
+    batch = _Batch(members, slots, loop.verifier.device, loop.vocab if penalised else None)
+    fixed = None if draft_tokens is None else draft_tokens + 1
+    length = DraftLength(fixed if loop.drafter is not None else 1)
     while waiting or batch.alive:
         free = len(batch.rows) - len(batch.alive)
         if waiting and free:
             batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))], max_new_tokens)
         elif 2 * len(batch.alive) <= len(batch.rows):  # nobody waits: go on with the rest only
             batch.keep(batch.alive)
-        alive = batch.alive
-        width = min(length.choose(), max(max_new_tokens - len(batch.rows[slot].ids) for slot in alive))
+        room = max(max_new_tokens - len(batch.rows[slot].ids) for slot in batch.alive)
         start = time.perf_counter()
-
-        # Columns that a row will never need go where nobody reads; their tokens are dropped as too many.
-        seen_columns = min(max(batch.lengths[slot] for slot in alive) + width - 1, columns)
-        ahead = torch.arange(width, device=device)
-        columns_bw = batch.length.unsqueeze(1) - 1 + ahead
-        places = torch.where(columns_bw < batch.end.unsqueeze(1) - 1, columns_bw, columns)
-        positions = columns_bw.clamp(max=columns - 1)
-        mask = (torch.arange(seen_columns, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
-        steps = batch.step.unsqueeze(1) + ahead
-        flat_ids = batch.row_ids.repeat_interleave(width)
-        noise = gumbel_noise(seed, flat_ids, steps.flatten(), vocab).view(len(batch.rows), width, vocab)
-
-        ids, seen, drafts, z_q, seens = batch.last.unsqueeze(1), batch.seen, [], [], []
-        for i in range(width if pair else width - 1):
-            at = slice(i, i + 1)
-            logits = members[1](ids, places[:, at], positions[:, at], mask[:, :, at])[:, 0].to(device)
-            draft = gumbel_argmax(draft_law(logits, seen), noise[:, i])
-            z_q.append(logits)
-            seens.append(seen)
-            drafts.append(draft)
-            ids = draft.unsqueeze(1)
-            if seen is not None and i + 1 < width:
-                seen = seen.scatter(1, ids, True)
-        if not pair:
-            seens.append(seen)
-        drafted = torch.stack(drafts, dim=1) if drafts else batch.last.new_zeros(len(batch.rows), 0)
+        frame = loop.frame(batch, min(length.choose(), room), columns)
+        drafts = loop.draft(batch, frame)
         middle = time.perf_counter()
-
-        feed = torch.cat([batch.last.unsqueeze(1), drafted[:, : width - 1]], dim=1)
-        logits = members[0](feed, places, positions, mask).flatten(0, 1)
-        aligner_logits = torch.stack(z_q, dim=1).flatten(0, 1) if pair else None
-        seen_all = None if batch.seen is None else torch.stack(seens, dim=1).flatten(0, 1)
-        z_p, z_a = (logits, aligner_logits) if proposal is not None else (None, logits)
-        candidates = None
-        if pair and params.sample_mode == "snis":
-            nucleus = next_token_law(z_p, None, params).logprobs
-            draws = [
-                gumbel_argmax(nucleus, gumbel_noise(seed, flat_ids, steps.flatten(), vocab, stream))
-                for stream in range(1, params.n_candidates + 1)
-            ]
-            candidates = torch.stack(draws, dim=-1)
-        law = next_token_law(z_p, z_a, params, seen_all, eos, candidates)
-        flat_noise = noise.flatten(0, 1)
-        token = gumbel_argmax(law.logprobs, flat_noise)
-        shape = (len(batch.rows), width)
-        report = {"token": token}
-        as_draft = token.view(shape)[:, : drafted.shape[1]] == drafted
-        if pair:
-            report["fell_back"], report["kl"] = law.fell_back, law.kl
-            report["as_proposal"] = gumbel_argmax(law.proposal_logprobs, flat_noise) == token
-        kept = as_draft[:, : width - 1].long().cumprod(dim=1).sum(dim=1) + 1
-        report = {key: value.view(shape).tolist() for key, value in report.items()}
-        report["as_draft"], kept_by_slot = as_draft.tolist(), kept.tolist()  # the round's one wait
-
-        batch.last = token.view(shape).gather(1, kept.unsqueeze(1) - 1).squeeze(1)
-        batch.length, batch.step = batch.length + kept, batch.step + kept
-        if batch.seen is not None:
-            mine = torch.where(ahead < kept.unsqueeze(1), token.view(shape), batch.last.unsqueeze(1))
-            batch.seen = batch.seen.scatter(1, mine, True)
-        worked, agreed, compared = [], 0, 0
-        for slot in alive:
-            row = batch.rows[slot]
-            row.proposal_forwards += proposal is not None
-            row.aligner_forwards += width if pair else aligner is not None
-            line = {key: values[slot] for key, values in report.items()}
-            for i in range(kept_by_slot[slot]):
-                if row.finish is None:  # what follows an end inside a draft is dropped
-                    append_token(row, line, i, ends, watch, last=len(row.ids) + 1 == max_new_tokens)
-            if drafted.shape[1]:  # a draft beyond a row's end is lost like one that the law refused
-                tried = min(kept_by_slot[slot], drafted.shape[1])
-                compared += tried
-                agreed += sum(line["as_draft"][:tried]) - (
-                    row.finish is not None and line["as_draft"][tried - 1]
-                )
-            batch.lengths[slot] += kept_by_slot[slot]
-            worked.append(row)
-            if row.finish is not None:
-                batch.rows[slot] = None
-        length.learn(width, middle - start, time.perf_counter() - middle, agreed, compared)
+        found = loop.verify(batch, frame, *drafts)
+        worked, agreed, compared = loop.accept(batch, frame, found, max_new_tokens)
+        length.learn(frame.width, middle - start, time.perf_counter() - middle, agreed, compared)
         yield worked
