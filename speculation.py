@@ -9,7 +9,6 @@ A row lies in its slot by position, so rows of any length share a batch without 
 a smaller length, and a finished row's slot goes to the next one that waits.
 """
 
-import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -106,23 +105,31 @@ class DraftLength:
     """Chooses how many positions a round verifies, from what the rounds before cost and kept.
 
     With agreement rate b a round of width w keeps (1 - b^w) / (1 - b) tokens of a row on average and costs w
-    steps of the drafter and one forward over w positions. Both times are medians of the latest rounds; of a
-    width that was never tried, interpolated. Width 1 is the plain loop, so drafting ends where it costs more.
+    steps of the drafter and one forward over w positions. Both times are the least of the latest rounds,
+    since whatever else runs only adds to them; of a width that was never tried, interpolated. Width 1 is the
+    plain loop, so drafting ends where it costs more; now and then another width shows whether that still
+    holds.
     """
 
+    TRIALS = (1, 8, 4)
+
     def __init__(self, fixed: int | None = None) -> None:
-        self.fixed, self.trials = fixed, deque([1, 8, 4, 1, 8, 4])
+        self.fixed, self.rounds = fixed, 0
         self.agreed, self.compared, self.draft = 1.0, 2.0, deque(maxlen=9)
         self.verify: dict[int, deque] = defaultdict(lambda: deque(maxlen=5))
 
     def choose(self) -> int:
         if self.fixed is not None:
             return self.fixed
-        if self.trials:
-            return self.trials.popleft()
+        self.rounds += 1
+        turn, again = divmod(self.rounds - 1, 16)
+        if turn == 0 and again < 2 * len(self.TRIALS):
+            return self.TRIALS[again % len(self.TRIALS)]
+        if again == 0:
+            return self.TRIALS[turn % len(self.TRIALS)]
         rate = min(self.agreed / self.compared, 0.999)
-        step = statistics.median(self.draft)
-        known = sorted((width, statistics.median(times)) for width, times in self.verify.items())
+        step = min(self.draft)
+        known = sorted((width, min(times)) for width, times in self.verify.items())
 
         def kept_per_second(width: int) -> float:
             return (1 - rate**width) / (1 - rate) / (width * step + _between(known, width))
