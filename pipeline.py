@@ -172,7 +172,7 @@ def results(
 
 def identical_to_plain(answers: list[dict], job: sampling.Job) -> bool:
     """Decodes the first rows of a job again, one at a time by the plain loop, and compares token by token."""
-    tokenizer, ids = job.encode()
+    tokenizer, ids = job.encoded
     again = decoding.generate(
         *job.pair.load(),
         tokenizer,
@@ -266,7 +266,7 @@ def run_task(
                 )  # of the noise; another one is another file
     jobs = {name: job_of(system, rows, config) for name, system in systems.items()}
     for job in jobs.values():
-        job.encode()
+        _ = job.encoded  # what does not fit together is said here
     if config.dry_run:
         for system in systems.values():
             log.info(

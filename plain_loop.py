@@ -43,11 +43,9 @@ class _Member:
 
     def __init__(self, model, vocab_size: int) -> None:
         self.model, self.vocab_size, self.cache = model, vocab_size, DynamicCache()
-        self.forwards = 0
 
     def step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """ids, positions: (B, T) new tokens; mask: (B, S) over everything so far. Returns (B, V)."""
-        self.forwards += 1
         device = self.model.device
         output = self.model(
             input_ids=ids.to(device),

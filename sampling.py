@@ -118,7 +118,8 @@ class Job:
             ]
         )
 
-    def encode(self):
+    @functools.cached_property
+    def encoded(self):
         """The tokenizer and all prompts as ids; raises UserError where the pair does not fit together."""
         tokenizer, trained_bos = checkpoints.load_pair(
             self.pair.proposal, self.pair.aligner, self.pair.tokenizer_path
@@ -209,7 +210,7 @@ def answer_all(job: Job, part: PartFile) -> list[dict[str, Any]]:
         return [part.done[index] for index in range(len(job.prompts))]
     if part.done:
         log.info(f"{job.label}: going on after {len(part.done)} of {len(job.prompts)} answers")
-    tokenizer, ids = job.encode()
+    tokenizer, ids = job.encoded
     proposal, aligner = job.pair.load()
     start, tokens = time.monotonic(), 0
     with progress(total=len(ids), initial=len(part.done), desc=job.label, unit="row") as bar:
@@ -266,7 +267,7 @@ def answer_file(output: Path, job: Job, overwrite: bool) -> None:
     """
     if finished(output, job.identity, overwrite, job.label):
         return
-    job.encode()  # what cannot work is said before anything is written
+    _ = job.encoded  # what cannot work is said before anything is written
     part = PartFile(output.with_name(f"{output.name}.part"), job.identity, overwrite)
     answers = answer_all(job, part)
     write_jsonl(trace_path(output), answers)

@@ -65,7 +65,6 @@ class _Member:
 
     def __init__(self, model, slots: int, columns: int, vocab_size: int) -> None:
         self.model, self.vocab_size, self.cache = model, vocab_size, SlotCache(slots, columns, model.device)
-        self.forwards = 0
 
     def __call__(
         self, ids: torch.Tensor, places: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, slots=None
@@ -85,7 +84,6 @@ class _Member:
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.forwards += 1
         return output.logits[..., : self.vocab_size] if slots is None else None
 
 

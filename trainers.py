@@ -135,8 +135,6 @@ class BasicTrainer:
         wanted = pick_dtype(settings.model.fsdp_policy_mp or "float32", self.device)
         self.compute_dtype = wanted if wanted != torch.float32 else None
         self.fraction = settings.loss.get("sampled_fraction", 1.0)
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"loss.sampled_fraction={self.fraction}: expected a number in (0, 1]")
         self.logps = self.pick_forward()
         if settings.compile:
             self.model.base_model.compile(dynamic=True)

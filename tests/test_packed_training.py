@@ -11,7 +11,6 @@ from tiny import tiny_model
 import packing
 import trainers
 from trainers import BasicTrainer
-from utils import UserError
 
 
 @pytest.mark.parametrize("loss", ["sft", "ours_sft", "dpo", "ipo", "ours_dpo"])
@@ -100,9 +99,3 @@ def test_sampled_figures_are_means_over_what_was_drawn(tmp_path):
     assert empty and full
     assert run.evaluate(log)["sampled_logp"] == pytest.approx(whole.evaluate(log)["sampled_logp"], rel=1e-5)
     log.close()
-
-
-@pytest.mark.parametrize("share", [0, -0.1, 1.5])
-def test_share_out_of_range_is_refused(tmp_path, share):
-    with pytest.raises(UserError, match=rf"loss.sampled_fraction={share}: expected a number in \(0, 1\]"):
-        trainer(tmp_path, "loss=ours_sft", f"loss.sampled_fraction={share}")

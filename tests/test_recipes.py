@@ -276,6 +276,11 @@ REFUSED = {
         r"n_candidates",
     ),
     "alpha": ([*TRAIN, "loss=ours_sft", "loss.alpha=2"], r"loss.alpha=2: expected a number in \[0, 1\]"),
+    "share": (
+        [*TRAIN, "loss=ours_sft", "loss.sampled_fraction=0"],
+        r"loss.sampled_fraction=0: expected a number in \(0, 1\]",
+    ),
+    "share above 1": ([*TRAIN, "loss=ours_sft", "loss.sampled_fraction=1.5"], r"fraction=1.5: expected"),
     "lr": ([*TRAIN, "lr=0"], r"lr=0: expected"),
     "root model in a recipe": (["experiment=llama_uc", "model=llama3b"], r"pair.aligner="),
     "stage": (
