@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from par import PARParams
 from plain_loop import Generation, StopWatch, decode_batch
-from speculation import can_draft, decode_rows
+from slots import has_slots
+from speculation import decode_rows
 from tokenization import encode
 
 
@@ -61,7 +62,7 @@ def generate_iter(
     watch = StopWatch(tokenizer, stop)
     settings = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": stop}
     models = [model for model in (proposal, aligner, drafter) if model is not None]
-    if speculative and can_draft(*models):
+    if speculative and has_slots(*models):
         settings |= {"drafter": drafter, "draft_tokens": draft_tokens, "batch_size": batch_size}
         for rows in decode_rows(proposal, aligner, tokenizer, ids, params, row_ids=row_ids, **settings):
             yield from ((row.index, row.generation(watch)) for row in rows if row.finish is not None)

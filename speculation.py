@@ -5,8 +5,8 @@
 The draft and the law's own draw use the same counter-based noise, so a draft stands exactly where the plain
 loop would have drawn that token: the output is the plain loop's, token by token, for every mode. For a pair
 the aligner is its own draft, and its logits enter the law as they are; a round of width 1 is the plain loop.
-A row lies in its slot by position, so rows of any length share a batch without padding, taking tokens back is
-a smaller length, and a finished row's slot goes to the next one that waits.
+Rows of any length share a batch without padding. A row's first round reads its prompt on the way: the drafts
+follow the prompt in the forward that verifies them.
 """
 
 import time
@@ -15,88 +15,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import Cache, DynamicLayer
 
-from par import PARParams, gumbel_argmax, gumbel_noise, next_token_law, warp
+from par import PARParams, gumbel_argmax, gumbel_noise, next_token_law, seen_mask, warp
 from plain_loop import Row, StopWatch, append_token, eos_token_ids, wide
+from slots import Slots, open_slots
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # positions verified in one forward
-
-
-class SlotCache(Cache):
-    """Keys and values of some slots, a column per position and one more for what nobody may read.
-
-    `aim` says where the next forward's tokens go and what they see; nothing is ever moved or grown.
-    """
-
-    def __init__(self, slots: int, columns: int, device: torch.device) -> None:
-        super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.slots, self.columns, self.stored = slots, columns, []
-        self.lines = torch.arange(slots, device=device)
-
-    def aim(self, slots: torch.Tensor | None, places: torch.Tensor, seen: int) -> None:
-        """slots: (R,) whose tokens come, None for all; places: (R, T) their columns; seen: columns read."""
-        self.chosen, self.seen = slots, seen
-        lines = self.lines[: len(places)] if slots is None else slots
-        self.where = (lines.unsqueeze(1), places)
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if layer_idx == len(self.stored):
-            _, heads, _, size = key_states.shape
-            shape = (self.slots, self.columns + 1, heads, size)
-            self.stored.append((key_states.new_zeros(shape), value_states.new_zeros(shape)))
-        found = []
-        for stored, states in zip(self.stored[layer_idx], (key_states, value_states), strict=True):
-            stored[self.where] = states.transpose(1, 2)
-            lines = stored if self.chosen is None else stored[self.chosen]
-            found.append(lines[:, : self.seen].transpose(1, 2))
-        return tuple(found)
-
-    def keep(self, slots: torch.Tensor) -> None:
-        self.slots, self.lines = len(slots), self.lines[: len(slots)]
-        self.stored = [(keys[slots], values[slots]) for keys, values in self.stored]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-
-class _Member:
-    """A model with its slots."""
-
-    def __init__(self, model, slots: int, columns: int, vocab_size: int) -> None:
-        self.model, self.vocab_size, self.cache = model, vocab_size, SlotCache(slots, columns, model.device)
-
-    def __call__(
-        self, ids: torch.Tensor, places: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, slots=None
-    ) -> torch.Tensor | None:
-        """Logits (R, T, V) of new tokens; None where only some `slots` are filled with a prompt.
-
-        ids, places, positions: (R, T); mask: (R, 1, T, S), which columns each token sees.
-        """
-        device = self.model.device
-        ids, places, positions, mask = (t.to(device) for t in (ids, places, positions, mask))
-        self.cache.aim(slots, places, mask.shape[-1])
-        model = self.model if slots is None else self.model.base_model
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.logits[..., : self.vocab_size] if slots is None else None
-
-
-def can_draft(*models) -> bool:
-    """Whether the models keep all keys and values by position, as slots do: no sliding window, no state."""
-    for model in models:
-        if not hasattr(model, "base_model"):  # no transformers model: it keeps what it likes
-            return False
-        kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
-        window = getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")
-        if set(kinds) != {"full_attention"} or window or model._is_stateful:
-            return False
-    return True
 
 
 class DraftLength:
@@ -125,6 +49,12 @@ class DraftLength:
             return self.TRIALS[again % len(self.TRIALS)]
         if again == 0:
             return self.TRIALS[turn % len(self.TRIALS)]
+        return self.best()
+
+    def best(self) -> int:
+        """The width that pays most by what is known."""
+        if self.fixed is not None or not self.draft:
+            return self.fixed or self.TRIALS[-1]
         rate = min(self.agreed / self.compared, 0.999)
         step = min(self.draft)
         known = sorted((width, min(times)) for width, times in self.verify.items())
@@ -134,9 +64,12 @@ class DraftLength:
 
         return max(WIDTHS, key=kept_per_second)
 
-    def learn(self, width: int, draft: float, verify: float, agreed: int, compared: int) -> None:
-        """draft, verify: seconds; agreed of the `compared` tokens that were kept were the draft's."""
+    def learn(self, agreed: int, compared: int) -> None:
+        """agreed of the `compared` tokens that were kept were the draft's."""
         self.agreed, self.compared = 0.98 * self.agreed + agreed, 0.98 * self.compared + compared
+
+    def clock(self, width: int, draft: float, verify: float) -> None:
+        """draft, verify: seconds of a round in which no prompt was read."""
         self.draft.append(draft / width)
         self.verify[width].append(verify)
 
@@ -152,78 +85,75 @@ def _between(known: list[tuple[int, float]], width: int) -> float:
 class _Batch:
     """The rows being decoded, one a slot: tensors by slot on the device, lengths and rows on the host."""
 
-    def __init__(
-        self, members: list[_Member], slots: int, device: torch.device, vocab_size: int | None
-    ) -> None:
+    def __init__(self, members: list[Slots], device: torch.device, seen_vocab: int | None) -> None:
         self.members, self.device = members, device
+        slots, self.columns = members[0].slots, members[0].columns
         self.rows: list[Row | None] = [None] * slots
-        self.lengths = [1] * slots  # tokens of prompt and output, the last of them not yet in the caches
-        self.last, self.row_ids = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2))
-        self.length = torch.ones_like(self.last)
-        self.end, self.step = torch.full_like(self.last, 2), torch.zeros_like(self.last)
-        wanted = (slots, vocab_size)
-        self.seen = torch.zeros(wanted, dtype=torch.bool, device=device) if vocab_size else None
+        self.lengths = [1] * slots  # tokens of prompt and output; the models may not have read the last
+        self.tokens = torch.zeros(slots, self.columns + 1, dtype=torch.int64, device=device)
+        self.row_ids = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.length, self.step = torch.ones_like(self.row_ids), torch.zeros_like(self.row_ids)
+        self.end = torch.full_like(self.row_ids, 2)
+        shape = (slots, seen_vocab)
+        self.seen = torch.zeros(shape, dtype=torch.bool, device=device) if seen_vocab else None
 
     @property
     def alive(self) -> list[int]:
         return [slot for slot, row in enumerate(self.rows) if row is not None]
 
-    def admit(self, new: list[tuple[Row, Sequence[int], int]], max_new_tokens: int) -> None:
-        """Gives free slots to new rows (row, prompt ids, row id) and reads all but their last prompt
-        token.
-        """
+    def admit(self, new: list[tuple[Row, Sequence[int], int]], max_new_tokens: int) -> list[int]:
+        """Gives free slots to new rows (row, prompt ids, row id) and returns them; nothing is read yet."""
         free = [slot for slot, row in enumerate(self.rows) if row is None][: len(new)]
-        for slot, (row, ids, _) in zip(free, new, strict=True):
+        longest = max(len(ids) for _, ids, _ in new)
+        context = torch.full((len(new), longest), -1)
+        for line, (slot, (row, ids, _)) in enumerate(zip(free, new, strict=True)):
             self.rows[slot], self.lengths[slot] = row, len(ids)
-        at = torch.tensor(free, device=self.device)
+            for member in self.members:
+                member.read[slot] = 0
+            context[line, : len(ids)] = torch.as_tensor(list(ids))
+        at, context = torch.tensor(free, device=self.device), context.to(self.device)
         for target, values in (
-            (self.last, [ids[-1] for _, ids, _ in new]),
             (self.row_ids, [row_id for _, _, row_id in new]),
             (self.length, [len(ids) for _, ids, _ in new]),
             (self.end, [len(ids) + max_new_tokens for _, ids, _ in new]),
             (self.step, [0] * len(new)),
         ):
             target[at] = torch.tensor(values, device=self.device)
-        longest = max(len(ids) for _, ids, _ in new)
-        context = torch.full((len(new), longest), -1)
-        for line, (_, ids, _) in enumerate(new):
-            context[line, : len(ids)] = torch.as_tensor(list(ids))
-        context = context.to(self.device)
+        self.tokens[at, :longest] = context.clamp(min=0)
         if self.seen is not None:
-            vocab = self.seen.shape[1]
-            kept = context.masked_fill((context < 0) | (context >= vocab), vocab)
-            seen = torch.zeros(len(new), vocab + 1, dtype=torch.bool, device=self.device)
-            self.seen[at] = seen.scatter(1, kept, True)[:, :vocab]
-        if longest == 1:
-            return
-        columns = torch.arange(longest - 1, device=self.device).expand(len(new), -1)
-        inside = columns < self.length[at].unsqueeze(1) - 1
-        mask = (columns.unsqueeze(1) <= columns.unsqueeze(2)).unsqueeze(1)
-        for member in self.members:
-            places = columns.masked_fill(~inside, member.cache.columns)
-            member(context[:, :-1].clamp(min=0), places, columns, mask, slots=at.to(member.model.device))
+            self.seen[at] = seen_mask(context, self.seen.shape[1])
+        return free
 
-    def keep(self, slots: list[int]) -> None:
-        """Goes on with some slots only."""
+    def close_gaps(self) -> None:
+        """Moves the last rows to where rows have ended, and goes on without the rest."""
+        alive = self.alive
+        count = len(alive)
+        late = iter([slot for slot in alive if slot >= count])
+        slots = [slot if self.rows[slot] is not None else next(late) for slot in range(count)]
         at = torch.tensor(slots, device=self.device)
         self.rows, self.lengths = [self.rows[s] for s in slots], [self.lengths[s] for s in slots]
-        self.last, self.row_ids, self.length = self.last[at], self.row_ids[at], self.length[at]
+        self.tokens, self.row_ids, self.length = self.tokens[at], self.row_ids[at], self.length[at]
         self.end, self.step = self.end[at], self.step[at]
         self.seen = self.seen[at] if self.seen is not None else None
         for member in self.members:
-            member.cache.keep(at.to(member.model.device))
+            member.keep(slots)
 
 
 class _Round(NamedTuple):
-    """Where the next `width` tokens of every slot lie and what they draw with; B slots, W = width."""
+    """Some rows, and where their next `width` tokens lie and what they draw with; R rows, W = width."""
 
     width: int
-    places: torch.Tensor  # (B, W) columns of the caches
-    positions: torch.Tensor  # (B, W)
-    mask: torch.Tensor  # (B, 1, W, S)
-    row_ids: torch.Tensor  # (B * W,)
-    steps: torch.Tensor  # (B * W,) how many tokens the row had drawn before
-    noise: torch.Tensor  # (B, W, V)
+    slots: list[int]
+    lines: torch.Tensor | None  # (R,) the same slots; None for all
+    lengths: list[int]
+    length: torch.Tensor  # (R,)
+    last: torch.Tensor  # (R, 1) each row's last token
+    seen: torch.Tensor | None  # (R, V)
+    places: torch.Tensor  # (R, W) columns of the caches
+    mask: torch.Tensor  # (R, 1, W, S)
+    row_ids: torch.Tensor  # (R * W,)
+    steps: torch.Tensor  # (R * W,) how many tokens the row had drawn before
+    noise: torch.Tensor  # (R, W, V)
 
 
 class _Loop:
@@ -238,54 +168,99 @@ class _Loop:
         self.watch, self.eos = StopWatch(tokenizer, stop), eos_token_ids(tokenizer, proposal, aligner)
         self.ends = {*self.eos, *stop_token_ids}
 
-    def frame(self, batch: "_Batch", width: int, columns: int) -> _Round:
+    def frame(self, batch: _Batch, slots: list[int], width: int) -> _Round:
         """Columns that a row will never need go where nobody reads; what is drawn there is dropped."""
-        device = batch.device
+        device, lines = batch.device, None
+        length, end, step, row_ids, seen = batch.length, batch.end, batch.step, batch.row_ids, batch.seen
+        if len(slots) < len(batch.rows):
+            lines = torch.tensor(slots, device=device)
+            length, end, step, row_ids = (each[lines] for each in (length, end, step, row_ids))
+            seen = None if seen is None else seen[lines]
+        lengths = [batch.lengths[slot] for slot in slots]
+        last = (batch.tokens if lines is None else batch.tokens[lines]).gather(1, length.unsqueeze(1) - 1)
         ahead = torch.arange(width, device=device)
-        wanted = batch.length.unsqueeze(1) - 1 + ahead
-        places = torch.where(wanted < batch.end.unsqueeze(1) - 1, wanted, columns)
-        positions = wanted.clamp(max=columns - 1)
-        seen = min(max(batch.lengths[slot] for slot in batch.alive) + width - 1, columns)
-        mask = (torch.arange(seen, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
-        row_ids = batch.row_ids.repeat_interleave(width)
-        steps = (batch.step.unsqueeze(1) + ahead).flatten()
+        wanted = length.unsqueeze(1) - 1 + ahead
+        places = torch.where(wanted < end.unsqueeze(1) - 1, wanted, batch.columns)
+        mask = self.visible(batch, places, max(lengths) + width - 1)
+        row_ids, steps = row_ids.repeat_interleave(width), (step.unsqueeze(1) + ahead).flatten()
         noise = gumbel_noise(self.seed, row_ids, steps, self.vocab).view(-1, width, self.vocab)
-        return _Round(width, places, positions, mask, row_ids, steps, noise)
+        return _Round(width, slots, lines, lengths, length, last, seen, places, mask, row_ids, steps, noise)
 
-    def draft(self, batch: "_Batch", frame: _Round):
-        """Drafts (B, D), the drafter's logits of each, and the ids seen before each position (None: unused).
+    @staticmethod
+    def visible(batch: _Batch, places: torch.Tensor, columns: int) -> torch.Tensor:
+        columns = torch.arange(min(columns, batch.columns), device=batch.device)
+        return (columns <= places.unsqueeze(-1)).unsqueeze(1)
+
+    def read(self, batch: _Batch, member: Slots, frame: _Round, drafted: torch.Tensor) -> torch.Tensor:
+        """Reads what a model has not read of each row, then the drafts; logits (R, 1 + D, V) from its last
+        token on.
+
+        drafted: (R, D), D < W. What was not read is the last token, or a whole prompt.
+        """
+        count = 1 + drafted.shape[1]
+        ids, places, mask = torch.cat([frame.last, drafted], dim=1), frame.places[:, :count], None
+        begin = [member.read[slot] for slot in frame.slots]
+        behind = [length - 1 - start for length, start in zip(frame.lengths, begin, strict=True)]
+        for slot, length in zip(frame.slots, frame.lengths, strict=True):
+            member.read[slot] = length - 1 + count
+        if not any(behind):
+            found = member(ids, places, frame.mask[:, :, :count], frame.lines)
+            return found.to(batch.device)
+        device, width = batch.device, max(behind) + count
+        start = torch.tensor(begin, device=device).unsqueeze(1)
+        columns = start + torch.arange(width, device=device)
+        ahead = columns - (frame.length.unsqueeze(1) - 1)  # 0 at the last token, then the drafts
+        tokens = batch.tokens if frame.lines is None else batch.tokens[frame.lines]
+        ids = torch.where(
+            ahead < 0,
+            tokens.gather(1, columns.clamp(max=batch.columns)),
+            ids.gather(1, ahead.clamp(0, count - 1)),
+        )
+        later = places.gather(1, ahead.clamp(0, count - 1)).masked_fill(ahead >= count, batch.columns)
+        places = torch.where(ahead < 0, columns, later)
+        mask = self.visible(batch, places, max(frame.lengths) + count - 1)
+        wanted = (frame.length - 1).unsqueeze(1) - start + torch.arange(count, device=device)
+        return member(ids, places, mask, frame.lines, (wanted, min(behind))).to(device)
+
+    def draft(self, batch: _Batch, frame: _Round):
+        """Drafts (R, D), the drafter's logits of each, and the ids seen before each position (None: unused).
 
         A pair's aligner reads all W positions, since the law needs its logits there: D = W. Another drafter
         has nothing to say of the last one: D = W - 1.
         """
-        ids, seen = batch.last.unsqueeze(1), batch.seen
+        seen, drafted = frame.seen, frame.last[:, :0]
         drafts, logits, seens = [], [], []
-        for i in range(frame.width if self.pair else frame.width - 1):
-            at = slice(i, i + 1)
-            found = batch.members[1](ids, frame.places[:, at], frame.positions[:, at], frame.mask[:, :, at])
-            logits.append(found[:, 0].to(batch.device))
+        count = frame.width if self.pair else frame.width - 1
+        for i in range(count):
+            if i == 0:
+                found = self.read(batch, batch.members[1], frame, drafted)[:, 0]
+            else:
+                at = slice(i, i + 1)
+                found = batch.members[1](drafts[-1], frame.places[:, at], frame.mask[:, :, at], frame.lines)
+                found = found[:, 0].to(batch.device)
+            logits.append(found)
             seens.append(seen)
-            drafts.append(gumbel_argmax(self.draft_law(logits[-1], seen), frame.noise[:, i]))
-            ids = drafts[-1].unsqueeze(1)
-            seen = None if seen is None else seen.scatter(1, ids, True)
+            drafts.append(gumbel_argmax(self.draft_law(found, seen), frame.noise[:, i]).unsqueeze(1))
+            seen = None if seen is None else seen.scatter(1, drafts[-1], True)
+        for slot, length in zip(frame.slots, frame.lengths, strict=True):
+            if count:
+                batch.members[1].read[slot] = length - 1 + count
         seens += [] if self.pair else [seen]
-        drafted = torch.stack(drafts, dim=1) if drafts else batch.last.new_zeros(len(batch.last), 0)
-        return drafted, logits, seens
+        return torch.cat([drafted, *drafts], dim=1), logits, seens
 
     def draft_law(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         if self.pair or not self.proposes:
             return warp(wide(logits), self.params, seen)
         return next_token_law(logits, None, self.params, seen, self.eos).logprobs
 
-    def verify(self, batch: "_Batch", frame: _Round, drafted, draft_logits, seens) -> dict[str, torch.Tensor]:
-        """What the law itself draws at every position, and what is known of it; all (B, W), by name."""
-        feed = torch.cat([batch.last.unsqueeze(1), drafted[:, : frame.width - 1]], dim=1)
-        logits = batch.members[0](feed, frame.places, frame.positions, frame.mask).flatten(0, 1)
+    def verify(self, batch: _Batch, frame: _Round, drafted, draft_logits, seens) -> dict[str, torch.Tensor]:
+        """What the law itself draws at every position, and what is known of it; all (R, W), by name."""
+        logits = self.read(batch, batch.members[0], frame, drafted[:, : frame.width - 1]).flatten(0, 1)
         z_p = logits if self.proposes else None
         z_q = (
             torch.stack(draft_logits, dim=1).flatten(0, 1) if self.pair else None if self.proposes else logits
         )
-        seen = None if batch.seen is None else torch.stack(seens, dim=1).flatten(0, 1)
+        seen = None if frame.seen is None else torch.stack(seens, dim=1).flatten(0, 1)
         candidates = None
         if self.pair and self.params.sample_mode == "snis":
             nucleus = next_token_law(z_p, None, self.params).logprobs
@@ -302,8 +277,8 @@ class _Loop:
         found = {key: value.view(-1, frame.width) for key, value in found.items()}
         return found | {"as_draft": found["token"][:, : drafted.shape[1]] == drafted}
 
-    def accept(self, batch: "_Batch", frame: _Round, found: dict[str, torch.Tensor], max_new_tokens: int):
-        """Moves every slot on by what it keeps, up to the first token that was not the draft's.
+    def accept(self, batch: _Batch, frame: _Round, found: dict[str, torch.Tensor], max_new_tokens: int):
+        """Moves every row on by what it keeps, up to the first token that was not the draft's.
 
         Returns the rows worked on, and how many of how many drafts were kept. Fetching what was found is the
         round's one wait for the device.
@@ -312,22 +287,28 @@ class _Loop:
         kept = found["as_draft"][:, : width - 1].long().cumprod(dim=1).sum(dim=1) + 1
         report = {key: value.tolist() for key, value in found.items()}
         counts = kept.tolist()
-        batch.last = tokens.gather(1, kept.unsqueeze(1) - 1).squeeze(1)
-        batch.length, batch.step = batch.length + kept, batch.step + kept
+        ahead = torch.arange(width, device=batch.device)
+        columns = (frame.length.unsqueeze(1) + ahead).clamp(max=batch.columns)
+        lines = slice(None) if frame.lines is None else frame.lines
+        batch.tokens[lines] = batch.tokens[lines].scatter(1, columns, tokens)  # what is not kept: until later
+        batch.length[lines] += kept
+        batch.step[lines] += kept
         if batch.seen is not None:
-            ahead = torch.arange(width, device=batch.device)
-            mine = torch.where(ahead < kept.unsqueeze(1), tokens, batch.last.unsqueeze(1))
-            batch.seen = batch.seen.scatter(1, mine, True)
+            mine = torch.where(ahead < kept.unsqueeze(1), tokens, tokens[:, :1])
+            batch.seen[lines] = frame.seen.scatter(1, mine, True)
         worked, agreed, compared = [], 0, 0
-        for slot in batch.alive:
-            row, line = batch.rows[slot], {key: values[slot] for key, values in report.items()}
+        for line, slot in enumerate(frame.slots):
+            row = batch.rows[slot]
+            mine = {key: values[line] for key, values in report.items()}
             row.proposal_forwards += self.proposes
             row.aligner_forwards += width if self.pair else self.aligns
-            batch.lengths[slot] += counts[slot]
-            for i in range(counts[slot]):
+            batch.lengths[slot] += counts[line]
+            for member in batch.members:
+                member.read[slot] = min(member.read[slot], batch.lengths[slot] - 1)
+            for i in range(counts[line]):
                 if row.finish is None:  # what follows an end inside a draft is dropped
-                    append_token(row, line, i, self.ends, self.watch, last=len(row.ids) + 1 == max_new_tokens)
-            tried = line["as_draft"][: counts[slot]]
+                    append_token(row, mine, i, self.ends, self.watch, last=len(row.ids) + 1 == max_new_tokens)
+            tried = mine["as_draft"][: counts[line]]
             compared += len(tried)
             agreed += sum(tried)
             if row.finish is not None:
@@ -366,23 +347,29 @@ def decode_rows(
     slots = min(batch_size, len(order))
     columns = max((len(ids) for ids in prompt_ids), default=0) + max_new_tokens
     models = [model for model in (loop.verifier, loop.drafter) if model is not None]
-    members = [_Member(model, slots, columns, loop.vocab) for model in models]
+    members = [open_slots(model, slots, columns, loop.vocab) for model in models]
     penalised = params.repetition_penalty != 1.0 or params.base_repetition_penalty != 1.0
-    batch = _Batch(members, slots, loop.verifier.device, loop.vocab if penalised else None)
+    batch = _Batch(members, loop.verifier.device, loop.vocab if penalised else None)
     fixed = None if draft_tokens is None else draft_tokens + 1
     length = DraftLength(fixed if loop.drafter is not None else 1)
     while waiting or batch.alive:
         free = len(batch.rows) - len(batch.alive)
-        if waiting and free:
-            batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))], max_new_tokens)
-        elif 2 * len(batch.alive) <= len(batch.rows):  # nobody waits: go on with the rest only
-            batch.keep(batch.alive)
-        room = max(max_new_tokens - len(batch.rows[slot].ids) for slot in batch.alive)
+        enter = bool(waiting and free)
+        if enter:
+            new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            chosen, width = batch.admit(new, max_new_tokens), length.best()
+        else:
+            if free:  # nobody waits
+                batch.close_gaps()
+            chosen, width = list(range(len(batch.rows))), length.choose()
+        room = max(max_new_tokens - len(batch.rows[slot].ids) for slot in chosen)
         start = time.perf_counter()
-        frame = loop.frame(batch, min(length.choose(), room), columns)
+        frame = loop.frame(batch, chosen, min(width, room))
         drafts = loop.draft(batch, frame)
         middle = time.perf_counter()
         found = loop.verify(batch, frame, *drafts)
         worked, agreed, compared = loop.accept(batch, frame, found, max_new_tokens)
-        length.learn(frame.width, middle - start, time.perf_counter() - middle, agreed, compared)
+        length.learn(agreed, compared)
+        if not enter:
+            length.clock(frame.width, middle - start, time.perf_counter() - middle)
         yield worked

@@ -13,6 +13,7 @@ import torch
 import plain_loop
 import speculation
 from par import PARParams
+from slots import has_slots
 from tokenization import encode_prompts
 
 
@@ -71,7 +72,7 @@ def generate_stream(
     prompt, echo = params["prompt"], bool(params.get("echo", True))
     (ids,), _ = encode_prompts(tokenizer, [prompt], context_len - new, model.add_bos)
     models = [each for each in (model.proposal, model.aligner) if each is not None]
-    loop = speculation.decode_rows if speculation.can_draft(*models) else plain_loop.decode_batch
+    loop = speculation.decode_rows if has_slots(*models) else plain_loop.decode_batch
     rounds = loop(
         model.proposal,
         model.aligner,

@@ -15,7 +15,6 @@ import decoding
 import par
 import plain_loop
 from par import PARParams
-from speculation import DraftLength
 
 KNOBS = {
     "temperature": 0.8,
@@ -257,39 +256,6 @@ def test_batch_size_and_order_change_nothing(case):
     order = random.Random(1).sample(range(16), 16)
     shuffled = run(roles, params, [prompts[i] for i in order], batch_size=7, row_ids=order)
     assert_same(shuffled, [whole[i] for i in order])
-
-
-@pytest.mark.parametrize("role", [0, 1])
-def test_another_model_may_draft_for_one_alone(role):
-    """A drafter saves forwards and changes no token, whichever of the two models stands alone."""
-    alone = [None, None]
-    alone[role], drafter = pair(len(LETTERS), BOTH)[role], pair(len(LETTERS), BOTH)[1 - role]
-    params, settings = PARParams(**KNOBS), {"max_new_tokens": 16, "seed": SEED, "stop": STOP}
-    plain = decoding.generate(*alone, LETTERS, ragged_prompts(), params, speculative=False, **settings)
-    for draft_tokens in (None, 1, 4):
-        settings |= {"drafter": drafter, "draft_tokens": draft_tokens, "batch_size": 6}
-        found = decoding.generate(*alone, LETTERS, ragged_prompts(), params, **settings)
-        assert_same(found, plain)
-    key = ("proposal_forwards", "aligner_forwards")[role]
-    assert sum(g.stats[key] for g in found) < 0.9 * sum(len(g.token_ids) for g in found)
-
-
-def test_drafts_are_worth_their_time():
-    """The draft length follows the cost of both models and the agreement, down to none."""
-
-    def settle(step, verify, agreed):
-        length = DraftLength()
-        for _ in range(40):
-            width = length.choose()
-            kept = 1 + sum(agreed**i for i in range(1, width))
-            length.learn(width, width * step, verify(width), agreed * kept, kept)
-        return length.choose()
-
-    assert settle(0.1, lambda width: 10 + 0.2 * width, 0.9) >= 10
-    assert 3 <= settle(1.0, lambda width: 10 + 0.2 * width, 0.8) <= 8
-    assert settle(8.0, lambda width: 10 + 0.2 * width, 0.3) == 1
-    assert settle(0.1, lambda width: 10 * width, 0.8) == 1
-    assert DraftLength(4).choose() == 4
 
 
 def test_row_id_and_seed_decide_the_draw():
