@@ -16,6 +16,7 @@ import torch
 
 NEG_INF = float("-inf")
 IGNORE_INDEX = -100
+LARGE_VOCABULARY = 4096  # from here on a CPU ranks, and draws noise for, no more tokens than it needs
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,39 @@ def keep_top_p(logits: torch.Tensor, top_p: float, inclusive: bool = False) -> t
     """
     if top_p >= 1.0:
         return logits
+    if logits.device.type == "cpu" and logits.shape[-1] >= LARGE_VOCABULARY:
+        return keep_top_p_by_threshold(logits, top_p, inclusive)
     ranked, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    probs = torch.softmax(ranked, dim=-1)
-    before = probs.cumsum(dim=-1) - probs
-    drop = before > top_p if inclusive else before >= top_p
-    drop[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), NEG_INF)
+    inside = _inside_top_p(torch.softmax(logits, dim=-1).gather(-1, order), top_p, inclusive)
+    return logits.masked_fill(~torch.zeros_like(inside).scatter(-1, order, inside), NEG_INF)
+
+
+def keep_top_p_by_threshold(logits: torch.Tensor, top_p: float, inclusive: bool = False) -> torch.Tensor:
+    """`keep_top_p` without a sort of the vocabulary: ranks only as many tokens as hold the mass.
+
+    How many is read from the result, which costs nothing on a CPU and a wait on another device.
+    """
+    probs, size, ranks = torch.softmax(logits, dim=-1), logits.shape[-1], 64
+    while True:
+        ranks = min(4 * ranks, size)
+        ranked, order = torch.topk(logits, ranks, dim=-1)
+        inside = _inside_top_p(probs.gather(-1, order), top_p, inclusive)
+        if ranks == size or not inside[..., -1].any():
+            break
+    count = inside.sum(dim=-1, keepdim=True)
+    least = ranked.gather(-1, count - 1)
+    keep = logits >= least
+    if (keep.sum(dim=-1, keepdim=True) > count).any():  # of the last rank's ties the first ids stay
+        above, tied = logits > least, logits == least
+        keep = above | (tied & (tied.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+    return logits.masked_fill(~keep, NEG_INF)
+
+
+def _inside_top_p(ranked_probs: torch.Tensor, top_p: float, inclusive: bool) -> torch.Tensor:
+    before = ranked_probs.cumsum(dim=-1) - ranked_probs
+    inside = before <= top_p if inclusive else before < top_p
+    inside[..., 0] = True
+    return inside
 
 
 def point_mass(scores: torch.Tensor) -> torch.Tensor:
@@ -323,20 +351,27 @@ def _mix64(x: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel_noise(
-    seed: int, row_ids: torch.Tensor, positions: torch.Tensor, vocab_size: int, stream: int = 0
+    seed: int,
+    row_ids: torch.Tensor,
+    positions: torch.Tensor,
+    vocab_size: int,
+    stream: int = 0,
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Standard Gumbel noise (B, V) in float64, the same for a (seed, row, position, stream, token) wherever
+    """Standard Gumbel noise (..., V) in float64, the same for a (seed, row, position, stream, token) wherever
     it is drawn.
 
-    row_ids, positions: (B,) int64; position counts generated tokens, so prompt length and padding never
-    enter. stream 0 draws the token; streams 1..n draw the candidates of snis.
+    row_ids, positions: (...) int64; position counts generated tokens, so prompt length and padding never
+    enter. stream 0 draws the token; streams 1..n draw the candidates of snis. tokens: (..., S) ids, where
+    only their noise is wanted: (..., S).
     """
     device = row_ids.device
     key = torch.full_like(row_ids, _signed(seed))
     for part in (row_ids, positions, torch.full_like(row_ids, stream)):
         key = _mix64(key + _GOLDEN) ^ _mix64(part * _GOLDEN + _MIX_1)
-    tokens = torch.arange(1, vocab_size + 1, device=device, dtype=torch.int64) * _GOLDEN
-    bits = _mix64(_mix64(key.unsqueeze(-1) + tokens.unsqueeze(0)))
+    if tokens is None:
+        tokens = torch.arange(vocab_size, device=device, dtype=torch.int64)
+    bits = _mix64(_mix64(key.unsqueeze(-1) + (tokens + 1) * _GOLDEN))
     # 53 bits in [1, 2^53 - 1]: u is neither 0 nor 1, so the noise is finite. float32 would round u to 1 now
     # and then.
     uniform = ((bits >> 11) & ((1 << 53) - 1)).clamp(min=1).double() * 2.0**-53
@@ -344,5 +379,34 @@ def gumbel_noise(
 
 
 def gumbel_argmax(logprobs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """One exact draw per row from `logprobs` (B, V) with `noise` (B, V): the Gumbel-max rule. (B,)"""
+    """One exact draw per row from `logprobs` (..., V) with `noise` (..., V): the Gumbel-max rule. (...)"""
     return (logprobs.double() + noise).argmax(dim=-1)
+
+
+class Noise:
+    """The Gumbel noise of some positions, computed once, or where a vocabulary is large, for a law's support
+    only; draws as `gumbel_argmax` does.
+    """
+
+    def __init__(
+        self, seed: int, row_ids: torch.Tensor, positions: torch.Tensor, vocab_size: int, stream: int = 0
+    ) -> None:
+        """row_ids, positions: (R, W)."""
+        self.where, self.vocab_size, self.stream = (seed, row_ids, positions), vocab_size, stream
+        self.sparse = row_ids.device.type == "cpu" and vocab_size >= LARGE_VOCABULARY
+        self.whole = None if self.sparse else gumbel_noise(*self.where, vocab_size, stream)
+
+    def draw(self, logprobs: torch.Tensor, column: int | None = None) -> torch.Tensor:
+        """One token per law: laws (R, V) of a column's positions, or (R * W, V) of all. (R,) or (R * W,)"""
+        seed, row_ids, positions = self.where
+        if column is not None:
+            row_ids, positions = row_ids[:, column], positions[:, column]
+        support = int((logprobs > NEG_INF).sum(dim=-1).max()) if self.sparse else self.vocab_size
+        if 4 * support <= self.vocab_size:
+            ranked, tokens = torch.topk(logprobs, support, dim=-1)
+            noise = gumbel_noise(seed, row_ids.flatten(), positions.flatten(), 0, self.stream, tokens)
+            return tokens.gather(-1, gumbel_argmax(ranked, noise).unsqueeze(-1)).squeeze(-1)
+        if self.whole is None:
+            self.whole = gumbel_noise(*self.where, self.vocab_size, self.stream)
+        noise = self.whole.flatten(0, 1) if column is None else self.whole[:, column]
+        return gumbel_argmax(logprobs, noise)

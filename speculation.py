@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from par import PARParams, gumbel_argmax, gumbel_noise, next_token_law, seen_mask, warp
+from par import Noise, PARParams, next_token_law, seen_mask, warp
 from plain_loop import Row, StopWatch, append_token, eos_token_ids, wide
 from slots import Slots, open_slots
 
@@ -151,9 +151,9 @@ class _Round(NamedTuple):
     seen: torch.Tensor | None  # (R, V)
     places: torch.Tensor  # (R, W) columns of the caches
     mask: torch.Tensor  # (R, 1, W, S)
-    row_ids: torch.Tensor  # (R * W,)
-    steps: torch.Tensor  # (R * W,) how many tokens the row had drawn before
-    noise: torch.Tensor  # (R, W, V)
+    row_ids: torch.Tensor  # (R, W)
+    steps: torch.Tensor  # (R, W) how many tokens the row had drawn before
+    noise: Noise  # of those
 
 
 class _Loop:
@@ -182,8 +182,8 @@ class _Loop:
         wanted = length.unsqueeze(1) - 1 + ahead
         places = torch.where(wanted < end.unsqueeze(1) - 1, wanted, batch.columns)
         mask = self.visible(batch, places, max(lengths) + width - 1)
-        row_ids, steps = row_ids.repeat_interleave(width), (step.unsqueeze(1) + ahead).flatten()
-        noise = gumbel_noise(self.seed, row_ids, steps, self.vocab).view(-1, width, self.vocab)
+        row_ids, steps = row_ids.unsqueeze(1).expand(-1, width), step.unsqueeze(1) + ahead
+        noise = Noise(self.seed, row_ids, steps, self.vocab)
         return _Round(width, slots, lines, lengths, length, last, seen, places, mask, row_ids, steps, noise)
 
     @staticmethod
@@ -240,7 +240,7 @@ class _Loop:
                 found = found[:, 0].to(batch.device)
             logits.append(found)
             seens.append(seen)
-            drafts.append(gumbel_argmax(self.draft_law(found, seen), frame.noise[:, i]).unsqueeze(1))
+            drafts.append(frame.noise.draw(self.draft_law(found, seen), i).unsqueeze(1))
             seen = None if seen is None else seen.scatter(1, drafts[-1], True)
         for slot, length in zip(frame.slots, frame.lengths, strict=True):
             if count:
@@ -265,14 +265,13 @@ class _Loop:
         if self.pair and self.params.sample_mode == "snis":
             nucleus = next_token_law(z_p, None, self.params).logprobs
             streams = range(1, self.params.n_candidates + 1)
-            noises = (gumbel_noise(self.seed, frame.row_ids, frame.steps, self.vocab, j) for j in streams)
-            candidates = torch.stack([gumbel_argmax(nucleus, noise) for noise in noises], dim=-1)
+            noises = (Noise(self.seed, frame.row_ids, frame.steps, self.vocab, j) for j in streams)
+            candidates = torch.stack([noise.draw(nucleus) for noise in noises], dim=-1)
         law = next_token_law(z_p, z_q, self.params, seen, self.eos, candidates)
-        noise = frame.noise.flatten(0, 1)
-        token = gumbel_argmax(law.logprobs, noise)
+        token = frame.noise.draw(law.logprobs)
         found = {"token": token}
         if self.pair:
-            as_proposal = gumbel_argmax(law.proposal_logprobs, noise) == token
+            as_proposal = frame.noise.draw(law.proposal_logprobs) == token
             found |= {"fell_back": law.fell_back, "kl": law.kl, "as_proposal": as_proposal}
         found = {key: value.view(-1, frame.width) for key, value in found.items()}
         return found | {"as_draft": found["token"][:, : drafted.shape[1]] == drafted}

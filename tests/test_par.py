@@ -376,6 +376,47 @@ def test_gumbel_argmax_draws_the_law():
     assert counts[4] == 0 and ((counts - expected)[:4] ** 2 / expected[:4]).sum() < 22
 
 
+@pytest.mark.parametrize("vocab", [30, 700, 5000])
+def test_noise_on_the_support_draws_the_same(vocab, monkeypatch):
+    """Drawing with the noise of a law's support only gives the whole noise's tokens, by column and in all."""
+    monkeypatch.setattr(par, "LARGE_VOCABULARY", 0)
+    rng = torch.Generator().manual_seed(vocab)
+    rows, at = torch.tensor([[4], [9]]).expand(-1, 3), torch.tensor([[0, 1, 2], [7, 8, 9]])
+    for inside in (1, 2, vocab // 5, vocab):
+        laws = torch.full((6, vocab), par.NEG_INF)
+        for line in range(6):
+            some = torch.randperm(vocab, generator=rng)[: max(1, inside - line)]
+            laws[line, some] = torch.randn(len(some), generator=rng).log_softmax(-1)
+        noise = par.Noise(5, rows, at, vocab, stream=2)
+        expected = par.gumbel_argmax(laws, par.gumbel_noise(5, rows.flatten(), at.flatten(), vocab, 2))
+        assert torch.equal(noise.draw(laws), expected)
+        assert noise.whole is None or 4 * inside > vocab
+        for column in range(3):
+            assert torch.equal(noise.draw(laws[column::3], column), expected[column::3])
+
+
+@pytest.mark.parametrize("inclusive", [False, True])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.5, 0.95, 0.999999])
+def test_threshold_keeps_what_ranking_keeps(top_p, inclusive, monkeypatch):
+    """Without a sort the same tokens stay: peaked and flat rows, ties at the border, tokens ruled out."""
+    rng = torch.Generator().manual_seed(0)
+    peaked = torch.randn(40, 1500, generator=rng) * torch.linspace(0, 6, 40).unsqueeze(1)
+    ties, sparse = (
+        peaked.round(),
+        peaked.masked_fill(torch.rand(peaked.shape, generator=rng) < 0.99, par.NEG_INF),
+    )
+    halves = torch.full((2, 1500), par.NEG_INF)
+    halves[0, [7, 900]], halves[1, [3, 5, 8, 10]] = 0.0, 1.0
+    for logits in (peaked, ties, sparse.round(), halves, peaked[:1], peaked[:3].double(), peaked[:, :5]):
+        logits[:, 0] = 0.0
+        ranked = par.keep_top_p(logits, top_p, inclusive)
+        found = par.keep_top_p_by_threshold(logits, top_p, inclusive)
+        assert torch.equal(found, ranked) and (ranked > par.NEG_INF).any(dim=-1).all()
+    monkeypatch.setattr(par, "LARGE_VOCABULARY", 0)
+    monkeypatch.setattr(torch, "sort", None)
+    assert torch.equal(par.keep_top_p(logits, top_p, inclusive), ranked)
+
+
 # ---- arguments ---------------------------------------------------------------------------------------------
 Z = torch.zeros(1, 4)
 BAD = [(key, -2) for key in [*GRID, "sample_mode", "kl_fallback"] if key != "eos_priority"]

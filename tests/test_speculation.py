@@ -21,6 +21,7 @@ from test_decoding import (
 )
 
 import decoding
+import par
 import slots
 from par import PARParams
 from speculation import WIDTHS, DraftLength
@@ -38,6 +39,15 @@ def any_width(monkeypatch):
 def test_transformers_forward_gives_the_same(case, monkeypatch):
     """Models that only transformers can compute decode alike, by every loop."""
     monkeypatch.setattr(slots, "is_plain_llama", lambda model: False)
+    roles, params, _ = CASES[case]
+    for loop in LOOPS.values():
+        assert_same(run(roles, params, ragged_prompts(), **loop), slow_answers(case, torch.float32))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_large_vocabulary_gives_the_same(case, monkeypatch):
+    """Ranking and noise for no more tokens than a law needs change nothing."""
+    monkeypatch.setattr(par, "LARGE_VOCABULARY", 0)
     roles, params, _ = CASES[case]
     for loop in LOOPS.values():
         assert_same(run(roles, params, ragged_prompts(), **loop), slow_answers(case, torch.float32))
