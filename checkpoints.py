@@ -208,14 +208,21 @@ def weights_fingerprint(source: str) -> str:
     return digest.hexdigest()
 
 
-def load_pair(proposal: str | None, aligner: str | None, tokenizer_path: str | None = None):
+def load_pair(
+    proposal: str | None,
+    aligner: str | None,
+    tokenizer_path: str | None = None,
+    drafter: str | None = None,
+):
     """The shared tokenizer of a pair and its `add_bos`, checked before any weight is read.
 
     Raises UserError where the two tokenizers differ, or one model was trained with a BOS and the other
     without.
     """
     sources = {
-        name: path for name, path in (("proposal", proposal), ("aligner", aligner)) if path is not None
+        name: path
+        for name, path in (("proposal", proposal), ("aligner", aligner), ("drafter", drafter))
+        if path is not None
     }
     if not sources:
         raise UserError("neither a proposal nor an aligner was given")
@@ -235,6 +242,7 @@ def load_pair(proposal: str | None, aligner: str | None, tokenizer_path: str | N
                 f"the {name} ({sources[name]}) has {rows} vocabulary rows, the tokenizer {len(tokenizer)} "
                 "tokens: they do not belong together"
             )
+    sources.pop("drafter", None)  # a draft that is not confirmed is dropped, whatever it was trained on
     bos = {name: card["add_bos"] for name, path in sources.items() if "add_bos" in (card := read_card(path))}
     if len(set(bos.values())) > 1:
         raise UserError(f"add_bos differs: {bos}; train both members of a pair alike")

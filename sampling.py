@@ -92,6 +92,12 @@ class Job:
         return self.settings.max_length - self.settings.max_prompt_length
 
     @property
+    def drafter(self) -> str | None:
+        """The small model that drafts where one model decodes alone; it changes no text."""
+        alone = self.pair.proposal is None or self.pair.aligner is None
+        return checkpoints.find_model(self.settings.drafter) if alone and self.settings.drafter else None
+
+    @property
     def stop(self) -> list[str]:
         return [self.settings.stop_str] if self.settings.stop_str else []
 
@@ -122,9 +128,9 @@ class Job:
     def encoded(self):
         """The tokenizer and all prompts as ids; raises UserError where the pair does not fit together."""
         tokenizer, trained_bos = checkpoints.load_pair(
-            self.pair.proposal, self.pair.aligner, self.pair.tokenizer_path
+            self.pair.proposal, self.pair.aligner, self.pair.tokenizer_path, self.drafter
         )
-        for path in (self.pair.proposal, self.pair.aligner):
+        for path in (self.pair.proposal, self.pair.aligner, self.drafter):
             checkpoints.check_context(path, self.settings.max_length)
         add_bos = self.add_bos if trained_bos is None else trained_bos
         if add_bos != self.add_bos:
@@ -212,6 +218,7 @@ def answer_all(job: Job, part: PartFile) -> list[dict[str, Any]]:
         log.info(f"{job.label}: going on after {len(part.done)} of {len(job.prompts)} answers")
     tokenizer, ids = job.encoded
     proposal, aligner = job.pair.load()
+    drafter = job.drafter and checkpoints.load_model(job.drafter, job.pair.dtype, pick_device())
     start, tokens = time.monotonic(), 0
     with progress(total=len(ids), initial=len(part.done), desc=job.label, unit="row") as bar:
         answers = decoding.generate_iter(
@@ -226,6 +233,7 @@ def answer_all(job: Job, part: PartFile) -> list[dict[str, Any]]:
             stop=job.stop,
             batch_size=job.settings.batch_size,
             speculative=job.settings.speculative,
+            drafter=drafter,
         )
         for position, answer in answers:
             value = {"index": todo[position], "text": answer.text, "finish_reason": answer.finish_reason}

@@ -35,6 +35,7 @@ NULL_DEFAULTS = {
     "sampling.system_key": str,
     "sampling.generator": str,
     "sampling.tokenizer_path": str,
+    "sampling.drafter": str,
     "evaluation.dataset": str,
 }
 NULLABLE = {

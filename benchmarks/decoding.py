@@ -4,124 +4,38 @@
 
 Contenders take turns in one process; figures are medians over the rounds. `generate` is transformers' with
 the proposal alone, in fixed batches; `published` decodes one row at a time, sorts the whole vocabulary of
-both models and waits for every token; `plain` and `speculative` are ours and give the same tokens. Without
-arguments it takes the demo's pair (`bash bin/demo.sh` first). The last line is one JSON object.
+both models and waits for every token; `plain` and `speculative` are ours and give the same tokens; `drafted`
+is ours with the proposal alone, for which the aligner drafts. Peak memory is that of a process of its own,
+above its weights (Linux only). Without arguments it takes the demo's pair (`bash bin/demo.sh` first). The
+last line is one JSON object.
 """
 
-import argparse
 import json
-import platform
 import statistics
 import sys
-import time
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from contenders import Bench, describe, load, measured_in_a_process, memory_status, parser
 
-import torch  # noqa: E402
-from batch_invariance import DEMO, demo_run  # noqa: E402
-from transformers import DynamicCache  # noqa: E402
+from utils import run_entry_point
 
-import checkpoints  # noqa: E402
-import decoding  # noqa: E402
-from par import PARParams  # noqa: E402
-from prompts import render  # noqa: E402
-from utils import pick_device, read_rows, run_entry_point  # noqa: E402
-
-
-class Bench:
-    """A pair, prompts and settings; every contender returns (tokens, seconds, its generations or None)."""
-
-    def __init__(self, proposal, aligner, tokenizer, prompts, params: PARParams, new_tokens: int) -> None:
-        self.proposal, self.aligner, self.tokenizer = proposal, aligner, tokenizer
-        self.prompts, self.params, self.new_tokens = prompts, params, new_tokens
-        tokenizer.padding_side = "left"
-
-    def generate(self, batch: int):
-        p, tokens, start = self.params, 0, time.perf_counter()
-        eos, pad = self.tokenizer.eos_token_id, checkpoints.pad_id(self.tokenizer)
-        for i in range(0, len(self.prompts), batch):
-            given = self.tokenizer.pad({"input_ids": self.prompts[i : i + batch]}, return_tensors="pt")
-            given = given.to(self.proposal.device)
-            output = self.proposal.generate(
-                input_ids=given["input_ids"],
-                attention_mask=given["attention_mask"],
-                max_new_tokens=self.new_tokens,
-                do_sample=True,
-                temperature=p.base_temperature,
-                top_p=p.base_top_p,
-                top_k=0,
-                pad_token_id=pad,
-                eos_token_id=eos,
-            )
-            for row in output[:, given["input_ids"].shape[1] :].tolist():
-                tokens += row.index(eos) + 1 if eos in row else len(row)
-        return tokens, time.perf_counter() - start, None
-
-    @torch.inference_mode()
-    def published(self, batch: int):
-        """One row at a time: two forwards, two full sorts and a host synchronisation per token."""
-        p, tokens, start = self.params, 0, time.perf_counter()
-        for prompt in self.prompts:
-            caches = [DynamicCache(), DynamicCache()]
-            ids, output = torch.tensor([prompt], device=self.proposal.device), []
-            while len(output) < self.new_tokens:
-                z_p, z_q = (
-                    m(input_ids=ids, past_key_values=c, use_cache=True).logits[0, -1].float()
-                    for m, c in zip((self.proposal, self.aligner), caches, strict=True)
-                )
-                nucleus = self.top_p(z_p / p.base_temperature, p.base_top_p)
-                law = self.top_p(
-                    (z_q / p.temperature).masked_fill(nucleus == float("-inf"), float("-inf")), p.top_p
-                )
-                output.append(int(torch.multinomial(torch.softmax(law, dim=-1), 1)))
-                if output[-1] == self.tokenizer.eos_token_id:
-                    break
-                ids = torch.tensor([output[-1:]], device=self.proposal.device)
-            tokens += len(output)
-        return tokens, time.perf_counter() - start, None
-
-    @staticmethod
-    def top_p(logits: torch.Tensor, mass: float) -> torch.Tensor:
-        ranked, order = torch.sort(logits, descending=True)
-        drop = torch.softmax(ranked, dim=-1).cumsum(dim=-1) > mass
-        drop[1:], drop[0] = drop[:-1].clone(), False
-        return logits.masked_fill(torch.zeros_like(drop).scatter(0, order, drop), float("-inf"))
-
-    def ours(self, batch: int, **settings):
-        start = time.perf_counter()
-        found = decoding.generate(
-            self.proposal,
-            self.aligner,
-            self.tokenizer,
-            self.prompts,
-            self.params,
-            max_new_tokens=self.new_tokens,
-            batch_size=batch,
-            **settings,
-        )
-        return sum(len(g.token_ids) for g in found), time.perf_counter() - start, found
-
-    def plain(self, batch: int):
-        return self.ours(batch, speculative=False)
-
-    def speculative(self, batch: int):
-        return self.ours(batch)
-
-
-CONTENDERS = ("generate", "published", "plain", "speculative")
+CONTENDERS = ("generate", "published", "plain", "speculative", "drafted")
 
 
 def compare(bench: Bench, batch: int, rounds: int) -> dict:
-    """Medians of tokens/s by contender, what they are to each other, and how the drafts fared."""
+    """Medians of tokens/s by contender, what they are to each other, and how the drafts fared.
+
+    One row at a time takes an eighth of the rows: they are as many tokens a second.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    texts: dict[str, list] = {}
+    whole, texts = bench.prompts, {}
     for turn in range(rounds + 1):  # the first warms up
         for name in CONTENDERS:
+            bench.prompts = whole[:: 1 if batch > 1 and name != "published" else 8]
             tokens, seconds, found = getattr(bench, name)(batch)
             if turn:
                 speeds[name].append(tokens / seconds)
             texts[name] = found
+    bench.prompts = whole
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     drafted, stats = medians["speculative"], [g.stats for g in texts["speculative"]]
     tokens = sum(len(g.token_ids) for g in texts["speculative"])
@@ -130,6 +44,7 @@ def compare(bench: Bench, batch: int, rounds: int) -> dict:
         "batch": batch,
         "tokens_per_second": {name: round(value, 1) for name, value in medians.items()},
         "speculative_to": {name: round(drafted / medians[name], 2) for name in CONTENDERS[:3]},
+        "drafted_to_generate": round(medians["drafted"] / medians["generate"], 2),
         "agreement": round(sum(s["accepted"] for s in stats) / tokens, 3),
         "proposal_forwards_per_token": round(sum(s["proposal_forwards"] for s in stats) / tokens, 3),
         "aligner_forwards_per_token": round(sum(s["aligner_forwards"] for s in stats) / tokens, 3),
@@ -148,61 +63,56 @@ def first_token(bench: Bench, rounds: int) -> dict[str, float]:
     return {name: round(statistics.median(values[1:]), 2) for name, values in found.items()}
 
 
-def growth(bench: Bench, lengths: list[int], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds per token at batch 1 as answers grow, by contender; answers that end early count less."""
+def growth(bench: Bench, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds per token at batch 1 by the length of the prompt, up to the context limit, by
+    contender.
+    """
     whole, found = (bench.prompts, bench.new_tokens), {name: [] for name in CONTENDERS}
-    bench.prompts = whole[0][:8]
-    for bench.new_tokens in lengths:
+    bench.new_tokens = min(16, whole[1])
+    limit = bench.proposal.config.max_position_embeddings - bench.new_tokens
+    text = [token for prompt in whole[0] for token in prompt] * limit
+    lengths = [limit // share for share in (8, 4, 2, 1)]
+    for length in lengths:
+        bench.prompts = [text[start : start + length] for start in range(0, 8 * length, length)]
         taken: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-        for _ in range(rounds):
+        for _ in range(rounds + 1):
             for name in CONTENDERS:
                 tokens, seconds, _ = getattr(bench, name)(1)
                 taken[name].append(1000 * seconds / tokens)
         for name, values in taken.items():
-            found[name].append(round(statistics.median(values), 2))
+            found[name].append(round(statistics.median(values[1:]), 2))
     bench.prompts, bench.new_tokens = whole
-    return found
+    return {"prompt_tokens": lengths} | found
+
+
+def peaks(batch: int) -> dict[str, float]:
+    """MB above the weights at each contender's worst moment."""
+    given = [*sys.argv[1:], f"--batches={batch}"]
+    return {name: round(measured_in_a_process([*given, f"--probe={name}"]), 1) for name in CONTENDERS}
+
+
+def probe(bench: Bench, contender: str, batch: int) -> float:
+    prompts, bench.prompts = bench.prompts, bench.prompts[:1]
+    getattr(bench, contender)(1)  # what every process loads once
+    bench.prompts, before = prompts, memory_status("VmRSS")
+    getattr(bench, contender)(batch)
+    return memory_status("VmHWM") - before
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--proposal")
-    parser.add_argument("--aligner")
-    parser.add_argument(
-        "--prompts", default=str(DEMO / "data/seed0/test/toy_test.json"), help="with `instruction`"
-    )
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--temperatures", type=float, nargs=2, default=[1.0, 0.5], metavar=("Q", "P"))
-    args = parser.parse_args()
-    proposal, aligner = args.proposal or demo_run("wu_sft_toy_"), args.aligner or demo_run("ours_sft_toy_")
-    device = pick_device()
-    tokenizer, _ = checkpoints.load_pair(proposal, aligner)
-    models = [checkpoints.load_model(path, "auto", device) for path in (proposal, aligner)]
-    rows = read_rows(args.prompts, ["instruction"])[: args.rows]
-    prompts = [tokenizer(render(row["instruction"])).input_ids for _, row in rows]
-    t_q, t_p = args.temperatures
-    params = PARParams("par", temperature=t_q, top_p=0.95, repetition_penalty=1.0, base_temperature=t_p)
-    bench = Bench(*models, tokenizer, prompts, params, args.new_tokens)
-    result = {
-        "proposal_parameters": sum(p.numel() for p in models[0].parameters()),
-        "aligner_parameters": sum(p.numel() for p in models[1].parameters()),
-        "vocabulary": len(tokenizer),
-        "rows": len(prompts),
-        "new_tokens": args.new_tokens,
-        "temperatures": [t_q, t_p],
-        "by_batch": [],
-    }
+    arguments = parser(__doc__.split("\n")[0], new_tokens=16, rows=64, batches=[1, 8, 32])
+    arguments.add_argument("--probe", choices=CONTENDERS, help="only this contender's peak memory, in MB")
+    args = arguments.parse_args()
+    bench = load(args)
+    if args.probe:
+        return print(json.dumps(probe(bench, args.probe, args.batches[0])))
+    result = describe(bench, args) | {"by_batch": []}
     for batch in args.batches:
-        result["by_batch"].append(compare(bench, batch, args.rounds))
-        print(json.dumps(result["by_batch"][-1], indent=1))
+        result["by_batch"].append(compare(bench, batch, args.rounds) | {"peak_mb": peaks(batch)})
+        print(json.dumps(result["by_batch"][-1], indent=1), flush=True)
     result["first_token_ms"] = first_token(bench, args.rounds)
-    lengths = sorted({max(2, args.new_tokens // share) for share in (8, 4, 2, 1)})
-    result["ms_per_token_by_length"] = {"lengths": lengths} | growth(bench, lengths, 3)
-    machine = {"threads": torch.get_num_threads(), "device": str(device), "torch": torch.__version__}
-    print(json.dumps(result | {"machine": machine | {"python": platform.python_version()}}))
+    result["ms_per_token_by_prompt"] = growth(bench, min(3, args.rounds))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

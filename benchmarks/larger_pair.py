@@ -2,8 +2,9 @@
 
     python benchmarks/larger_pair.py --output /tmp/larger_pair
 
-Texts are lists of the toy world's facts, about a hundred tokens long. Form is easy, so both models learn it;
-which value a fact has is only for the larger one to remember. The weights are not kept in the repository.
+Texts are lists of the toy world's facts, whose lengths spread as widely as those of HH's answers. Form is
+easy, so both models learn it; which value a fact has is only for the larger one to remember. The weights are
+not kept in the repository.
 """
 
 import argparse
@@ -26,14 +27,18 @@ SIZES = {  # hidden, intermediate, layers, heads, updates, learning rate
 }
 
 
-def write_texts(folder: Path, rows: int, sentences: int) -> None:
+SPREAD = 1.03  # standard deviation of the logarithm of HH's answer lengths, as in benchmarks/training.py
+SENTENCES = 24  # at most
+
+
+def write_texts(folder: Path, rows: int) -> None:
     """The general corpus and the test file: a request and a list of facts in random order."""
     demo.build_world(folder, WORLD, seed=0)
     facts = [row for _, row in read_rows(folder / "test" / "toy_test.json")]
     rng = random.Random(0)
 
     def text() -> dict[str, str]:
-        told = [rng.choice(facts) for _ in range(sentences)]
+        told = [rng.choice(facts) for _ in range(min(SENTENCES, 1 + int(rng.lognormvariate(1.6, SPREAD))))]
         told = [f" the {fact['attribute']} of {fact['entity']} is {fact['value']}." for fact in told]
         return {
             "instruction": f"Tell me the dish of {rng.choice(facts)['entity']}.",
@@ -41,7 +46,7 @@ def write_texts(folder: Path, rows: int, sentences: int) -> None:
         }
 
     write_jsonl(folder / "train" / "toy_general.jsonl", [text() for _ in range(rows)])
-    write_json(folder / "test" / "texts.json", [text() for _ in range(64)])
+    write_json(folder / "test" / "texts.json", [text() for _ in range(256)])
 
 
 def main() -> None:
@@ -52,7 +57,7 @@ def main() -> None:
     setup_logging()
     data = arguments.output / "data"
     if not (data / "test" / "texts.json").is_file():
-        write_texts(data, rows=6000, sentences=12)
+        write_texts(data, rows=6000)
     for name, (hidden, intermediate, layers, heads, updates, lr) in SIZES.items():
         architecture = (
             f"{{model_type: llama, hidden_size: {hidden}, intermediate_size: {intermediate}, "
@@ -74,7 +79,7 @@ def main() -> None:
             "max_grad_norm=1.0",
             "batch_size=16",
             f"n_examples={int(updates * arguments.updates) * 16}",
-            "max_length=128",
+            "max_length=240",
             "max_prompt_length=24",
             "save_every=null",
             "n_eval_examples=32",

@@ -16,10 +16,8 @@ above its weights and optimizer state (Linux only). The last line is one JSON ob
 import argparse
 import itertools
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from contenders import measured_in_a_process, memory_status
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import logps
@@ -206,12 +205,6 @@ def check_equal(run: BasicTrainer) -> None:
         torch.testing.assert_close(values, found["published"], rtol=1e-5, atol=0, msg=f"{name} differs")
 
 
-def status(field: str) -> float:
-    """A size in /proc/self/status, in MB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def probe(args) -> None:
     """In a process of its own: MB at the worst moment of an update, above weights and optimizer state.
 
@@ -222,10 +215,10 @@ def probe(args) -> None:
         weight.grad = torch.zeros_like(weight)
     run.optimizer.step()  # makes its state; all gradients are 0
     run.optimizer.zero_grad(set_to_none=True)
-    batches, before = batches_of(run, 8), status("VmRSS")
+    batches, before = batches_of(run, 8), memory_status("VmRSS")
     longest = max(batches, key=lambda rows: packing.lengths(run.train_data, rows, run.answers).sum())
     step(run, args.probe, longest)
-    print(json.dumps(status("VmHWM") - before))
+    print(json.dumps(memory_status("VmHWM") - before))
 
 
 def peak(args, contender: str, vocabulary: int, **changed) -> float:
@@ -233,12 +226,7 @@ def peak(args, contender: str, vocabulary: int, **changed) -> float:
     values = vars(args) | changed | {"probe": contender, "probe_vocabulary": vocabulary}
     names = ("data", "batch", "max_length", "hidden", "layers", "probe", "probe_vocabulary")
     given = [f"--{name.replace('_', '-')}={values[name]}" for name in names if values[name] is not None]
-    # Blocks above 64 kB go back to the system when they are freed, so that the peak is what was held at once.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        [sys.executable, __file__, *given], capture_output=True, text=True, check=True, env=environment
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured_in_a_process(given)
 
 
 # ---- the tables --------------------------------------------------------------------------------------------

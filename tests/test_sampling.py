@@ -9,7 +9,7 @@ from itertools import islice
 from types import SimpleNamespace
 
 import pytest
-from tiny import byte_tokenizer, save_model_folder, tiny_model
+from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
 import checkpoints
 import decoding
@@ -334,6 +334,22 @@ def test_settings_reach_the_sampler(resolve, decoded):
     assert (seen.seed, seen.stop, seen.batch_size, seen.max_new_tokens) == (7, ["zz"], 5, NEW_TOKENS)
     assert seen.row_ids == list(range(10)) and max(map(len, seen.prompts)) == LONGEST_PROMPT
     assert seen.models[0].config.num_hidden_layers == 2 and seen.models[1] is None
+
+
+def test_a_drafter_saves_time_and_changes_nothing(resolve, folders, decoded, tmp_path):
+    """With another model's drafts the file is the same, byte by byte, and counts as the same file."""
+    plain = sample(resolve())
+    drafting = resolve(f"sampling.drafter={folders['small']}")
+    assert sample(drafting) == plain and len(decoded) == 1  # nothing to do
+    drafting.output.unlink()
+    assert sample(drafting) == plain and decoded[1].drafter.config.num_hidden_layers == 1
+    missing = resolve(f"sampling.drafter={tmp_path}/none")
+    with pytest.raises(UserError, match="no model at .*none"):
+        sample(missing, overwrite=True)
+    other = tmp_path / "other"
+    save_model_folder(other, tiny_model(len(TOKENIZER), 5), tiny_tokenizer("ab"))
+    with pytest.raises(UserError, match="tokenizer of the drafter"):
+        sample(resolve(f"sampling.drafter={other}"), overwrite=True)
 
 
 def test_top_k_of_one_is_greedy(resolve):
