@@ -46,6 +46,7 @@ def generate_iter(
     draft_tokens: int | None = None,
     drafter=None,
     batch_size: int = 16,
+    cuda_graphs: bool = False,
 ) -> Iterator[tuple[int, Generation]]:
     """`generate`, but gives (index, Generation) as rows finish, the longest prompts first."""
     if max_new_tokens < 1:
@@ -64,6 +65,7 @@ def generate_iter(
     models = [model for model in (proposal, aligner, drafter) if model is not None]
     if speculative and has_slots(*models):
         settings |= {"drafter": drafter, "draft_tokens": draft_tokens, "batch_size": batch_size}
+        settings |= {"cuda_graphs": cuda_graphs}
         for rows in decode_rows(proposal, aligner, tokenizer, ids, params, row_ids=row_ids, **settings):
             yield from ((row.index, row.generation(watch)) for row in rows if row.finish is not None)
         return
@@ -78,13 +80,13 @@ def generate_iter(
 def generate(proposal, aligner, tokenizer, prompts, params: PARParams, **settings) -> list[Generation]:
     """Decodes every prompt with the pair, or with one model alone where the other is None; order as given.
 
-    prompts: texts, or token ids as `tokenization.encode_prompts` gives them. Settings by name:
-    max_new_tokens (required). seed, row_ids: whose noise each prompt draws (rows 0, 1, … by default); equal
-    (seed, row id) gives equal text whatever the batch. stop: strings that end an answer. speculative: False
-    is the plain loop, which gives the same tokens. draft_tokens: how many a round drafts ahead; None adapts
-    to what pays. drafter: for one model alone, a small model of its vocabulary that drafts for it.
-    batch_size: rows decoded at once. Raises ValueError for no model, an empty prompt, or more positions than
-    a model holds.
+    prompts: texts, or token ids as `tokenization.encode_prompts` gives them. Settings by name: max_new_tokens
+    (required). seed, row_ids: whose noise each prompt draws (rows 0, 1, … by default); equal (seed, row id)
+    gives equal text whatever the batch. stop: strings that end an answer. speculative: False is the plain
+    loop, which gives the same tokens. draft_tokens: how many a round drafts ahead; None adapts to what pays.
+    drafter: for one model alone, a small model of its vocabulary that drafts for it. batch_size: rows decoded
+    at once. cuda_graphs: on a GPU, capture the forwards of Llama-like models. Raises ValueError for no model,
+    an empty prompt, or more positions than a model holds.
     """
     results: list[Generation | None] = [None] * len(prompts)
     for index, generation in generate_iter(proposal, aligner, tokenizer, prompts, params, **settings):

@@ -234,6 +234,7 @@ def answer_all(job: Job, part: PartFile) -> list[dict[str, Any]]:
             batch_size=job.settings.batch_size,
             speculative=job.settings.speculative,
             drafter=drafter,
+            cuda_graphs=job.settings.cuda_graphs,
         )
         for position, answer in answers:
             value = {"index": todo[position], "text": answer.text, "finish_reason": answer.finish_reason}

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, DynamicLayer
 
+from graphs import Graphs, can_capture
+
 LLAMA_KIN = {"llama", "mistral", "qwen2", "qwen3"}  # one decoder layer, but for biases and norms of heads
 STEADY_ROPE = {"default", "linear", "llama3", "yarn"}  # angles depend on the position alone
 
@@ -30,10 +32,14 @@ def has_slots(*models) -> bool:
     return True
 
 
-def open_slots(model, slots: int, columns: int, vocab_size: int) -> "Slots":
-    """Empty slots of a model, with the faster forward that fits it."""
-    kind = LlamaSlots if is_plain_llama(model) else TransformersSlots
-    return kind(model, slots, columns, vocab_size)
+def open_slots(model, slots: int, columns: int, vocab_size: int, cuda_graphs: bool = False) -> "Slots":
+    """Empty slots of a model, with the fastest forward that fits it."""
+    if not is_plain_llama(model):
+        return TransformersSlots(model, slots, columns, vocab_size)
+    found = LlamaSlots(model, slots, columns, vocab_size)
+    if cuda_graphs and can_capture(found.device):
+        found.graphs = Graphs(found.forward, columns, found.device)
+    return found
 
 
 def is_plain_llama(model) -> bool:
@@ -69,6 +75,7 @@ class Slots:
         self.stored: list[tuple[torch.Tensor, torch.Tensor]] = []  # by layer: (slots, columns + 1, H, D)
         self.all_lines = torch.arange(slots, device=self.device)
         self.read = [0] * slots  # tokens of each line whose keys and values stand
+        self.graphs: Graphs | None = None  # of the forwards over all lines
 
     def __call__(
         self,
@@ -85,6 +92,8 @@ class Slots:
         (R, W) which of the T tokens, and the first that any row wants.
         """
         ids, places, mask = (each.to(self.device) for each in (ids, places, mask))
+        if self.graphs is not None and lines is None and wanted is None:
+            return self.graphs(ids, places, mask)
         lines = None if lines is None else lines.to(self.device)
         wanted = None if wanted is None else (wanted[0].to(self.device), wanted[1])
         return self.forward(ids, places, mask, lines, wanted)
@@ -135,7 +144,7 @@ class TransformersSlots(Slots):
         super().__init__(model, slots, columns, vocab_size)
         self.cache = SlotCache(self)
 
-    def forward(self, ids, places, mask, lines, wanted):
+    def forward(self, ids, places, mask, lines=None, wanted=None):
         self.cache.aim(lines, places, mask.shape[-1])
         first = 0 if wanted is None else wanted[1]
         logits = self.model(
@@ -191,7 +200,7 @@ class LlamaSlots(Slots):
             (mlp.down_proj.weight, mlp.down_proj.bias),
         )
 
-    def forward(self, ids, places, mask, lines, wanted):
+    def forward(self, ids, places, mask, lines=None, wanted=None):
         (rows, count), size, half = ids.shape, self.size, self.size // 2
         rotated, turned = self.heads + self.kv_heads, self.heads * self.size
         x = F.embedding(ids.flatten(), self.embedding)

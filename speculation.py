@@ -20,6 +20,7 @@ from par import Noise, PARParams, next_token_law, seen_mask, warp
 from plain_loop import Row, StopWatch, append_token, eos_token_ids, wide
 from slots import Slots, open_slots
 
+TIGHT = {"cpu"}  # devices where a line less is time won
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # positions verified in one forward
 
 
@@ -156,6 +157,15 @@ class _Round(NamedTuple):
     noise: Noise  # of those
 
 
+def fetch(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors (R, _) on the host, by one transfer: float64 holds ids, flags and divergences exactly."""
+    if next(iter(found.values())).device.type == "cpu":
+        return found
+    together = torch.cat([value.double() for value in found.values()], dim=1).cpu()
+    parts = together.split([value.shape[1] for value in found.values()], dim=1)
+    return {key: part.to(found[key].dtype) for key, part in zip(found, parts, strict=True)}
+
+
 class _Loop:
     """What stays the same from round to round; `decode_rows` says what the arguments are."""
 
@@ -220,6 +230,7 @@ class _Loop:
         places = torch.where(ahead < 0, columns, later)
         mask = self.visible(batch, places, max(frame.lengths) + count - 1)
         wanted = (frame.length - 1).unsqueeze(1) - start + torch.arange(count, device=device)
+        wanted = wanted.clamp(0, width - 1)  # an ended row's may lie anywhere
         return member(ids, places, mask, frame.lines, (wanted, min(behind))).to(device)
 
     def draft(self, batch: _Batch, frame: _Round):
@@ -284,13 +295,14 @@ class _Loop:
         """
         width, tokens = frame.width, found["token"]
         kept = found["as_draft"][:, : width - 1].long().cumprod(dim=1).sum(dim=1) + 1
+        found = fetch(found | {"kept": kept.unsqueeze(1)})
         report = {key: value.tolist() for key, value in found.items()}
-        counts = kept.tolist()
+        counts = [count for (count,) in report.pop("kept")]
         ahead = torch.arange(width, device=batch.device)
         columns = (frame.length.unsqueeze(1) + ahead).clamp(max=batch.columns)
         lines = slice(None) if frame.lines is None else frame.lines
         batch.tokens[lines] = batch.tokens[lines].scatter(1, columns, tokens)  # what is not kept: until later
-        batch.length[lines] += kept
+        batch.length[lines] = torch.minimum(frame.length + kept, batch.end[lines])  # where an ended row stays
         batch.step[lines] += kept
         if batch.seen is not None:
             mine = torch.where(ahead < kept.unsqueeze(1), tokens, tokens[:, :1])
@@ -298,6 +310,8 @@ class _Loop:
         worked, agreed, compared = [], 0, 0
         for line, slot in enumerate(frame.slots):
             row = batch.rows[slot]
+            if row is None:  # it has ended, and its line goes on until the gaps are closed
+                continue
             mine = {key: values[line] for key, values in report.items()}
             row.proposal_forwards += self.proposes
             row.aligner_forwards += width if self.pair else self.aligns
@@ -313,6 +327,8 @@ class _Loop:
             if row.finish is not None:
                 agreed -= bool(tried and tried[-1])  # nothing drafted beyond an end can be kept
                 batch.rows[slot] = None
+                for member in batch.members:
+                    member.read[slot] = batch.lengths[slot] - 1
             worked.append(row)
         return worked, agreed, compared
 
@@ -333,12 +349,14 @@ def decode_rows(
     drafter=None,
     draft_tokens: int | None = None,
     batch_size: int = 16,
+    cuda_graphs: bool = False,
 ) -> Iterator[list[Row]]:
     """Decodes all rows; yields after each round the rows it worked on, a finished one for the last time.
 
     drafter: for one model alone, a small one of the same vocabulary that drafts for it; a pair's is its
     aligner. draft_tokens: how many tokens a round drafts ahead (0 = the plain loop); None chooses by what
-    rounds cost and keep. Rows come and go one by one, longest prompts first.
+    rounds cost and keep. cuda_graphs: on a GPU, forwards are captured by shape (`graphs.py`). Rows come and
+    go one by one, longest prompts first.
     """
     loop = _Loop(proposal, aligner, drafter, tokenizer, params, seed, stop, stop_token_ids)
     order = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
@@ -346,7 +364,7 @@ def decode_rows(
     slots = min(batch_size, len(order))
     columns = max((len(ids) for ids in prompt_ids), default=0) + max_new_tokens
     models = [model for model in (loop.verifier, loop.drafter) if model is not None]
-    members = [open_slots(model, slots, columns, loop.vocab) for model in models]
+    members = [open_slots(model, slots, columns, loop.vocab, cuda_graphs) for model in models]
     penalised = params.repetition_penalty != 1.0 or params.base_repetition_penalty != 1.0
     batch = _Batch(members, loop.verifier.device, loop.vocab if penalised else None)
     fixed = None if draft_tokens is None else draft_tokens + 1
@@ -358,10 +376,12 @@ def decode_rows(
             new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
             chosen, width = batch.admit(new, max_new_tokens), length.best()
         else:
-            if free:  # nobody waits
+            # Nobody waits. A CPU works for every line; another device would rather keep the shape for a
+            # while.
+            if free and (batch.device.type in TIGHT or 2 * free >= len(batch.rows)):
                 batch.close_gaps()
             chosen, width = list(range(len(batch.rows))), length.choose()
-        room = max(max_new_tokens - len(batch.rows[slot].ids) for slot in chosen)
+        room = max(max_new_tokens - len(row.ids) for slot in chosen if (row := batch.rows[slot]))
         start = time.perf_counter()
         frame = loop.frame(batch, chosen, min(width, room))
         drafts = loop.draft(batch, frame)

@@ -23,6 +23,7 @@ from test_decoding import (
 import decoding
 import par
 import slots
+import speculation
 from par import PARParams
 from speculation import WIDTHS, DraftLength
 
@@ -54,8 +55,10 @@ def test_a_large_vocabulary_gives_the_same(case, monkeypatch):
 
 
 @pytest.mark.parametrize("case", [case for case, (roles, _, _) in CASES.items() if roles == BOTH])
-def test_width_may_change_from_round_to_round(case, any_width):
+@pytest.mark.parametrize("tight", [True, False])
+def test_width_may_change_from_round_to_round(case, tight, any_width, monkeypatch):
     """Whatever width each round takes, with rows coming and going, the answers are the plain loop's."""
+    monkeypatch.setattr(speculation, "TIGHT", {"cpu"} if tight else set())
     roles, params, _ = CASES[case]
     for batch_size in (1, 4, 16):
         found = run(roles, params, ragged_prompts(), batch_size=batch_size)
