@@ -14,6 +14,7 @@ above its weights and optimizer state (Linux only). The last line is one JSON ob
 """
 
 import argparse
+import copy
 import itertools
 import json
 import platform
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from contenders import measured_in_a_process, memory_status
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl_steps import trl_step
 
 import logps
 import losses
@@ -144,7 +146,9 @@ def make_run(args, vocabulary: int, *overrides: str, max_length: int | None = No
     torch.manual_seed(0)
     data = dataset(lengths_of(args.data, 4096), vocabulary, max_length)
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=0)
-    return BasicTrainer(settings, LlamaForCausalLM(config), tokenizer, data, data, Path("unused"), {})
+    model = LlamaForCausalLM(config)
+    reference = copy.deepcopy(model) if settings.loss.name == "dpo" else None
+    return BasicTrainer(settings, model, tokenizer, data, data, Path("unused"), {}, reference)
 
 
 def batches_of(run: BasicTrainer, count: int) -> list[np.ndarray]:
@@ -292,6 +296,31 @@ def sampled_term(args, vocabulary: int) -> dict:
     return found
 
 
+def against_trl(args, vocabulary: int) -> dict | str:
+    """Our steps and TRL's, of the losses that both have, on the same rows in turns."""
+    try:
+        import trl
+    except ImportError:
+        return "not measured: trl is not installed"
+    print(f"\nvocabulary {vocabulary:,}: against TRL {trl.__version__}")
+    found: dict = {"version": trl.__version__}
+    for loss in ("sft", "dpo"):
+        run = make_run(args, vocabulary, f"loss={loss}")
+        rows = batches_of(run, args.repeats + 1)
+        their_step = trl_step(loss, run.model, run.train_data, args.batch)
+        ours, theirs = [], []
+        for batch in rows:
+            ours.append(step(run, "packed", batch))
+            theirs.append(their_step(batch))
+        seconds = {"ours": statistics.median(ours[1:]), "trl": statistics.median(theirs[1:])}
+        found[loss] = {"seconds": seconds, "speedup": seconds["trl"] / seconds["ours"]}
+        print(
+            f"  {loss}: {seconds['trl']:.2f} -> {seconds['ours']:.2f} s, {found[loss]['speedup']:.2f} x",
+            flush=True,
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="a file, or a folder of files, with rows {chosen, rejected}")
@@ -309,12 +338,7 @@ def main() -> None:
     found = {"published_step": {v: against_published(args, v) for v in args.vocabularies}}
     found["by_size"] = by_size(args, args.vocabularies[0])
     found["sampled_term"] = {v: sampled_term(args, v) for v in args.vocabularies}
-    try:
-        import trl
-
-        found["trl"] = f"not measured: trl {trl.__version__} has no two-term loss"
-    except ImportError:
-        found["trl"] = "not measured: trl is not installed"
+    found["trl"] = against_trl(args, args.vocabularies[0])
     settings = {key: value for key, value in vars(args).items() if not key.startswith("probe")}
     environment = {
         "torch": torch.__version__,
