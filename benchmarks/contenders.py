@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from batch_invariance import DEMO, demo_run
+from exactness import DEMO, demo_run
 from transformers import DynamicCache
 
 import checkpoints
