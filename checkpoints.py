@@ -144,17 +144,23 @@ def new_model(architecture: dict, tokenizer, seed: int):
     return model
 
 
-def export_model(model, tokenizer, folder: Path, dtype: str, card: dict[str, Any]) -> None:
+def export_model(
+    model, tokenizer, folder: Path, dtype: str, card: dict[str, Any], state: dict | None = None
+) -> None:
     """Writes a transformers folder aside and renames it over `folder`; a cut run leaves the old one whole.
 
     dtype: float32 keeps every step of a small learning rate; bfloat16 undoes most of what LR 2e-7 changed.
+    state: the weights by name, where the model does not hold them whole.
     """
     target = pick_dtype(dtype, torch.device("cpu"))
-    state = {name: tensor.to(target) for name, tensor in model.state_dict().items()}
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # of tied weights one
+    state = model.state_dict() if state is None else state
+    state = {name: tensor.to(target) for name, tensor in state.items() if name in once}
     with replacing(folder) as aside:
         model.save_pretrained(aside, state_dict=state)
         config = read_json(aside / "config.json")
-        write_json(aside / "config.json", config | {"dtype": dtype})
+        kind = type(model).__name__.removeprefix("FSDP")  # as it was called before it was sharded
+        write_json(aside / "config.json", config | {"dtype": dtype, "architectures": [kind]})
         tokenizer.save_pretrained(aside)
         write_json(aside / CARD, card)
 

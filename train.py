@@ -20,11 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
 import demo
+import processes
 import recipes
+import resume
 import sampling
 from losses import LOSSES
 from preference_datasets import load_tokenized
-from trainers import pick_trainer
+from trainers import Preempted, pick_trainer
 from utils import (
     BadRows,
     UserError,
@@ -57,10 +59,11 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     tokenizer = checkpoints.load_tokenizer(config.model.tokenizer_name_or_path or source)
     loss = LOSSES[config.loss.name]
     bad = BadRows(config.on_bad_row)
-    data = {
-        split: load_tokenized(list(config.datasets), split, tokenizer, config, bad, loss.needs_negative)
-        for split in ("train", "heldout")
-    }
+    with processes.first_goes_first():  # it leaves the token ids in the cache
+        data = {
+            split: load_tokenized(list(config.datasets), split, tokenizer, config, bad, loss.needs_negative)
+            for split in ("train", "heldout")
+        }
     inputs = {"data": data["train"].key, "weights": source and checkpoints.weights_fingerprint(source)}
     if done is not None:
         if done["inputs"] != inputs:
@@ -77,6 +80,32 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
             f"stage {stage.name}: starts from {source}, which lies in its own run folder and would be "
             "replaced; set exp_flag=NAME"
         )
+    origin = {"settings": identity, "inputs": inputs}
+    wanted = config.resume == "auto" and not overwrite and not config.debug
+    state = resume.newest(run_dir, origin) if wanted else None
+    start = time.monotonic()
+    with processes.in_turn():
+        trainer = make_trainer(stage, source, architecture, tokenizer, data, origin)
+    if not config.debug and processes.is_first():
+        if state is None:
+            checkpoints.clear_run(run_dir)
+            resume.clear(run_dir)
+        bad.report(run_dir / checkpoints.BAD_ROWS)
+        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+    processes.wait()
+    metrics = trainer.train(state)
+    if not config.debug and processes.is_first():
+        weights = checkpoints.weights_fingerprint(str(run_dir / checkpoints.LATEST))
+        record = origin | {"weights": weights, "metrics": metrics}
+        record |= {"seconds": time.monotonic() - start, "finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        write_json(run_dir / checkpoints.DONE, record)
+        resume.clear(run_dir)
+    processes.wait()
+
+
+def make_trainer(stage: recipes.Stage, source: str | None, architecture, tokenizer, data, origin: dict):
+    """The stage's trainer with its models, loaded from `source` or made from `architecture`."""
+    config, run_dir, loss = stage.config, stage.output, LOSSES[stage.config.loss.name]
     seed_everything(config.seed)
     if source is None:
         model = checkpoints.new_model(architecture, tokenizer, config.seed)
@@ -99,32 +128,24 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
         "run": run_dir.name,
         "max_prompt_length": config.max_prompt_length,
     }
-    if not config.debug:
-        checkpoints.clear_run(run_dir)
-        bad.report(run_dir / checkpoints.BAD_ROWS)
-        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    trainer = pick_trainer(config.trainer)(
-        config, model, tokenizer, data["train"], data["heldout"], run_dir, card, reference
+    return pick_trainer(config.trainer)(
+        config, model, tokenizer, data["train"], data["heldout"], run_dir, card, reference, origin
     )
-    start = time.monotonic()
-    metrics = trainer.train()
-    if not config.debug:
-        weights = checkpoints.weights_fingerprint(str(run_dir / checkpoints.LATEST))
-        record = {"settings": identity, "inputs": inputs, "weights": weights, "metrics": metrics}
-        record |= {"seconds": time.monotonic() - start, "finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-        write_json(run_dir / checkpoints.DONE, record)
 
 
 def sample_stage(stage: recipes.Stage, overwrite: bool) -> None:
-    sampling.sample_training_set(stage, overwrite)
+    with processes.first_goes_first():  # the others find the finished file
+        sampling.sample_training_set(stage, overwrite and processes.is_first())
 
 
 def world_stage(stage: recipes.Stage, overwrite: bool) -> None:
     """Writes the toy world's data files and tokenizer."""
     settings = OmegaConf.to_container(stage.config.world, resolve=True)
-    demo.build_world(stage.output, settings, stage.config.seed, overwrite)
+    with processes.first_goes_first():
+        demo.build_world(stage.output, settings, stage.config.seed, overwrite and processes.is_first())
 
 
+PREEMPTED = 75  # exit code of a run that was told to stop (SIGTERM) and has saved its state; 75 = try again
 RUN = {"train": train_stage, "sample": sample_stage, "world": world_stage}
 
 
@@ -197,8 +218,18 @@ def run(config: DictConfig, overrides: list[str]) -> None:
     if config.dry_run:
         log.info(f"{len(running)} stages: everything they need is there or made by an earlier one")
         return
-    for stage in running:
-        RUN[stage.kind](stage, config.overwrite)
+    processes.start()
+    try:
+        for stage in running:
+            RUN[stage.kind](stage, config.overwrite)
+        processes.wait()  # whoever leaves early breaks the others' connections
+    except Preempted as error:
+        if error.args == (signal.SIGINT,):
+            raise KeyboardInterrupt from None
+        log.info("stopped by a signal: the same command goes on from there")
+        raise SystemExit(PREEMPTED) from None
+    finally:
+        processes.stop()
 
 
 def start() -> None:

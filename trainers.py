@@ -1,13 +1,13 @@
 """The training loop: batch -> micro-batches -> loss -> step -> evaluate -> save.
 
 A step's loss is the sum of its examples' losses divided once by their number, so it does not depend on how
-the batch is cut into micro-batches. Weights stay float32; only the forward pass computes in a narrower type.
+the batch is cut into micro-batches and processes. Weights stay float32; only the forward pass computes in a
+narrower type. What is drawn hangs on (seed, position), so a run that stopped goes on as if it had not.
 """
 
 import contextlib
-import csv
+import itertools
 import math
-import os
 import shutil
 import time
 from collections import defaultdict
@@ -19,97 +19,35 @@ import torch
 import checkpoints
 import logps
 import packing
+import processes
+import resume
+import sharding
 from losses import LOSSES
+from metrics_log import MetricsLog, show_samples
+from optimizers import lr_factor, pick_optimizer
 from preference_datasets import get_batch_iterator
 from tokenization import TokenizedDataset
-from utils import UserError, log, naming, pick, pick_device, pick_dtype, progress
-
-# Columns of metrics.csv; the README says what each one means.
-COLUMNS = (
-    "split",
-    "updates",
-    "examples",
-    "epoch",
-    "loss",
-    "target_logp",
-    "target_logp_per_token",
-    "sampled_logp",
-    "sampled_logp_per_token",
-    "chosen_reward",
-    "rejected_reward",
-    "reward_margin",
-    "reward_accuracy",
-    "grad_norm",
-    "lr",
-    "tokens",
-    "examples_per_second",
-    "tokens_per_second",
-)
+from utils import UserError, log, pick, pick_device, pick_dtype, progress
 
 
 class Diverged(UserError):
     """Training stopped itself; the last good weights stand in the run folder."""
 
 
-class MetricsLog:
-    """Writes every step to metrics.csv, and to the console and wandb at most every few seconds."""
-
-    def __init__(self, run_dir: Path, settings) -> None:
-        self.interval, self.last = settings.minimum_log_interval_secs, -math.inf
-        # With debug the folder may be a finished run's: nothing in it is touched.
-        self.path = Path(os.devnull) if settings.debug else run_dir / checkpoints.METRICS
-        self.file = open(self.path, "w", newline="", encoding="utf-8")  # noqa: SIM115
-        self.writer = csv.DictWriter(self.file, fieldnames=COLUMNS)
-        self.writer.writeheader()
-        self.wandb = None
-        if settings.wandb.enabled and not settings.debug:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=settings.wandb.project,
-                entity=settings.wandb.entity,
-                mode=settings.wandb.mode,
-                name=run_dir.name,
-                dir=str(run_dir),
-            )
-
-    def write(self, split: str, row: dict[str, float]) -> None:
-        with naming(self.path):
-            self.writer.writerow({"split": split} | {key: f"{value:.8g}" for key, value in row.items()})
-            now = time.monotonic()
-            if split == "train" and now - self.last < self.interval:
-                return
-            if split == "train":
-                self.last = now
-            self.file.flush()
-        shown = (
-            "loss",
-            "target_logp_per_token",
-            "sampled_logp_per_token",
-            "reward_accuracy",
-            "grad_norm",
-            "lr",
-        )
-        figures = "  ".join(f"{key} {row[key]:.4g}" for key in shown if key in row)
-        speed = f"  {row['examples_per_second']:.1f} examples/s" if "examples_per_second" in row else ""
-        log.info(f"{split:<8} {int(row['examples']):>8,} examples  {figures}{speed}")
-        if self.wandb is not None:
-            self.wandb.log({f"{split}/{key}": value for key, value in row.items()}, step=int(row["updates"]))
-
-    def close(self) -> None:
-        with naming(self.path):
-            self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+class Preempted(Exception):
+    """Somebody asked the run to stop; its state is saved."""
 
 
 class BasicTrainer:
     """Trains one model on one process.
 
     settings: a resolved run configuration (config/config.yaml). reference: the frozen model of dpo and ipo.
-    card: what to record beside exported weights. Raises Diverged where the loss stops being a number or the
-    sampled term runs away.
+    card: what to record beside exported weights. origin: what the run is made from, kept with its states.
+    Raises Diverged where the loss stops being a number or the sampled term runs away, and Preempted where it
+    was told to stop.
     """
+
+    many = False  # whether it runs on more than one process
 
     def __init__(
         self,
@@ -121,21 +59,26 @@ class BasicTrainer:
         run_dir: Path,
         card: dict,
         reference=None,
+        origin: dict | None = None,
     ) -> None:
         self.settings, self.tokenizer, self.run_dir, self.card = settings, tokenizer, run_dir, card
         self.train_data, self.eval_data = train_data, eval_data
         self.loss = LOSSES[settings.loss.name]
         self.answers = ("target", "negative") if self.loss.needs_negative else ("target",)
         self.pad_id = checkpoints.pad_id(tokenizer)
-        self.device = pick_device()
-        self.model = model.to(self.device)
-        self.reference = reference.to(self.device).eval() if reference is not None else None
+        self.device, self.origin = pick_device(), origin or {}
+        if processes.count() > 1 and not self.many:
+            raise UserError(
+                f"trainer={type(self).__name__} runs on one process, {processes.count()} were started; use "
+                "trainer=FSDPTrainer"
+            )
+        self.model, self.reference = model, reference
         if settings.activation_checkpointing:
             self.model.activation_checkpointing_enable()
         wanted = pick_dtype(settings.model.fsdp_policy_mp or "float32", self.device)
         self.compute_dtype = wanted if wanted != torch.float32 else None
         self.fraction = settings.loss.get("sampled_fraction", 1.0)
-        self.logps = self.pick_forward()
+        self.place()
         if settings.compile:
             self.model.base_model.compile(dynamic=True)
 
@@ -150,8 +93,16 @@ class BasicTrainer:
         limit = settings.n_eval_examples
         self.n_heldout = len(eval_data) if limit is None else min(limit, len(eval_data))
         self.updates = self.examples = self.tokens = 0
+        self.next_eval, self.next_save = settings.eval_every, settings.save_every
+        self.remembered: int | None = None  # the update after which a state was saved last
 
     # ---- forward -------------------------------------------------------------------------------------------
+
+    def place(self) -> None:
+        """Brings the models to the device and decides how they compute log-probabilities."""
+        self.model = self.model.to(self.device)
+        self.reference = self.reference.to(self.device).eval() if self.reference is not None else None
+        self.logps = self.pick_forward()
 
     def pick_forward(self):
         """The packed forward pass; the padded reference where it is asked for or a model cannot be packed."""
@@ -170,6 +121,9 @@ class BasicTrainer:
         """Sequence log-probabilities (B,) of each answer, and the response tokens that each of them sums."""
         with self.autocast():
             return self.logps(model, data, rows, self.answers, self.pad_id, drawn)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
 
     def autocast(self):
         if self.compute_dtype is None:
@@ -215,28 +169,49 @@ class BasicTrainer:
         return row
 
     def micro_batches(self, rows: np.ndarray, drawn: np.ndarray) -> list[np.ndarray]:
-        """Positions in `rows` of each micro-batch, cut so that all hold about equally many tokens."""
+        """Positions in `rows` of this process's micro-batches, cut so that all hold about equally many
+        tokens.
+
+        Every process has equally many, since a model that is spread over them is gathered by all at once; one
+        that is left over is empty.
+        """
         size = self.settings.batch_size // self.settings.gradient_accumulation_steps
         lengths = packing.lengths(self.train_data, rows, self.answers, drawn)
-        return packing.cut_evenly(lengths, math.ceil(len(rows) / size))
+        each = math.ceil(len(rows) / size)
+        if self.many:
+            each = math.ceil(each / processes.count())
+        pieces = packing.cut_evenly(lengths, each * processes.count())
+        pieces += [np.array([], dtype=np.int64)] * (each * processes.count() - len(pieces))
+        return pieces[processes.rank() :: processes.count()]
+
+    def computed(self, data: TokenizedDataset, rows: np.ndarray, drawn: np.ndarray | None = None):
+        """`losses`; of no rows a zero that takes part in what all processes do together."""
+        if len(rows):
+            return self.losses(data, rows, drawn)
+        losses, _ = self.losses(data, np.array([0]), None if drawn is None else np.array([True]))
+        return losses * 0.0, {}
 
     # ---- one update ----------------------------------------------------------------------------------------
 
     def update(self, rows: np.ndarray) -> dict[str, float]:
         """One optimizer step on a global batch; returns its averages. Raises Diverged before harm is done."""
         self.model.train()
+        torch.manual_seed(hash((self.settings.seed, self.updates, processes.rank())))  # of dropout
         sums: dict[str, float] = defaultdict(float)
         drawn = packing.draw(self.settings.seed, self.examples, len(rows), self.fraction)
         for micro in self.micro_batches(rows, drawn):
-            losses, parts = self.losses(self.train_data, rows[micro], drawn[micro])
-            (losses.sum() / len(rows)).backward()
+            losses, parts = self.computed(self.train_data, rows[micro], drawn[micro])
+            self.backward(losses.sum() / len(rows))
             for key, value in parts.items():
                 sums[key] += value
+        sums = processes.total(sums)
         row = self.averages(sums, len(rows))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        row["grad_norm"] = norm.item()
+        row["grad_norm"] = getattr(norm, "full_tensor", lambda: norm)().item()
         self.check(row)
-        lr = self.settings.lr * self.lr_factor(self.updates)
+        lr = self.settings.lr * lr_factor(
+            self.updates, self.warmup, self.total_updates, self.settings.lr_schedule
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -246,15 +221,6 @@ class BasicTrainer:
         tokens = int(sum(value for key, value in sums.items() if key.endswith("_tokens")))
         self.tokens += tokens
         return row | {"lr": lr, "tokens": self.tokens}
-
-    def lr_factor(self, update: int) -> float:
-        """Linear warm-up to 1, then constant, or a cosine to a tenth with lr_schedule=cosine."""
-        if update < self.warmup:
-            return (update + 1) / (self.warmup + 1)
-        if self.settings.lr_schedule == "constant":
-            return 1.0
-        done = (update - self.warmup) / max(1, self.total_updates - self.warmup)
-        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
 
     def check(self, row: dict[str, float]) -> None:
         """Raises Diverged before an update that would spoil the weights; those before it are saved if they
@@ -272,7 +238,9 @@ class BasicTrainer:
             return
         now = f"step-{self.examples}"
         if not (self.finite() and math.isfinite(self.heldout_averages().get("loss", 0.0))):
-            if not self.settings.debug:  # the last update, not this batch, is to blame
+            if (
+                not self.settings.debug and processes.is_first()
+            ):  # the last update, not this batch, is to blame
                 shutil.rmtree(self.run_dir / now, ignore_errors=True)
         elif self.examples:
             self.save(now)
@@ -280,7 +248,8 @@ class BasicTrainer:
 
     def finite(self) -> bool:
         """Whether all weights are numbers."""
-        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+        parts = (getattr(p, "to_local", lambda p=p: p)() for p in self.model.parameters())
+        return not processes.any_of(not all(bool(torch.isfinite(part).all()) for part in parts))
 
     def diverged(self, reason: str, remedy: str) -> Diverged:
         """The error to raise; it names the last good weights of this run."""
@@ -290,10 +259,14 @@ class BasicTrainer:
 
     # ---- the loop ------------------------------------------------------------------------------------------
 
-    def train(self) -> dict[str, float]:
-        """Runs all updates, evaluating and saving on the way; returns the last evaluation."""
-        settings = self.settings
-        metrics, bar = MetricsLog(self.run_dir, settings), None
+    def train(self, state: dict | None = None) -> dict[str, float]:
+        """Runs all updates, or those that are left after `state` (`resume.newest`), evaluating and saving on
+        the way; returns the last evaluation.
+        """
+        settings, bar = self.settings, None
+        if state is not None:
+            self.recall(state)
+        metrics = MetricsLog(self.run_dir, settings, self.updates if state is not None else None)
         batches = get_batch_iterator(
             len(self.train_data),
             settings.batch_size,
@@ -304,36 +277,69 @@ class BasicTrainer:
         log.info(
             f"{self.total_examples:,} examples in {self.total_updates:,} updates of {settings.batch_size}, "
             f"lr {settings.lr:g} after {self.warmup} warm-up updates, on {self.device}"
+            + (f", {processes.count()} processes" if processes.count() > 1 else "")
         )
         final: dict[str, float] = {}
         try:
-            if settings.do_first_eval:
+            if settings.do_first_eval and not self.updates:
                 self.evaluate(metrics)
-            next_eval, next_save = settings.eval_every, settings.save_every
-            bar = progress(total=self.total_examples, desc=self.run_dir.name, unit="ex")
-            for rows in batches:
-                start = time.monotonic()
-                before = self.tokens
-                row = self.update(rows)
-                seconds = max(time.monotonic() - start, 1e-9)
-                row["examples_per_second"] = len(rows) / seconds
-                row["tokens_per_second"] = (self.tokens - before) / seconds
-                metrics.write("train", self.counters() | row)
-                bar.update(len(rows))
-                done = self.examples >= self.total_examples
-                if self.examples >= next_eval and not done:
-                    self.evaluate(metrics)
-                    next_eval = (self.examples // settings.eval_every + 1) * settings.eval_every
-                if next_save and self.examples >= next_save and not done:
-                    self.save(f"step-{self.examples}")
-                    next_save = (self.examples // settings.save_every + 1) * settings.save_every
+            bar = progress(
+                total=self.total_examples, initial=self.examples, desc=self.run_dir.name, unit="ex"
+            )
+            with processes.stop_signals() as asked:
+                for rows in itertools.islice(batches, self.updates, None):
+                    start, before = time.monotonic(), self.tokens
+                    row = self.update(rows)
+                    seconds = max(time.monotonic() - start, 1e-9)
+                    row["examples_per_second"] = len(rows) / seconds
+                    row["tokens_per_second"] = (self.tokens - before) / seconds
+                    metrics.write("train", self.counters() | row)
+                    bar.update(len(rows))
+                    self.after_update(metrics)
+                    if processes.any_of(asked):
+                        self.remember()
+                        raise Preempted(asked[0] if asked else None)
             final = self.evaluate(metrics)
             self.save(checkpoints.LATEST)
+        except Diverged:
+            if not settings.debug:
+                resume.clear(self.run_dir)  # it would only diverge again
+            raise
         finally:
             if bar is not None:
                 bar.close()
             metrics.close()
         return self.counters() | final
+
+    def after_update(self, metrics: MetricsLog) -> None:
+        """Evaluates and saves where it is time to; the end of training does both anyway."""
+        if self.examples >= self.total_examples:
+            return
+        if self.examples >= self.next_eval:
+            self.evaluate(metrics)
+            self.next_eval = (self.examples // self.settings.eval_every + 1) * self.settings.eval_every
+        if self.next_save and self.examples >= self.next_save:
+            self.next_save = (self.examples // self.settings.save_every + 1) * self.settings.save_every
+            self.save(f"step-{self.examples}")
+            self.remember()
+
+    COUNTERS = ("updates", "examples", "tokens", "next_eval", "next_save")
+
+    def remember(self) -> None:
+        """Saves what the run can go on from."""
+        if self.settings.debug or self.remembered == self.updates:
+            return
+        self.remembered = self.updates
+        facts = {key: getattr(self, key) for key in self.COUNTERS} | {"origin": self.origin}
+        folder = resume.save(self.run_dir, self.model, self.optimizer, facts, self.settings.keep_states)
+        log.info(f"saved    {folder}, to go on from")
+
+    def recall(self, state: dict) -> None:
+        """Goes back to where a state was saved."""
+        resume.load(state["folder"], self.model, self.optimizer)
+        for key in self.COUNTERS:
+            setattr(self, key, state[key])
+        log.info(f"going on after {self.examples:,} of {self.total_examples:,} examples: {state['folder']}")
 
     def counters(self) -> dict[str, float]:
         epoch = self.examples / max(len(self.train_data), 1)
@@ -350,7 +356,8 @@ class BasicTrainer:
         if not math.isfinite(row["loss"]):
             raise self.diverged(f"held-out loss {row['loss']}", "lower lr, or look for a broken held-out row")
         if self.settings.sample_during_eval:
-            self.show_samples(min(self.n_heldout, self.settings.n_eval_model_samples))
+            n = min(self.n_heldout, self.settings.n_eval_model_samples)
+            show_samples(self.model, self.tokenizer, self.eval_data, n, self.settings)
         return row
 
     @torch.no_grad()
@@ -362,34 +369,12 @@ class BasicTrainer:
         self.model.eval()
         sums: dict[str, float] = defaultdict(float)
         size = self.settings.eval_batch_size
-        for start in progress(range(0, n, size), desc="evaluate"):
-            _, parts = self.losses(self.eval_data, np.arange(start, min(start + size, n)))
+        for start in progress(range(0, n, size * processes.count()), desc="evaluate"):
+            first = start + size * processes.rank()
+            _, parts = self.computed(self.eval_data, np.arange(first, max(first, min(first + size, n))))
             for key, value in parts.items():
                 sums[key] += value
-        return self.averages(sums, n)
-
-    def show_samples(self, n: int) -> None:
-        """Logs answers of the model as it stands to the first held-out prompts."""
-        import decoding
-        from par import PARParams
-
-        s = self.settings.sampling
-        params = PARParams(
-            temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, repetition_penalty=s.repetition_penalty
-        )
-        ids = [self.eval_data.part("prompt", i).tolist() for i in range(n)]
-        answers = decoding.generate(
-            None,
-            self.model,
-            self.tokenizer,
-            ids,
-            params,
-            seed=self.settings.seed,
-            stop=[s.stop_str],
-            max_new_tokens=self.settings.max_length - self.settings.max_prompt_length,
-        )
-        for prompt, answer in zip(ids, answers, strict=True):
-            log.info(f"sample   {self.tokenizer.decode(prompt)!r} -> {answer.text!r}")
+        return self.averages(processes.total(sums), n)
 
     def save(self, name: str) -> None:
         """Exports the weights as a transformers folder run_dir/`name`; raises Diverged where one is no
@@ -401,30 +386,52 @@ class BasicTrainer:
             return
         card = self.card | {"examples": self.examples, "updates": self.updates}
         folder = self.run_dir / name
-        checkpoints.export_model(self.model, self.tokenizer, folder, self.settings.export_dtype, card)
+        state = self.whole_state()
+        if processes.is_first():
+            dtype = self.settings.export_dtype
+            checkpoints.export_model(self.model, self.tokenizer, folder, dtype, card, state)
+        processes.wait()
         log.info(f"saved    {folder}")
 
-
-TRAINERS = {"BasicTrainer": BasicTrainer}
-# What torch.optim has beside optimizers for a whole model: the base class, one that wants a closure, one for
-# sparse gradients only, one for matrices only.
-UNFIT = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
-OPTIMIZERS = {
-    name: kind
-    for name, kind in vars(torch.optim).items()
-    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in UNFIT
-}
+    def whole_state(self) -> dict[str, torch.Tensor] | None:
+        """The weights by name, where the model does not hold them whole."""
+        return None
 
 
-def pick_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The optimizer class of a config; raises UserError for one that cannot train a model by default."""
-    return pick(OPTIMIZERS, name, "optimizer")
+class FSDPTrainer(BasicTrainer):
+    """Trains one model that is spread over all processes, on any number of them."""
+
+    many = True
+
+    def place(self) -> None:
+        settings = self.settings
+        if settings.sample_during_eval:
+            raise UserError(
+                "sample_during_eval=true: FSDPTrainer has no whole model to decode with; use false"
+            )
+        processes.start(alone=True)
+        forward, dtype = self.pick_forward(), self.compute_dtype
+        for model in filter(None, (self.model, self.reference)):
+            block, offload = settings.model.block_name, settings.cpu_offload
+            sharding.shard(model, block, self.device, dtype, forward, offload)
+        self.compute_dtype = None  # the gathered weights have it already
+        if self.reference is not None:
+            self.reference.eval().requires_grad_(False)
+        self.logps = lambda model, *args: getattr(model, sharding.FORWARD)(*args)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # FSDP averages gradients over the processes; ours are parts of one sum.
+        (loss * processes.count()).backward()
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        return sharding.whole_state(self.model)
+
+
+TRAINERS = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}
 
 
 def pick_trainer(name: str):
     """The trainer class of a config; raises UserError for one that does not exist."""
     if name == "TensorParallelTrainer":
         raise UserError("trainer=TensorParallelTrainer was dropped: use FSDPTrainer")
-    if name == "FSDPTrainer":
-        raise UserError("trainer=FSDPTrainer: training on many devices is not built yet; use BasicTrainer")
     return pick(TRAINERS, name, "trainer")

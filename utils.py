@@ -14,6 +14,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def setup_logging(log_file: Path | None = None) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
         handler.handleError = lambda record: None  # a full disk: what it cannot write stands on the console
         log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     log.propagate = False
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # transformers draws a bar for every model it loads; ours say what takes long.
@@ -74,7 +75,10 @@ def run_entry_point(main: Callable[[], Any]) -> Any:
     try:
         return main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        later = int(os.environ.get("RANK", 0))
+        if later:  # of many with the same error the first process says it, then torchrun ends the others
+            time.sleep(3)
+        print(f"error: {error}" + f" (process {later})" * bool(later), file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         place = f"{error.filename2 or error.filename}: " if error.filename is not None else ""
@@ -97,7 +101,11 @@ class _LineBar(tqdm):
 
 
 def progress(iterable: Iterable | None = None, **kwargs: Any) -> tqdm:
-    """A progress bar that appears only for what takes over two seconds and leaves no line behind."""
+    """A progress bar that appears only for what takes over two seconds and leaves no line behind; the first
+    of several processes shows it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return tqdm(iterable, disable=True, **kwargs)
     if sys.stderr.isatty():
         return tqdm(iterable, delay=2.0, leave=False, dynamic_ncols=True, **kwargs)
     return _LineBar(
@@ -345,7 +353,10 @@ def file_sha256(path: str | Path) -> str:
 
 
 def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU where there is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

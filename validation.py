@@ -9,9 +9,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from losses import LOSSES
+from optimizers import pick_optimizer
 from par import PARParams
 from preference_datasets import DATASETS, parse_name
-from trainers import pick_optimizer, pick_trainer
+from trainers import pick_trainer
 from utils import UserError, nearest, pick
 
 SECTIONS = ("model", "loss", "judge", "divergence", "wandb", "sampling", "evaluation")

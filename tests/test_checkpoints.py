@@ -269,7 +269,7 @@ def test_reference_of_a_fresh_model_is_that_model(stage, loss, monkeypatch):
     """dpo and ipo measure a model from nothing against itself as it began, in the type of the reference."""
     seen, real = {}, trainers.BasicTrainer.train
 
-    def look(self):
+    def look(self, state=None):
         seen["policy"] = [p.detach().clone() for p in self.model.parameters()]
         seen["reference"] = [p.detach().clone() for p in self.reference.parameters()]
         metrics = real(self)

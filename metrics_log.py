@@ -1,0 +1,120 @@
+"""What a run says while it trains: metrics.csv with every step, the console and wandb every few seconds."""
+
+import csv
+import math
+import os
+import time
+from pathlib import Path
+
+import checkpoints
+import processes
+from tokenization import TokenizedDataset
+from utils import log, naming
+
+# Columns of metrics.csv; the README says what each one means.
+COLUMNS = (
+    "split",
+    "updates",
+    "examples",
+    "epoch",
+    "loss",
+    "target_logp",
+    "target_logp_per_token",
+    "sampled_logp",
+    "sampled_logp_per_token",
+    "chosen_reward",
+    "rejected_reward",
+    "reward_margin",
+    "reward_accuracy",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "examples_per_second",
+    "tokens_per_second",
+)
+
+
+class MetricsLog:
+    """Writes every step to metrics.csv, and to the console and wandb at most every few seconds.
+
+    after: the updates after which the run goes on; what an earlier attempt wrote of later ones is dropped.
+    Only the first of several processes writes.
+    """
+
+    def __init__(self, run_dir: Path, settings, after: int | None = None) -> None:
+        self.interval, self.last = settings.minimum_log_interval_secs, -math.inf
+        # With debug the folder may be a finished run's: nothing in it is touched.
+        nowhere = settings.debug or not processes.is_first()
+        self.path = Path(os.devnull) if nowhere else run_dir / checkpoints.METRICS
+        kept = []
+        if after is not None and self.path.is_file():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["updates"]) <= after]
+        self.file = open(self.path, "w", newline="", encoding="utf-8")  # noqa: SIM115
+        self.writer = csv.DictWriter(self.file, fieldnames=COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(kept)
+        self.wandb = None
+        if settings.wandb.enabled and not nowhere:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=settings.wandb.project,
+                entity=settings.wandb.entity,
+                mode=settings.wandb.mode,
+                name=run_dir.name,
+                dir=str(run_dir),
+            )
+
+    def write(self, split: str, row: dict[str, float]) -> None:
+        with naming(self.path):
+            self.writer.writerow({"split": split} | {key: f"{value:.8g}" for key, value in row.items()})
+            now = time.monotonic()
+            if split == "train" and now - self.last < self.interval:
+                return
+            if split == "train":
+                self.last = now
+            self.file.flush()
+        shown = (
+            "loss",
+            "target_logp_per_token",
+            "sampled_logp_per_token",
+            "reward_accuracy",
+            "grad_norm",
+            "lr",
+        )
+        figures = "  ".join(f"{key} {row[key]:.4g}" for key in shown if key in row)
+        speed = f"  {row['examples_per_second']:.1f} examples/s" if "examples_per_second" in row else ""
+        log.info(f"{split:<8} {int(row['examples']):>8,} examples  {figures}{speed}")
+        if self.wandb is not None:
+            self.wandb.log({f"{split}/{key}": value for key, value in row.items()}, step=int(row["updates"]))
+
+    def close(self) -> None:
+        with naming(self.path):
+            self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def show_samples(model, tokenizer, data: TokenizedDataset, n: int, settings) -> None:
+    """Logs answers of a model as it stands to the first n prompts, by the `sampling` keys of an aligner."""
+    import decoding
+    from par import PARParams
+
+    s = settings.sampling
+    params = PARParams(
+        temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, repetition_penalty=s.repetition_penalty
+    )
+    ids = [data.part("prompt", i).tolist() for i in range(n)]
+    answers = decoding.generate(
+        None,
+        model,
+        tokenizer,
+        ids,
+        params,
+        seed=settings.seed,
+        stop=[s.stop_str],
+        max_new_tokens=settings.max_length - settings.max_prompt_length,
+    )
+    for prompt, answer in zip(ids, answers, strict=True):
+        log.info(f"sample   {tokenizer.decode(prompt)!r} -> {answer.text!r}")

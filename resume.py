@@ -1,0 +1,98 @@
+"""What a training run goes on from: weights, optimizer state and counters, sharded by torch's DCP.
+
+A state is written aside, its files' hashes beside it last, then renamed: a folder with its mark is complete.
+It can be read by any number of processes. It is the run's own and temporary; what others load is the export.
+"""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import processes
+from utils import UserError, file_sha256, log, read_json, write_json
+
+STATES, MARK = "states", "state.json"
+
+
+def save(run_dir: Path, model, optimizer, facts: dict[str, Any], keep: int) -> Path:
+    """Writes a state named after facts["updates"] and removes all but the newest `keep`.
+
+    facts: the counters, and `origin`, what the run is made from. All processes call it together.
+    """
+    folder = run_dir / STATES / f"{facts['updates']:09d}"
+    aside = folder.with_suffix(".aside")
+    if processes.is_first():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    processes.wait()
+    weights, moments = get_state_dict(model, optimizer)
+    alone = processes.count() == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that one process is one process
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=alone)
+    mine = sorted(path for path in aside.iterdir() if path.name.startswith(f"__{processes.rank()}_"))
+    if processes.is_first():
+        mine.append(aside / ".metadata")
+    hashes = processes.everyones({path.name: file_sha256(path) for path in mine})
+    if processes.is_first():
+        files = {name: value for part in hashes for name, value in part.items()}
+        write_json(aside / MARK, facts | {"files": files})
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+        for old in found(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    processes.wait()
+    return folder
+
+
+def found(run_dir: Path) -> list[Path]:
+    """The run's complete states, oldest first."""
+    folders = (mark.parent for mark in (run_dir / STATES).glob(f"[0-9]*/{MARK}"))
+    return sorted(folder for folder in folders if not folder.suffix)
+
+
+def newest(run_dir: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
+    """The facts of the newest state that is whole and was made from `origin`, with its `folder`; None
+    without.
+
+    Says why a state is passed over. Files are read by all processes together, each its share.
+    """
+    for folder in reversed(found(run_dir)):
+        try:
+            facts = read_json(folder / MARK)
+            files, made_from = facts["files"], facts["origin"]
+        except (UserError, KeyError, TypeError):
+            files, made_from = {}, None
+        mine = sorted(files)[processes.rank() :: processes.count()]
+        broken = not files or any(
+            not (folder / name).is_file() or file_sha256(folder / name) != files[name] for name in mine
+        )
+        if processes.any_of(broken):
+            log.info(f"{folder}: damaged, passed over")
+        elif made_from != origin:
+            log.info(f"{run_dir}: stopped with other settings, data or weights; training starts anew")
+            return None
+        else:
+            return facts | {"folder": folder}
+    return None
+
+
+def load(folder: Path, model, optimizer) -> None:
+    """Puts a state into the model and the optimizer, whatever number of processes wrote it."""
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=folder, no_dist=processes.count() == 1)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def clear(run_dir: Path) -> None:
+    if processes.is_first():
+        shutil.rmtree(run_dir / STATES, ignore_errors=True)

@@ -1,0 +1,173 @@
+"""Many processes and stopped runs: the same losses, gradient norms and weights as one process in one go."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainers import TOKENIZER, dataset, path_of, settings, trainer, weights
+from tiny import tiny_model
+
+import resume
+import sharding
+from trainers import BasicTrainer, FSDPTrainer, Preempted
+from utils import UserError
+
+HERE = Path(__file__).resolve().parent
+FLAT = ("lr=1e-3", "eval_every=16", "save_every=8", "n_epochs=2", "keep_states=3")
+
+
+def torchrun(count, folder, stop, *overrides):
+    """What `fsdp_run.py` leaves in a folder when it is run by so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    done = subprocess.run(
+        [*command, str(HERE / "fsdp_run.py"), str(folder), str(stop), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def near(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def same_weights(folder, run):
+    saved = load_file(folder / "LATEST" / "model.safetensors")
+    for name, weight in weights(run).items():
+        torch.testing.assert_close(saved[name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["ours_sft", "dpo"])
+def test_two_processes_stopped_and_four_going_on_equal_one(loss, tmp_path):
+    """Two processes follow one process's path; told to stop they save; four, and one, go on to the same end.
+
+    20 examples in batches of 8 leave a short batch, which four processes share with empty hands.
+    """
+    reference = tiny_model(len(TOKENIZER), seed=7, layers=2) if loss == "dpo" else None
+    given = (f"loss={loss}", "gradient_accumulation_steps=2", *FLAT)
+    one = trainer(tmp_path / "one", *given, reference=reference)
+    one.train()
+    many = tmp_path / "many"
+    said = torchrun(2, many, 4, *given)
+    assert "2 processes" in said and "to go on from" in said
+    near(path_of_folder(many), path_of(one)[:4])
+    assert not (many / "LATEST").exists()
+
+    alone = tmp_path / "alone"  # what two processes saved, gone on from by one
+    subprocess.run(["cp", "-r", str(many), str(alone)], check=True)
+    last = trainer(
+        alone, *given, reference=tiny_model(len(TOKENIZER), seed=7, layers=2) if reference else None
+    )
+    last.train(resume.newest(alone, {"it": 1}))
+    near(path_of(last), path_of(one))
+    same_weights(alone, one)
+
+    said = torchrun(4, many, 0, *given)
+    assert "going on after 28 of 40 examples" in said
+    near(path_of_folder(many), path_of(one))
+    same_weights(many, one)
+    assert (many / "LATEST" / "config.json").read_text().count("LlamaForCausalLM") == 1
+
+
+def path_of_folder(folder):
+    run = type("Run", (), {"run_dir": folder})
+    return path_of(run)
+
+
+def states(folder):
+    return [path.name for path in resume.found(folder)]
+
+
+def stopped(folder, after, *overrides, number=signal.SIGTERM):
+    """A run that is told to stop after so many updates."""
+
+    class Told(BasicTrainer):
+        def after_update(self, metrics):
+            super().after_update(metrics)
+            if self.updates == after:
+                os.kill(os.getpid(), number)
+
+    folder.mkdir(parents=True)
+    model = tiny_model(len(TOKENIZER), seed=0, layers=2)
+    data = dataset(20), dataset(6, seed=99)
+    run = Told(settings(*overrides), model, TOKENIZER, *data, folder, {}, None, {"it": 1})
+    with pytest.raises(Preempted) as error:
+        run.train()
+    assert error.value.args == (number,)
+    return run
+
+
+def go_on(folder, *overrides, origin=None):
+    run = trainer(folder, *overrides)
+    state = resume.newest(folder, origin or {"it": 1})
+    run.train(state)
+    return run, state
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW"])
+def test_a_stopped_run_ends_as_if_it_had_not(number, optimizer, tmp_path):
+    """A signal saves after the update at hand; the next start gives the same weights, bit by bit, and log."""
+    given = ("loss=ours_sft", "loss.sampled_fraction=0.5", f"optimizer={optimizer}", *FLAT)
+    whole = trainer(tmp_path / "whole", *given)
+    whole.train()
+    folder = tmp_path / "cut"
+    stopped(folder, 4, *given, number=number)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    run, state = go_on(folder, *given)
+    assert state["updates"] == 4 and run.updates == whole.updates == 6
+    assert path_of(run) == path_of(whole)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weights(run)[name], weight), name
+    log = (folder / "metrics.csv").read_text(), (tmp_path / "whole" / "metrics.csv").read_text()
+    assert [line.split(",")[:8] for line in log[0].splitlines()] == [
+        line.split(",")[:8] for line in log[1].splitlines()
+    ]
+
+
+def test_only_whole_states_of_the_same_run_count(tmp_path):
+    """The newest complete state is taken; a damaged or half-written one is passed over, another run's not
+    used.
+    """
+    folder = tmp_path / "run"
+    stopped(folder, 5, *FLAT)
+    assert states(folder) == ["000000002", "000000004", "000000005"]
+    half = folder / "states" / "000000009.aside"
+    half.mkdir()
+    (half / "state.json").write_text("{}")
+    assert resume.newest(folder, {"it": 1})["updates"] == 5
+    (file,) = (folder / "states" / "000000005").glob("__0_*")
+    file.write_bytes(file.read_bytes()[:-7])
+    assert resume.newest(folder, {"it": 1})["updates"] == 4
+    (folder / "states" / "000000004" / "state.json").write_text('{"files"')
+    assert resume.newest(folder, {"it": 1})["updates"] == 2
+    assert resume.newest(folder, {"it": 2}) is None
+    resume.clear(folder)
+    assert states(folder) == [] and resume.newest(folder, {"it": 1}) is None
+
+
+def test_nothing_is_saved_to_go_on_from_in_a_trial(tmp_path):
+    run = trainer(tmp_path, *FLAT, "debug=true")
+    run.train()
+    assert not (tmp_path / "states").exists()
+
+
+def test_a_block_that_is_not_there_is_named(tmp_path):
+    """FSDP without a matching block would be one shard of everything: it is refused, with what would fit."""
+    with pytest.raises(UserError, match="block_name='Layr': .*LlamaDecoderLayer"):
+        sharding.shard(tiny_model(9, 0, layers=2), "Layr", torch.device("cpu"), None, print)
+    config = settings("sample_during_eval=true", "trainer=FSDPTrainer")
+    with pytest.raises(UserError, match="sample_during_eval=true"):
+        data = dataset(4)
+        FSDPTrainer(config, tiny_model(len(TOKENIZER), 0), TOKENIZER, data, data, tmp_path, {})
