@@ -61,7 +61,7 @@ def main() -> None:
         "--prompts", default=str(DEMO / "data/seed0/test/toy_test.json"), help="rows with `instruction`"
     )
     parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=10, help="seeds per prompt")
+    parser.add_argument("--repeats", type=int, default=3, help="seeds per prompt")
     args = parser.parse_args()
     proposal = args.proposal or demo_run("wu_sft_toy_")
     aligner = args.aligner or demo_run("ours_sft_toy_")
