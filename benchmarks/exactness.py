@@ -75,7 +75,13 @@ def main() -> None:
         # Prompts of one length would hide what padding does: every second one loses its first tokens.
         ids = [row[3:] if index % 2 else row for index, row in enumerate(ids)]
         for mode in MODES:
-            params = PARParams(sample_mode=mode, temperature=1.0, base_temperature=0.7)
+            params = PARParams(
+                mode,
+                temperature=1.0,
+                base_temperature=0.7,
+                repetition_penalty=1.1,
+                n_candidates=4 if mode == "snis" else None,
+            )
             parted = compared = 0
             for seed in range(args.repeats):
                 settings = {"max_new_tokens": args.new_tokens, "seed": seed}
