@@ -13,19 +13,9 @@ from typing import Any
 
 import torch
 
+from files import fingerprint, read_json, replacing, write_json
 from tokenization import tokenizer_fingerprint
-from utils import (
-    UserError,
-    fingerprint,
-    log,
-    nearest,
-    pick,
-    pick_dtype,
-    quiet_transformers,
-    read_json,
-    replacing,
-    write_json,
-)
+from utils import UserError, log, nearest, pick, pick_dtype, quiet_transformers
 
 CARD = "ram.json"
 BLOCK = 1 << 20

@@ -13,17 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from utils import (
-    UserError,
-    file_sha256,
-    fingerprint,
-    log,
-    nearest,
-    read_json,
-    replacing,
-    write_json,
-    write_jsonl,
-)
+from files import file_sha256, fingerprint, read_json, replacing, write_json, write_jsonl
+from utils import UserError, log, nearest
 
 ATTRIBUTES = {
     "colour": (

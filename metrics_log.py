@@ -8,8 +8,9 @@ from pathlib import Path
 
 import checkpoints
 import processes
+from files import naming, replacing
 from tokenization import TokenizedDataset
-from utils import log, naming
+from utils import log
 
 # Columns of metrics.csv; the README says what each one means.
 COLUMNS = (
@@ -46,14 +47,14 @@ class MetricsLog:
         # With debug the folder may be a finished run's: nothing in it is touched.
         nowhere = settings.debug or not processes.is_first()
         self.path = Path(os.devnull) if nowhere else run_dir / checkpoints.METRICS
-        kept = []
-        if after is not None and self.path.is_file():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["updates"]) <= after]
-        self.file = open(self.path, "w", newline="", encoding="utf-8")  # noqa: SIM115
+        if not nowhere:
+            kept = [] if after is None else rows_until(self.path, after)
+            with replacing(self.path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept)
+        self.file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self.writer = csv.DictWriter(self.file, fieldnames=COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(kept)
         self.wandb = None
         if settings.wandb.enabled and not nowhere:
             import wandb
@@ -69,12 +70,12 @@ class MetricsLog:
     def write(self, split: str, row: dict[str, float]) -> None:
         with naming(self.path):
             self.writer.writerow({"split": split} | {key: f"{value:.8g}" for key, value in row.items()})
-            now = time.monotonic()
-            if split == "train" and now - self.last < self.interval:
-                return
-            if split == "train":
-                self.last = now
-            self.file.flush()
+            self.file.flush()  # before the state that goes on from here is saved
+        now = time.monotonic()
+        if split == "train" and now - self.last < self.interval:
+            return
+        if split == "train":
+            self.last = now
         shown = (
             "loss",
             "target_logp_per_token",
@@ -94,6 +95,21 @@ class MetricsLog:
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def rows_until(path: Path, updates: int) -> list[dict[str, str]]:
+    """The rows of a metrics.csv of up to so many updates; none from the first damaged one on."""
+    if not path.is_file():
+        return []
+    kept = []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(file):
+            whole = set(row) == set(COLUMNS) and None not in row.values()
+            if not whole or not row["updates"].isdigit():
+                break
+            if int(row["updates"]) <= updates:
+                kept.append(row)
+    return kept
 
 
 def show_samples(model, tokenizer, data: TokenizedDataset, n: int, settings) -> None:

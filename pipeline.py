@@ -22,23 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 import checkpoints
 import decoding
 import evaluation
+import marked_files
+import processes
 import recipes
 import report
 import sampling
+from files import BadRows, fingerprint, read_json, read_rows, write_csv, write_json
 from systems import System, job_of, resolve_system
-from utils import (
-    BadRows,
-    UserError,
-    fingerprint,
-    log,
-    pick,
-    read_json,
-    read_rows,
-    run_entry_point,
-    setup_logging,
-    write_csv,
-    write_json,
-)
+from utils import UserError, log, pick, run_entry_point, setup_logging
 
 # data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
 # the instruction is the whole dialogue up to and including "\n\nAssistant: ".
@@ -64,7 +55,7 @@ def read_test_rows(
     keys = dict.fromkeys(key for s in settings for key in (s.input_key, s.output_key, s.system_key) if key)
     bad = BadRows(config.on_bad_row)
     rows = read_rows(path, list(keys), bad)
-    if not config.dry_run:
+    if not config.dry_run and processes.is_first():
         bad.report(folder / "bad_rows.jsonl")
     return rows[: settings[0].limit]
 
@@ -93,11 +84,11 @@ def judge(
         settings = OmegaConf.to_container(config.judge, resolve=True)
         inputs = fingerprint([settings, records, texts, references])
         path = system.folder / f"judgements_{settings['name']}_{fingerprint(reference)[:8]}.jsonl"
-        if not config.overwrite and sampling.is_made_from(path, inputs):
+        if not config.overwrite and marked_files.is_made_from(path, inputs):
             judgements[name] = [row for _, row in read_rows(path)]
         else:
             judgements[name] = judge_function(records, texts, references)
-            sampling.write_marked(path, judgements[name], inputs)
+            marked_files.write_marked(path, judgements[name], inputs)
     return judgements
 
 
@@ -174,7 +165,7 @@ def identical_to_plain(answers: list[dict], job: sampling.Job) -> bool:
     """Decodes the first rows of a job again, one at a time by the plain loop, and compares token by token."""
     tokenizer, ids = job.encoded
     again = decoding.generate(
-        *job.pair.load(),
+        *job.load()[:2],
         tokenizer,
         ids,
         job.params,
@@ -278,7 +269,7 @@ def run_task(
     if "generate" in steps:
         for name, system in systems.items():
             sampling.answer_file(system.output, jobs[name], config.overwrite)
-    if not set(steps) & {"judge", "leaderboard", "report"}:
+    if not set(steps) & {"judge", "leaderboard", "report"} or not processes.is_first():
         return
     answers = {name: sampling.read_answers(system.output, jobs[name]) for name, system in systems.items()}
     judgements = judge(systems, answers, rows, config)
@@ -324,16 +315,24 @@ def run(config: DictConfig, overrides: list[str]) -> None:
         pick(dict.fromkeys(STEPS), step, "step")
     pick(evaluation.JUDGES, config.judge.name, "judge")
     given = {recipes.key_of(override) for override in overrides}
+    processes.start()
     for task in tasks:
         folder = Path(config.report_dir) / (task if len(tasks) > 1 else "")
         run_task(task, config, stages, given, folder)
-    boards = sorted(Path(config.output_dir).glob("*/*/*/*/leaderboard.csv"))
+    if processes.is_first():
+        merge_leaderboards(Path(config.output_dir))
+    processes.wait()
+
+
+def merge_leaderboards(output_dir: Path) -> None:
+    """Writes all_systems.csv, the rows of everything that was evaluated so far."""
+    boards = sorted(output_dir.glob("*/*/*/*/leaderboard.csv"))
     merged = []
     for path in boards:
         with open(path, newline="", encoding="utf-8") as file:
             merged += list(csv.DictReader(file))
     if merged:
-        write_csv(Path(config.output_dir) / "all_systems.csv", merged)
+        write_csv(output_dir / "all_systems.csv", merged)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
@@ -350,4 +349,4 @@ def start() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, interrupt)
-    run_entry_point(start)
+    processes.run(start)

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 import prompts
+from files import BadRows, count_lines, read_rows
 from tokenization import Example, TokenizedDataset, tokenize_cached
-from utils import BadRows, UserError, count_lines, hub_cache, log, nearest, progress, read_rows
+from utils import UserError, hub_cache, log, nearest, progress
 
 IGNORE_INDEX = -100
 VARIANTS = ("aligner_warmup", "aligner_common")

@@ -18,9 +18,11 @@ from pathlib import Path
 if __name__ == "__main__":  # Ctrl-C during the seconds that the imports take needs no traceback
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import files
 import utils
+from files import BadRows
 from preference_datasets import split_dialogue
-from utils import BadRows, UserError, log
+from utils import UserError, log
 
 Row = dict[str, str]
 
@@ -94,7 +96,7 @@ def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
     So the choice depends neither on the order of the rows nor on a random generator's version.
     """
-    ranked = sorted(range(len(rows)), key=lambda index: utils.fingerprint([seed, rows[index]]))
+    ranked = sorted(range(len(rows)), key=lambda index: files.fingerprint([seed, rows[index]]))
     return [rows[index] for index in sorted(ranked[:count])]
 
 
@@ -178,7 +180,7 @@ def local_rows(paths: Sequence[Path]) -> Iterator[dict]:
                 raise UserError(f"{path}: cannot be read as parquet ({type(error).__name__})") from None
         else:
             bad = BadRows("skip")
-            rows = utils.read_rows(path, bad=bad)
+            rows = files.read_rows(path, bad=bad)
             if bad.rows:  # unlike a row without an answer, a sign that the copy is damaged
                 raise UserError(f"{bad.rows[0]['where']}: {bad.rows[0]['reason']}; is the file cut short?")
             yield from (row for _, row in rows)
@@ -224,8 +226,8 @@ def write(target: Target, rows: Iterable[dict], path: Path, seed: int) -> None:
         expected = SOURCES[target.name][1]
         raise UserError(f"{path}: none of {read:,} rows can be used ({reasons}); expected {expected}")
     kept = draw(made, TEST_ROWS, seed) if target.generator else made
-    (utils.write_jsonl if path.suffix == ".jsonl" else utils.write_json)(path, kept)
-    notes = [f"{path}: {len(kept):,} rows", f"sha256 {utils.file_sha256(path)[:16]}"]
+    (files.write_jsonl if path.suffix == ".jsonl" else files.write_json)(path, kept)
+    notes = [f"{path}: {len(kept):,} rows", f"sha256 {files.file_sha256(path)[:16]}"]
     if target.generator:
         few = f"all that can be used, fewer than {TEST_ROWS}"
         notes.append(few if len(made) < TEST_ROWS else f"drawn from {len(made):,} by seed {seed}")

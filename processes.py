@@ -4,13 +4,19 @@
 trivial. Numbers and flags travel over gloo, tensors of a model over the device's own backend.
 """
 
+import atexit
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
+import time
+import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +26,8 @@ import utils
 TIMEOUT = timedelta(
     days=2
 )  # one process may let the others wait while it samples; torchrun notices a dead one
+PATIENCE = 2.0  # seconds
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def start(alone: bool = False) -> None:
@@ -29,15 +37,50 @@ def start(alone: bool = False) -> None:
     torchrun = "WORLD_SIZE" in os.environ
     if dist.is_initialized() or not (torchrun or alone):
         return
+    if torchrun:
+        end_with_launcher()
     device = utils.pick_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     one = {} if torchrun else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=TIMEOUT, **one)
+    atexit.register(stop)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs the entry point of a script, and ends a process that was in a group without Python's finalisation.
+
+    One of gloo's threads may still be about to let go of a tensor; in an interpreter that is being torn down
+    that aborts the process, though its work is done.
+    """
+    code = 0
+    try:
+        utils.run_entry_point(main)
+    except SystemExit as error:
+        if not dist.is_initialized():
+            raise
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    if dist.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def end_with_launcher() -> None:
+    """Has Linux send SIGTERM when torchrun dies, so that a process it can no longer watch does not stay."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def stop() -> None:
+    """Leaves the group, once nobody needs it any more."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -83,6 +126,11 @@ def any_of(flag: bool) -> bool:
     return any(everyones(bool(flag)))
 
 
+def from_first(make: Callable[[], Any]) -> Any:
+    """What the first process makes, for all of them."""
+    return everyones(make() if is_first() else None)[0]
+
+
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
     """The first process does it while the others wait; then they do it, and find what it left."""
@@ -97,11 +145,19 @@ def first_goes_first() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and Ctrl-C are put into instead of ending the process; a second one ends it."""
+    """A list that SIGTERM and Ctrl-C are put into instead of ending the process, so that work can be saved.
+
+    Launchers send what they got on, so the same signal may come twice at once. Who presses Ctrl-C again some
+    seconds later means it.
+    """
     asked: list[int] = []
+    first = 0.0
 
     def note(number: int, frame) -> None:
-        if asked:
+        nonlocal first
+        if not asked:
+            first = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - first > PATIENCE:
             raise KeyboardInterrupt
         asked.append(number)
 

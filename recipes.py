@@ -14,8 +14,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
+from files import differences, how_to_get
 from preference_datasets import DATASETS, local_file, parse_name
-from utils import UserError, how_to_get, log, nearest, pick
+from utils import UserError, log, nearest, pick
 from validation import check_keys, check_sampling, check_training, check_types, literal
 
 CONFIG_DIR = Path(__file__).resolve().parent / "config"
@@ -375,12 +376,6 @@ def check_trained(stages: Sequence[Stage], source: str, ignore: Sequence[str] = 
                 f"those it was trained with, or train it again (stages=[{stage.name}] overwrite=true)"
             )
         checkpoints.check_finished(stage.output, done)
-
-
-def differences(before: dict, now: dict) -> str:
-    """The keys that differ between two settings, as `key: old -> new`."""
-    changed = [key for key in before | now if before.get(key) != now.get(key)]
-    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
 
 
 def _maker(path: Path, stages: Sequence[Stage]) -> str:

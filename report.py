@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from utils import replacing
+from files import replacing
 
 # Columns of the leaderboard: heading, number format (none for text), meaning. Shown where a row has a value.
 COLUMNS: dict[str, tuple[str, str, str]] = {

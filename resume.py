@@ -4,17 +4,22 @@ A state is written aside, its files' hashes beside it last, then renamed: a fold
 It can be read by any number of processes. It is the run's own and temporary; what others load is the export.
 """
 
+import contextlib
+import errno
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import processes
-from utils import UserError, file_sha256, log, read_json, write_json
+from files import file_sha256, read_json, write_json
+from utils import UserError, log
 
 STATES, MARK = "states", "state.json"
 
@@ -32,8 +37,7 @@ def save(run_dir: Path, model, optimizer, facts: dict[str, Any], keep: int) -> P
     processes.wait()
     weights, moments = get_state_dict(model, optimizer)
     alone = processes.count() == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that one process is one process
+    with quiet_errors(folder):
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=alone)
     mine = sorted(path for path in aside.iterdir() if path.name.startswith(f"__{processes.rank()}_"))
     if processes.is_first():
@@ -49,6 +53,19 @@ def save(run_dir: Path, model, optimizer, facts: dict[str, Any], keep: int) -> P
             shutil.rmtree(old)
     processes.wait()
     return folder
+
+
+@contextlib.contextmanager
+def quiet_errors(folder: Path) -> Iterator[None]:
+    """Makes an OSError of what DCP raises, and drops its warning that one process is one process."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        reason = str(getattr(cause, "strerror", None) or cause).strip().split("\n")[0]
+        raise OSError(errno.EIO, f"DCP failed ({reason})", str(folder)) from None
 
 
 def found(run_dir: Path) -> list[Path]:
@@ -87,8 +104,7 @@ def load(folder: Path, model, optimizer) -> None:
     """Puts a state into the model and the optimizer, whatever number of processes wrote it."""
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_errors(folder):
         dcp.load(state, checkpoint_id=folder, no_dist=processes.count() == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 

@@ -1,43 +1,30 @@
 """Whole-file generation that can be stopped and started again.
 
-    rows + settings -> answers appended to FILE.part as they come -> one file in the order of the input
+    rows + settings -> answers, appended to FILE.part as they come -> one file in the order of the input
 
-A part file begins with the fingerprint of everything that decides its answers; one with another fingerprint
-is never continued. Because a row's text depends only on (seed, row id), a restart gives the file an
-uninterrupted run gives.
+Every process answers its share of the rows. Because a row's text depends only on (seed, row id), a restart,
+and any number of processes, give the file that one uninterrupted process gives.
 """
 
 import functools
-import json
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import decoding
+import endpoints
+import processes
 import prompts
+from files import BadRows, fingerprint, only_run, read_rows, write_json, write_jsonl
+from marked_files import finished, marker, verify, write_marked
 from par import PARParams
+from part_files import PartFiles
 from preference_datasets import get_dataset
 from tokenization import encode_prompts
-from utils import (
-    BadRows,
-    UserError,
-    file_sha256,
-    fingerprint,
-    hub_cache,
-    log,
-    naming,
-    pick_device,
-    progress,
-    read_json,
-    read_rows,
-    replacing,
-    write_json,
-    write_jsonl,
-)
+from utils import UserError, hub_cache, log, pick_device, progress
 
 
 @dataclass(frozen=True)
@@ -60,11 +47,6 @@ class Pair:
         prefix = "base_" if self.proposal else ""
         keys = ("temperature", "top_p", "top_k", "repetition_penalty")
         return {f"{prefix}{key}": found[f"{prefix}{key}"] for key in keys}
-
-    def load(self):
-        """(proposal, aligner) on the device."""
-        device, paths = pick_device(), (self.proposal, self.aligner)
-        return tuple(path and checkpoints.load_model(path, self.dtype, device) for path in paths)
 
 
 @dataclass(frozen=True)
@@ -97,32 +79,46 @@ class Job:
         alone = self.pair.proposal is None or self.pair.aligner is None
         return checkpoints.find_model(self.settings.drafter) if alone and self.settings.drafter else None
 
+    def load(self):
+        """(proposal, aligner, drafter), each on the device that the settings give it, or None."""
+        devices = (self.settings.proposal_device, self.settings.aligner_device)
+        devices = [pick_device(device) for device in devices]
+        devices.append(devices[0] if self.pair.proposal else devices[1])
+        paths = (self.pair.proposal, self.pair.aligner, self.drafter)
+        return tuple(
+            path and checkpoints.load_model(path, self.pair.dtype, device)
+            for path, device in zip(paths, devices, strict=True)
+        )
+
     @property
     def stop(self) -> list[str]:
         return [self.settings.stop_str] if self.settings.stop_str else []
 
     @functools.cached_property
-    def identity(self) -> str:
-        """Equal exactly where two jobs give the same file."""
+    def made_from(self) -> dict[str, Any]:
+        """Everything that decides the answers; equal exactly where two jobs give the same file."""
         pair, settings = self.pair, self.settings
-        return fingerprint(
-            [
-                self.records,
-                self.prompts,
-                self.row_ids,
-                pair.law(self.params),
-                pair.dtype,
-                self.seed,
-                pair.tokenizer_path,
-                pair.fingerprint(),
-                self.add_bos,
-                settings.max_length,
-                settings.max_prompt_length,
-                settings.stop_str,
-                self.key,
-                self.extra,
-            ]
-        )
+        weights = dict(zip(("proposal", "aligner"), pair.fingerprint(), strict=True))
+        if settings.backend == "endpoint":
+            weights |= {"backend": "endpoint", "endpoint.model": settings.endpoint.model}
+        return {
+            **weights,
+            **pair.law(self.params),
+            "rows": fingerprint([self.records, self.prompts, self.row_ids]),
+            "dtype": pair.dtype,
+            "tokenizer_path": pair.tokenizer_path,
+            "seed": self.seed,
+            "add_bos": self.add_bos,
+            "max_length": settings.max_length,
+            "max_prompt_length": settings.max_prompt_length,
+            "stop_str": settings.stop_str,
+            "key": self.key,
+            **self.extra,
+        }
+
+    @property
+    def identity(self) -> str:
+        return fingerprint(self.made_from)
 
     @functools.cached_property
     def encoded(self):
@@ -154,104 +150,82 @@ class Job:
         return tokenizer, ids
 
 
-class PartFile:
-    """Finished answers of an unfinished file: a header line, then one JSON line per answer, in any order."""
-
-    def __init__(self, path: Path, identity: str, overwrite: bool) -> None:
-        self.path, self.done = path, {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        good = self._read(identity, overwrite) if path.is_file() else 0
-        if not self.done:
-            path.write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
-        else:
-            os.truncate(path, good)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as answers come)
-
-    def _read(self, identity: str, overwrite: bool) -> int:
-        """Takes over the finished answers and returns how many bytes of the file hold them.
-
-        From the first damaged line on, as a cut leaves one, answers are dropped and will be decoded again.
-        """
-        header, good = None, 0
-        with open(self.path, "rb") as file:
-            for line in file:
-                try:
-                    value = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    value = None
-                if not isinstance(value, dict) or ("index" not in value) == (header is not None):
-                    break
-                good += len(line)
-                if header is None:
-                    header = value
-                else:
-                    self.done[value["index"]] = value
-        if self.done and header.get("identity") != identity:
-            self.done = {}
-            if not overwrite:
-                raise UserError(
-                    f"{self.path} was begun with other settings, weights or prompts: "
-                    "finish that run, or set overwrite=true to begin again"
-                )
-        return good
-
-    def add(self, value: dict[str, Any]) -> None:
-        self.done[value["index"]] = value
-        with naming(self.path):
-            self.file.write(json.dumps(value, ensure_ascii=False) + "\n")
-            self.file.flush()
-
-    def remove(self) -> None:
-        self.file.close()
-        self.path.unlink()
-
-
-def answer_all(job: Job, part: PartFile) -> list[dict[str, Any]]:
-    """Decodes what the part file lacks; returns all answers in order of the prompts.
+def answer_all(job: Job, parts: PartFiles) -> None:
+    """Makes this process's share of the answers that the parts lack.
 
     An answer is a dict of index, text, finish_reason, n_tokens, stats and, for a pair, tokens and events.
     """
-    todo = [index for index in range(len(job.prompts)) if index not in part.done]
+    todo = [index for index in range(len(job.prompts)) if index not in parts.done]
     if not todo:
-        return [part.done[index] for index in range(len(job.prompts))]
-    if part.done:
-        log.info(f"{job.label}: going on after {len(part.done)} of {len(job.prompts)} answers")
-    tokenizer, ids = job.encoded
-    proposal, aligner = job.pair.load()
-    drafter = job.drafter and checkpoints.load_model(job.drafter, job.pair.dtype, pick_device())
-    start, tokens = time.monotonic(), 0
-    with progress(total=len(ids), initial=len(part.done), desc=job.label, unit="row") as bar:
-        answers = decoding.generate_iter(
-            proposal,
-            aligner,
-            tokenizer,
-            [ids[i] for i in todo],
-            job.params,
-            max_new_tokens=job.max_new_tokens,
-            seed=job.seed,
-            row_ids=[job.row_ids[i] for i in todo],
-            stop=job.stop,
-            batch_size=job.settings.batch_size,
-            speculative=job.settings.speculative,
-            drafter=drafter,
-            cuda_graphs=job.settings.cuda_graphs,
-        )
-        for position, answer in answers:
-            value = {"index": todo[position], "text": answer.text, "finish_reason": answer.finish_reason}
-            value |= {"n_tokens": len(answer.token_ids), "stats": answer.stats}
-            if answer.events is not None:
-                value |= {"tokens": pieces(tokenizer, answer.token_ids), "events": answer.events}
-            part.add(value)
-            tokens += len(answer.token_ids)
+        return
+    if parts.done:
+        log.info(f"{job.label}: going on after {len(parts.done)} of {len(job.prompts)} answers")
+    mine = todo[processes.rank() :: processes.count()]
+    start, tokens, failed = time.monotonic(), 0, []
+    answer = endpoints.answers if job.settings.backend == "endpoint" else decoded
+    with progress(total=len(mine), desc=job.label, unit="row") as bar:
+        for value in answer(job, mine):
             bar.update()
-    seconds = time.monotonic() - start
-    speed = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-    write_json(speed_path(part.path.with_suffix("")), speed)
+            if "failed" in value:
+                failed.append({"row": job.row_ids[value["index"]], "reason": value["failed"]})
+                continue
+            parts.add(value)
+            tokens += value["n_tokens"]
+    parts.close()
+    report_failed(job, parts, [row for part in processes.everyones(failed) for row in part])
+    tokens = int(processes.total({"tokens": tokens})["tokens"])
+    seconds = max(processes.everyones(time.monotonic() - start))
+    if processes.is_first():
+        speed = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        write_json(speed_path(parts.output), speed)
     log.info(
         f"{job.label}: {len(todo)} answers, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} "
         "tokens/s"
     )
-    return [part.done[index] for index in range(len(job.prompts))]
+
+
+def report_failed(job: Job, parts: PartFiles, failed: list[dict[str, Any]]) -> None:
+    """Lists the rows that no answer came to, and raises UserError where there are any."""
+    path = parts.output.with_name(f"{parts.output.name}.failed.jsonl")
+    if processes.is_first():
+        path.unlink(missing_ok=True)
+        if failed:
+            write_jsonl(path, sorted(failed, key=lambda row: row["row"]))
+    if failed:
+        raise UserError(
+            f"{job.label}: {len(failed)} of {len(job.prompts)} rows got no answer, listed in {path}; the "
+            "others are kept, the same command asks for these again"
+        )
+
+
+def decoded(job: Job, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Answers to some rows of a job by its models, here."""
+    tokenizer, ids = job.encoded
+    with processes.in_turn():
+        proposal, aligner, drafter = job.load() if rows else (None, None, None)
+    if not rows:
+        return
+    answers = decoding.generate_iter(
+        proposal,
+        aligner,
+        tokenizer,
+        [ids[i] for i in rows],
+        job.params,
+        max_new_tokens=job.max_new_tokens,
+        seed=job.seed,
+        row_ids=[job.row_ids[i] for i in rows],
+        stop=job.stop,
+        batch_size=job.settings.batch_size,
+        speculative=job.settings.speculative,
+        drafter=drafter,
+        cuda_graphs=job.settings.cuda_graphs,
+    )
+    for position, answer in answers:
+        value = {"index": rows[position], "text": answer.text, "finish_reason": answer.finish_reason}
+        value |= {"n_tokens": len(answer.token_ids), "stats": answer.stats}
+        if answer.events is not None:
+            value |= {"tokens": pieces(tokenizer, answer.token_ids), "events": answer.events}
+        yield value
 
 
 def pieces(tokenizer, token_ids: Sequence[int]) -> list[str]:
@@ -270,22 +244,30 @@ def pieces(tokenizer, token_ids: Sequence[int]) -> list[str]:
 def answer_file(output: Path, job: Job, overwrite: bool) -> None:
     """Makes `output`: every record with its answer under `job.key`, in order of the input.
 
-    A finished file of the same job is left alone; an unfinished one goes on where it stopped. The answers'
-    figures go to OUTPUT.trace.jsonl. Raises UserError where the file is another job's and overwrite is not
-    set.
+    A finished file of the same job is left alone, one of another job is set aside, an unfinished one goes on
+    where it stopped. The answers' figures go to OUTPUT.trace.jsonl. All processes call it together.
     """
-    if finished(output, job.identity, overwrite, job.label):
+    with only_run(output):
+        _answer_file(output, job, overwrite)
+
+
+def _answer_file(output: Path, job: Job, overwrite: bool) -> None:
+    if processes.from_first(lambda: finished(output, job.made_from, overwrite, job.label)):
         return
     _ = job.encoded  # what cannot work is said before anything is written
-    part = PartFile(output.with_name(f"{output.name}.part"), job.identity, overwrite)
-    answers = answer_all(job, part)
-    write_jsonl(trace_path(output), answers)
-    rows = [
-        {**row, job.key: answer["text"], **job.extra}
-        for row, answer in zip(job.records, answers, strict=True)
-    ]
-    write_marked(output, rows, job.identity, trace_path(output))
-    part.remove()
+    parts = PartFiles(output, job.identity, overwrite)
+    answer_all(job, parts)
+    processes.wait()
+    if processes.is_first():
+        answers = parts.everything(len(job.prompts))
+        write_jsonl(trace_path(output), answers)
+        rows = [
+            {**row, job.key: answer["text"], **job.extra}
+            for row, answer in zip(job.records, answers, strict=True)
+        ]
+        write_marked(output, rows, job.made_from, trace_path(output))
+        parts.remove()
+    processes.wait()
     log.info(f"saved    {output}")
 
 
@@ -297,7 +279,7 @@ def read_answers(output: Path, job: Job) -> list[dict[str, Any]]:
         raise UserError(f"{job.label}: no answers in {output.parent}: run evaluation.steps=[generate] first")
     if not marker(output).is_file():
         raise UserError(f"{job.label}: {output} was not made here; move it away, or set overwrite=true")
-    verify(output, job.identity, job.label)
+    verify(output, job.made_from, job.label)
     return [answer for _, answer in read_rows(trace_path(output))]
 
 
@@ -336,69 +318,6 @@ def sample_job(stage) -> tuple[Job, BadRows]:
 def sample_training_set(stage, overwrite: bool) -> None:
     """The sample stage: answers every training prompt once with the proposal."""
     job, bad = sample_job(stage)
-    bad.report(stage.output.with_name(f"{stage.output.name}.bad_rows.jsonl"))
+    if processes.is_first():
+        bad.report(stage.output.with_name(f"{stage.output.name}.bad_rows.jsonl"))
     answer_file(stage.output, job, overwrite)
-
-
-# ---- files that say what they were made from ---------------------------------------------------------------
-
-
-def marker(path: Path) -> Path:
-    return path.with_name(path.name + ".meta.json")
-
-
-def finished(path: Path, inputs: str, overwrite: bool, what: str) -> bool:
-    """Whether `path` is complete and made from the same inputs; raises UserError where it is somebody
-    else's.
-    """
-    if not path.is_file() or overwrite:
-        return False
-    if not marker(path).is_file():
-        log.info(f"{what}: {path} was not made here and is used as it is (overwrite=true makes it anew)")
-        return True
-    verify(path, inputs, what)
-    log.info(f"{what}: done before, {path}")
-    return True
-
-
-def verify(path: Path, inputs: str, what: str) -> None:
-    """Raises UserError where a marked file was made from other inputs, or is no longer what was written."""
-    meta = read_json(marker(path))
-    if not isinstance(meta, dict) or meta.get("inputs") != inputs or not isinstance(meta.get("sha256"), dict):
-        raise UserError(
-            f"{what}: {path} was made from other settings, weights or rows; set overwrite=true to make it "
-            "anew, or change data_dir or output_dir to keep both"
-        )
-    for name, digest in meta["sha256"].items():
-        file = path.with_name(name)
-        if not file.is_file() or file_sha256(file) != digest:
-            raise UserError(
-                f"{what}: {file} was changed or cut short after it was written; set overwrite=true to "
-                "remake it"
-            )
-
-
-def is_made_from(path: Path, inputs: str) -> bool:
-    """Whether a marked file is there, whole, and made from these inputs."""
-    if not (path.is_file() and marker(path).is_file()):
-        return False
-    try:
-        verify(path, inputs, path.name)
-    except UserError:
-        return False
-    return True
-
-
-def write_marked(path: Path, rows: Sequence[dict[str, Any]], inputs: str, *beside: Path) -> None:
-    """Writes rows as .json or .jsonl with a marker of what they, and the files `beside`, were made from.
-
-    The marker comes first: a file without one counts as the user's own, so at no moment may ours be without.
-    """
-    with replacing(path) as aside:
-        with open(aside, "w", encoding="utf-8") as file:
-            if path.suffix == ".json":
-                json.dump(list(rows), file, indent=1, ensure_ascii=False)
-            else:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        digests = {path.name: file_sha256(aside)} | {other.name: file_sha256(other) for other in beside}
-        write_json(marker(path), {"inputs": inputs, "rows": len(rows), "sha256": digests})

@@ -9,8 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 import prompts
 import recipes
 import sampling
+from files import fingerprint
 from par import PARParams
-from utils import UserError, fingerprint, nearest
+from utils import UserError, nearest
 from validation import check_sampling, check_types, par_params
 
 
@@ -57,10 +58,15 @@ def resolve_system(
             f"evaluation.systems.{name}.limit: systems are compared on the same rows; set sampling.limit"
         )
     settings = OmegaConf.merge(config.sampling, by_task, own)
-    check_types({f"sampling.{key}": value for key, value in settings.items()}, recipes.all_keys())
+    check_types({f"sampling.{k}": v for k, v in recipes.leaves(settings).items()}, recipes.all_keys())
     params = check_sampling(settings)
     paths = [spec.get(role) and recipes.model_source(spec[role], stages) for role in ("proposal", "aligner")]
     pair = sampling.Pair(*paths, settings.dtype, settings.tokenizer_path)
+    if all(paths) and settings.backend == "endpoint":
+        raise UserError(
+            f"evaluation.systems.{name}: an endpoint answers for one model, not for a pair; give "
+            f"evaluation.systems.{name}.backend=local"
+        )
     main = Path(paths[1] or paths[0] or "")
     dataset = config.evaluation.dataset
     tag = settings_tag(pair, settings, config.seed)

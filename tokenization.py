@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 import prompts
-from utils import UserError, fingerprint, log, progress, replacing
+from files import fingerprint, replacing
+from utils import UserError, log, progress
 
 VERSION = 1  # raise it when the ids of the same text change, so that no stale cache is read
 

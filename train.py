@@ -20,36 +20,23 @@ from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
 import demo
+import marked_files
 import processes
 import recipes
 import resume
 import sampling
+from files import BadRows, differences, only_run, set_aside, write_json
 from losses import LOSSES
 from preference_datasets import load_tokenized
-from trainers import Preempted, pick_trainer
-from utils import (
-    BadRows,
-    UserError,
-    log,
-    pick_dtype,
-    run_entry_point,
-    seed_everything,
-    setup_logging,
-    write_json,
-)
+from trainers import pick_trainer
+from utils import UserError, log, pick_dtype, run_entry_point, seed_everything, setup_logging
 
 
 def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
-    """Trains one model into its run folder; raises UserError where the folder belongs to another run."""
+    """Trains one model into its run folder; a finished run of other settings there is set aside."""
     config, run_dir = stage.config, stage.output
     identity = recipes.identity(config)
     done = None if overwrite else checkpoints.finished_run(run_dir)
-    if done is not None and (changed := recipes.differences(done["settings"], identity)):
-        raise UserError(
-            f"stage {stage.name}: {run_dir} holds a run with other settings ({changed}); set "
-            "overwrite=true to replace it, or exp_flag=NAME to keep both"
-        )
-
     source, architecture = None, None
     if not config.model.architecture or config.model.archive:
         source = checkpoints.find_model(stage.source, None if config.model.archive else config.model.hub_id)
@@ -66,20 +53,21 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
         }
     inputs = {"data": data["train"].key, "weights": source and checkpoints.weights_fingerprint(source)}
     if done is not None:
-        if done["inputs"] != inputs:
-            raise UserError(
-                f"stage {stage.name}: {run_dir} was trained from other data or weights; set "
-                "overwrite=true to train it anew"
-            )
-        checkpoints.check_finished(run_dir, done)
-        log.info(f"stage {stage.name}: done before, {run_dir}")
-        return
+        changed = differences(done["settings"] | done["inputs"], identity | inputs)
+        if not changed:
+            checkpoints.check_finished(run_dir, done)
+            log.info(f"stage {stage.name}: done before, {run_dir}")
+            return
 
     if source and Path(source).resolve().is_relative_to(run_dir.resolve()):
         raise UserError(
             f"stage {stage.name}: starts from {source}, which lies in its own run folder and would be "
             "replaced; set exp_flag=NAME"
         )
+    processes.wait()  # all have seen what is there
+    if done is not None and processes.is_first():
+        set_aside(run_dir, f"trained with other settings, data or weights ({changed})")
+    processes.wait()
     origin = {"settings": identity, "inputs": inputs}
     wanted = config.resume == "auto" and not overwrite and not config.debug
     state = resume.newest(run_dir, origin) if wanted else None
@@ -134,8 +122,17 @@ def make_trainer(stage: recipes.Stage, source: str | None, architecture, tokeniz
 
 
 def sample_stage(stage: recipes.Stage, overwrite: bool) -> None:
-    with processes.first_goes_first():  # the others find the finished file
-        sampling.sample_training_set(stage, overwrite and processes.is_first())
+    sampling.sample_training_set(stage, overwrite)
+
+
+def locked(run_stage):
+    """The stage, alone in what it writes."""
+
+    def alone(stage: recipes.Stage, overwrite: bool) -> None:
+        with only_run(stage.output):
+            run_stage(stage, overwrite)
+
+    return alone
 
 
 def world_stage(stage: recipes.Stage, overwrite: bool) -> None:
@@ -145,8 +142,7 @@ def world_stage(stage: recipes.Stage, overwrite: bool) -> None:
         demo.build_world(stage.output, settings, stage.config.seed, overwrite and processes.is_first())
 
 
-PREEMPTED = 75  # exit code of a run that was told to stop (SIGTERM) and has saved its state; 75 = try again
-RUN = {"train": train_stage, "sample": sample_stage, "world": world_stage}
+RUN = {"train": locked(train_stage), "sample": sample_stage, "world": locked(world_stage)}
 
 
 def whereabouts(stage: recipes.Stage) -> str:
@@ -198,7 +194,7 @@ def check_samples(stages: list[recipes.Stage], running: list[recipes.Stage]) -> 
         if stage.kind == "sample" and stage not in running and read and Path(stage.source).is_dir():
             recipes.check_trained(stages, stage.source)
             job, _ = sampling.sample_job(stage)
-            sampling.finished(stage.output, job.identity, False, job.label)
+            marked_files.check(stage.output, job.made_from, job.label)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
@@ -219,17 +215,9 @@ def run(config: DictConfig, overrides: list[str]) -> None:
         log.info(f"{len(running)} stages: everything they need is there or made by an earlier one")
         return
     processes.start()
-    try:
-        for stage in running:
-            RUN[stage.kind](stage, config.overwrite)
-        processes.wait()  # whoever leaves early breaks the others' connections
-    except Preempted as error:
-        if error.args == (signal.SIGINT,):
-            raise KeyboardInterrupt from None
-        log.info("stopped by a signal: the same command goes on from there")
-        raise SystemExit(PREEMPTED) from None
-    finally:
-        processes.stop()
+    for stage in running:
+        RUN[stage.kind](stage, config.overwrite)
+    processes.wait()  # whoever leaves early breaks the others' connections
 
 
 def start() -> None:
@@ -241,4 +229,4 @@ def start() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, interrupt)
-    run_entry_point(start)
+    processes.run(start)

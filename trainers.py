@@ -27,15 +27,11 @@ from metrics_log import MetricsLog, show_samples
 from optimizers import lr_factor, pick_optimizer
 from preference_datasets import get_batch_iterator
 from tokenization import TokenizedDataset
-from utils import UserError, log, pick, pick_device, pick_dtype, progress
+from utils import Preempted, UserError, log, pick, pick_device, pick_dtype, progress
 
 
 class Diverged(UserError):
     """Training stopped itself; the last good weights stand in the run folder."""
-
-
-class Preempted(Exception):
-    """Somebody asked the run to stop; its state is saved."""
 
 
 class BasicTrainer:

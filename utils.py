@@ -1,32 +1,22 @@
 """What every other file may use: user errors, records on disk, fingerprints, devices, progress."""
 
 import contextlib
-import csv
 import difflib
-import errno
-import gzip
-import hashlib
-import json
 import logging
 import os
 import random
-import re
-import shutil
-import socket
+import signal
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 log = logging.getLogger("ram")
-HOST = socket.gethostname()
 
 
 class UserError(Exception):
@@ -68,16 +58,38 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
+PREEMPTED = 75  # exit code of a run that was told to stop (SIGTERM): the same command goes on
+
+
+class Preempted(BaseException):
+    """Somebody told the run to stop; what it needs to go on is saved."""
+
+
+def _preempt(number: int, frame) -> None:
+    raise Preempted(number)
+
+
+def _give_way(seconds: float) -> None:
+    """Lets torchrun end this process quietly, where another one has said what is wrong."""
+    try:
+        time.sleep(seconds)
+    except Preempted:
+        raise SystemExit(PREEMPTED) from None
+
+
 def run_entry_point(main: Callable[[], Any]) -> Any:
-    """Runs an entry point: a UserError or OSError becomes one line and exit code 2, Ctrl-C one line and
-    130.
+    """Runs an entry point: a UserError or OSError becomes one line and exit code 2, Ctrl-C one line and 130,
+    SIGTERM one line and PREEMPTED.
     """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, _preempt)
     try:
         return main()
     except UserError as error:
         later = int(os.environ.get("RANK", 0))
         if later:  # of many with the same error the first process says it, then torchrun ends the others
-            time.sleep(3)
+            _give_way(3)
         print(f"error: {error}" + f" (process {later})" * bool(later), file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
@@ -86,9 +98,17 @@ def run_entry_point(main: Callable[[], Any]) -> Any:
         advice = "mend that (is it there, may it be written, is there space?), then the same command goes on"
         print(f"error: {place}{reason}; {advice}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nstopped: what is finished stands, the same command goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
+    except RuntimeError as error:
+        if "RANK" not in os.environ or "peer" not in str(error):
+            raise
+        _give_way(10)
+        print("error: another process ended", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (KeyboardInterrupt, Preempted) as error:
+        ended = isinstance(error, Preempted) and error.args != (signal.SIGINT,)
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopped: what is finished stands, the same command goes on from there", file=sys.stderr)
+        raise SystemExit(PREEMPTED if ended else 130) from None
 
 
 class _LineBar(tqdm):
@@ -132,228 +152,21 @@ def pick(table: dict[str, Any], name: str, what: str) -> Any:
     return table[name]
 
 
-# ---- records on disk ---------------------------------------------------------------------------------------
-
-
-class BadRows:
-    """Counts and keeps rows that cannot be used; raises at the first one unless told to skip them."""
-
-    def __init__(self, on_bad_row: str = "error") -> None:
-        if on_bad_row not in ("error", "skip"):
-            raise UserError(f"on_bad_row={on_bad_row!r}: expected 'error' or 'skip'")
-        self.skip, self.rows, self._seen = on_bad_row == "skip", [], set()
-
-    def add(self, where: str, reason: str) -> None:
-        if not self.skip:
-            raise UserError(f"{where}: {reason}; mend the row, or set on_bad_row=skip to leave such rows out")
-        if (where, reason) not in self._seen:  # training and held-out part may come from one file, read twice
-            self._seen.add((where, reason))
-            self.rows.append({"where": where, "reason": reason})
-
-    def report(self, path: Path) -> None:
-        """Writes the list beside the run and says how many; nothing where there are none."""
-        if self.rows:
-            write_jsonl(path, self.rows)
-            log.warning(f"skipped {len(self.rows)} bad rows, listed in {path}")
-
-
-def open_text(path: Path):
-    """A text file for reading, gzipped or not; the mark that some editors put before UTF-8 is dropped."""
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
-
-
-def read_rows(
-    path: str | Path, required: Sequence[str] | dict[str, type] = (), bad: BadRows | None = None
-) -> list[tuple[int, dict]]:
-    """Records of a .json list or .jsonl file (either may be gzipped) with their 0-based index in the file.
-
-    required: the fields a record must have, as text, or field -> type.
-    Raises UserError with file and line for what is missing, malformed, cut short, lacks a required field or
-    is empty. A row that `bad` skips keeps its index: the ids of the others do not move.
-    """
-    path, bad = Path(path), bad or BadRows()
-    types = required if isinstance(required, dict) else dict.fromkeys(required, str)
-    if not path.is_file():
-        raise UserError(f"no such file: {path}; {how_to_get(path)}")
-    rows: list[tuple[int, Any, str]] = []
-    try:
-        with open_text(path) as file:
-            if ".jsonl" in path.suffixes:
-                for line_number, line in enumerate(file, start=1):
-                    where = f"{path}, line {line_number}"
-                    if not line.strip():
-                        continue
-                    try:
-                        rows.append((line_number - 1, json.loads(line), where))
-                    except json.JSONDecodeError as error:
-                        bad.add(where, f"not valid JSON ({error.msg} at column {error.colno})")
-            else:
-                data = json.load(file)
-                if not isinstance(data, list):
-                    raise UserError(f"{path}: expected a JSON list of records, found a {type(data).__name__}")
-                rows = [(index, row, f"{path}, row {index}") for index, row in enumerate(data)]
-    except json.JSONDecodeError as error:
-        message = f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file cut short?"
-        raise UserError(message) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); is the file cut short?") from None
-
-    good = []
-    for index, row, where in rows:
-        missing = [
-            k for k, kind in types.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)
-        ]
-        if not isinstance(row, dict):
-            bad.add(where, f"expected a record (fields in braces), found a {type(row).__name__}")
-        elif missing:
-            wanted = "text" if types[missing[0]] is str else f"a {types[missing[0]].__name__}"
-            found = ", ".join(row) or "none"
-            bad.add(where, f"field {missing[0]!r} is missing or not {wanted} (fields found: {found})")
-        elif unpaired := [k for k, kind in types.items() if kind is str and not _is_unicode(row[k])]:
-            bad.add(where, f"field {unpaired[0]!r} holds half a surrogate pair, which is no text")
-        else:
-            good.append((index, row))
-    if not good:
-        raise UserError(
-            f"{path}: holds no usable record; expected at least one with {', '.join(required) or 'fields'}"
-        )
-    return good
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def count_lines(path: Path) -> int:
-    with open_text(path) as file:
-        return sum(1 for _ in file)
-
-
-def how_to_get(path: Path) -> str:
-    """Who makes a data file that is not there."""
-    if "_sampling_" in path.name:
-        return "the sample stage writes it: run train.py with stages=[sample] first"
-    return "`bash bin/prepare_data.sh` makes the data files, or check data_dir"
-
-
-@contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Has an OSError name `path` where it names no file: a full disk's, and what safetensors makes of one."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(path)) from None
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, and renames it over `path` only when the block ends well.
-
-    Works for a file and for a folder; what was at `path` stands until the rename. A folder is renamed aside
-    first: where a kill came between both renames, the next call for the same path puts it back.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _tidy(path)
-    # Host and process are part of the name: two that write the same file must not take each other's.
-    aside, old = (path.with_name(f".{path.name}.{HOST}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
-    try:
-        with naming(path):
-            yield aside
-            if aside.is_dir() and os.path.lexists(path):
-                os.rename(path, old)
-            os.replace(aside, path)
-    finally:
-        _tidy(path)
-
-
-def _tidy(path: Path) -> None:
-    """Clears what this process, or one that is no longer alive, left beside `path`; puts an old folder back
-    where nothing has taken its place.
-    """
-    leftover = re.compile(re.escape(f".{path.name}.{HOST}.") + r"(\d+)\.(partial|old)")
-    for found in path.parent.iterdir():
-        match = leftover.fullmatch(found.name)
-        if match is None or _is_another_process(int(match[1])):
-            continue
-        if match[2] == "old" and not os.path.lexists(path):
-            os.rename(found, path)
-        else:
-            _remove(found)
-
-
-def _is_another_process(pid: int) -> bool:
-    """Whether a process other than this one has that id and lives."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return pid != os.getpid()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
-    """One line per row; the columns are the keys of all rows in order of first appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with replacing(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_json(path: str | Path) -> Any:
-    """The value of a JSON file; raises UserError where there is none that can be read."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
-
-
-def fingerprint(value: Any) -> str:
-    """Content hash of a JSON-like value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---- devices and seeds -------------------------------------------------------------------------------------
 
 
-def pick_device() -> torch.device:
-    """This process's GPU where there is one."""
+def pick_device(name: str = "auto") -> torch.device:
+    """A device by name; auto is this process's GPU where there is one. Raises UserError for one that is not
+    there.
+    """
+    if name != "auto":
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"device {name!r} cannot be used ({reason}); use auto, cpu or cuda:N") from None
+        return device
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda")

@@ -15,7 +15,7 @@ from preference_datasets import DATASETS, parse_name
 from trainers import pick_trainer
 from utils import UserError, nearest, pick
 
-SECTIONS = ("model", "loss", "judge", "divergence", "wandb", "sampling", "evaluation")
+SECTIONS = ("model", "loss", "judge", "divergence", "wandb", "sampling", "sampling.endpoint", "evaluation")
 OPEN = ("stage", "world", "pair", "hh_negatives", "hh_data", "experiment")  # a recipe's own: any keys inside
 OPEN_INSIDE = ("model.architecture.", "evaluation.tasks.", "evaluation.systems.")
 # Types of the keys whose default is null, and keys that may be set to null though their default is not.
@@ -37,6 +37,7 @@ NULL_DEFAULTS = {
     "sampling.generator": str,
     "sampling.tokenizer_path": str,
     "sampling.drafter": str,
+    "sampling.endpoint.model": str,
     "evaluation.dataset": str,
 }
 NULLABLE = {
@@ -74,6 +75,9 @@ INTERVALS = {
     "sampling.max_prompt_length": "[1, inf)",
     "sampling.batch_size": "[1, inf)",
     "sampling.limit": "[1, inf)",
+    "sampling.endpoint.concurrency": "[1, inf)",
+    "sampling.endpoint.retries": "[0, inf)",
+    "sampling.endpoint.timeout": "(0, inf)",
     "evaluation.bootstrap": "[1, inf)",
     "evaluation.verify_rows": "[0, inf)",
     "evaluation.examples": "[0, inf)",
@@ -86,6 +90,8 @@ CHOICES = {
     "model.fsdp_policy_mp": DTYPES,
     "model.reference_dtype": DTYPES,
     "sampling.dtype": DTYPES,
+    "sampling.backend": ("local", "endpoint"),
+    "sampling.endpoint.send": ("ids", "text"),
     "wandb.mode": ("offline", "online"),
 }
 FOLDER_NAMES = ("exp_name", "exp_prefix", "exp_flag", "model.name", "experiment_name")
@@ -204,6 +210,11 @@ def check_sampling(sampling: DictConfig) -> PARParams:
         raise UserError(
             f"sampling.max_prompt_length={sampling.max_prompt_length} leaves no room for an answer: "
             f"expected less than sampling.max_length={sampling.max_length}"
+        )
+    if sampling.backend == "endpoint" and not sampling.endpoint.urls:
+        raise UserError(
+            "sampling.backend=endpoint: give the servers, e.g. "
+            "sampling.endpoint.urls=[http://localhost:8000/v1]"
         )
     return par_params(sampling)
 

@@ -16,9 +16,10 @@ from transformers import DynamicCache
 
 import checkpoints
 import decoding
+from files import read_rows
 from par import PARParams
 from prompts import render
-from utils import pick_device, read_rows
+from utils import pick_device
 
 
 class Bench:

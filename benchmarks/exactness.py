@@ -20,10 +20,11 @@ import torch
 
 import checkpoints
 import decoding
+from files import read_rows
 from par import PARParams
 from prompts import render
 from tokenization import encode_prompts
-from utils import UserError, pick_device, read_rows, run_entry_point
+from utils import UserError, pick_device, run_entry_point
 
 DEMO = Path("_output/demo")
 

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import demo  # noqa: E402
 import recipes  # noqa: E402
 import train  # noqa: E402
-from utils import read_rows, setup_logging, write_json, write_jsonl  # noqa: E402
+from files import read_rows, write_json
+from utils import setup_logging, write_jsonl  # noqa: E402
 
 WORLD = {"entities": 60, "general_rows": 10, "aligned_rows": 10}
 WORLD |= {"general_styles": {"terse": 1.0}, "mixture_styles": {"terse": 1.0}}

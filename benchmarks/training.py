@@ -37,10 +37,11 @@ import logps
 import losses
 import packing
 import recipes
+from files import read_rows
 from preference_datasets import collate, get_batch_iterator, split_dialogue
 from tokenization import TokenizedDataset
 from trainers import BasicTrainer
-from utils import UserError, read_rows, run_entry_point
+from utils import UserError, run_entry_point
 
 PARTS = ("prompt", "target", "negative")
 # Mean and standard deviation of the logarithm of HH's lengths in tokens, by part.

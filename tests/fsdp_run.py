@@ -49,8 +49,7 @@ def main():
     except trainers.Preempted:
         assert stop
     processes.wait()
-    processes.stop()
 
 
 if __name__ == "__main__":
-    main()
+    processes.run(main)

@@ -13,7 +13,8 @@ import checkpoints
 import recipes
 import train
 import trainers
-from utils import UserError, write_json
+from files import write_json
+from utils import UserError
 
 TOKENIZER = byte_tokenizer()
 SIZES = {

@@ -22,7 +22,8 @@ import recipes
 import sampling
 import train
 import trainers
-from utils import UserError, write_json, write_jsonl
+from files import write_json, write_jsonl
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -117,18 +118,28 @@ def test_second_run_redoes_nothing(finished):
     assert snapshot(finished) == before
 
 
-def test_changed_settings_are_refused_not_reused(finished):
-    """A finished folder is neither reused nor overwritten when a setting, the data or the weights before it
-    changed.
-    """
-    before = snapshot(finished)
-    with pytest.raises(
-        UserError, match=r"stage general_proposal: .*other settings \(max_grad_norm: 1.0 -> 2.0\)"
-    ):
-        run(train, "experiment=demo", f"output_dir={finished}", *SMALL, "max_grad_norm=2.0")
+def test_what_a_change_reaches_is_made_anew(finished, tmp_path, caplog):
+    """A changed setting has its stage and all that read it made again; what was there is kept aside."""
+    folder = copy_of(finished, tmp_path)
+    small = ["experiment=demo", f"output_dir={folder}", *SMALL]
+    stages = "stages=[general_proposal,proposal,sample,aligner]"
+    before = snapshot(folder)
+    run(train, *small, stages, "stage.proposal.n_examples=320")
+    said = [message for message in caplog.messages if "made anew" in message]
+    assert len(said) == 3 and "(n_examples: 16 -> 320); kept as" in said[0]
+    assert "(proposal: " in said[1] and "(data: " in said[2]
+    assert any("general_proposal: done before" in message for message in caplog.messages)
+    # Every file of the first run is still there, under its own name or as the old one.
+    after = snapshot(folder)
+    for path, written in before.items():
+        parts = path.relative_to(folder).parts
+        old = [folder.joinpath(*parts[:i], parts[i] + ".old", *parts[i + 1 :]) for i in range(len(parts))]
+        assert written in [after.get(place) for place in (path, *old)], path
+    caplog.clear()
+    run(train, *small, stages, "stage.proposal.n_examples=320")
+    assert not [message for message in caplog.messages if "made anew" in message]
     with pytest.raises(UserError, match="holds a toy world of other settings"):
-        run(train, "experiment=demo", f"output_dir={finished}", *SMALL, "world.entities=9")
-    assert snapshot(finished) == before
+        run(train, *small, "world.entities=9")
 
 
 def copy_of(finished, tmp_path):
@@ -149,7 +160,10 @@ def test_evaluation_refuses_weights_of_other_settings(finished):
 def test_a_stage_alone_refuses_what_other_settings_made(finished, tmp_path):
     """stages=[...] checks what it reads: samples of another temperature, weights of another schedule."""
     small = ["experiment=demo", f"output_dir={copy_of(finished, tmp_path)}", *SMALL]
-    with pytest.raises(UserError, match="_sampling_toy-large.jsonl was made from other settings"):
+    with pytest.raises(
+        UserError,
+        match=r"_sampling_toy-large.jsonl was made from other inputs \(base_temperature: 1.0 -> 0.7\)",
+    ):
         run(train, *small, "stages=[aligner]", "stage.sample.sampling.base_temperature=0.7")
     with pytest.raises(UserError, match=r"stage 'proposal': .* other settings \(lr: 5e-05 -> 0.01\)"):
         run(
@@ -170,7 +184,7 @@ def test_judging_alone_refuses_answers_to_other_rows(finished, tmp_path):
     test = folder / "data" / "seed0" / "test" / "toy_test.json"
     rows = json.loads(test.read_text())
     write_json(test, [rows[0] | {"instruction": "What is the dish of Nobody?"}, *rows[1:]])
-    with pytest.raises(UserError, match="output.json was made from other settings, weights or rows"):
+    with pytest.raises(UserError, match=r"output.json was made from other inputs \(rows: "):
         run(pipeline, *small)
     write_json(test, rows)
     trace = next(folder.glob("toy/facts/*/*/output.trace.jsonl"))
@@ -217,7 +231,7 @@ def test_interrupted_anywhere_the_same_command_finishes_alike(finished, tmp_path
     """Ctrl-C in training, in sampling and in generation: started again, everything ends as if
     uninterrupted.
     """
-    update, add = trainers.BasicTrainer.update, sampling.PartFile.add
+    update, add = trainers.BasicTrainer.update, sampling.PartFiles.add
 
     def stop_at_fourth(original, wanted):
         calls = iter(range(1000))
@@ -235,8 +249,8 @@ def test_interrupted_anywhere_the_same_command_finishes_alike(finished, tmp_path
             "update",
             stop_at_fourth(update, lambda trainer: "sft_toy_" in trainer.run_dir.name),
         ),
-        (sampling.PartFile, "add", stop_at_fourth(add, lambda part: "sampling" in part.path.name)),
-        (sampling.PartFile, "add", stop_at_fourth(add, lambda part: "output.json" in part.path.name)),
+        (sampling.PartFiles, "add", stop_at_fourth(add, lambda part: "sampling" in part.path.name)),
+        (sampling.PartFiles, "add", stop_at_fourth(add, lambda part: "output.json" in part.path.name)),
     ]
     for owner, name, call in stops:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

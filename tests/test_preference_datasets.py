@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 import preference_datasets
 import prompts
 import tokenization
+from files import BadRows, read_rows
 from preference_datasets import DATASETS, collate, get_batch_iterator, get_dataset, load_tokenized, parse_name
 from tokenization import Example, encode, encode_prompts, tokenize
-from utils import BadRows, UserError, read_rows
+from utils import UserError
 
 TOKENIZER = byte_tokenizer()
 HEADER = "\n\nAssistant: "

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
+import files
 import pipeline
 import prepare_data
 import recipes
 import utils
+from files import read_rows
 from preference_datasets import get_dataset
-from utils import UserError, read_rows
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"
@@ -176,7 +178,7 @@ def test_every_line_says_path_rows_checksum_and_what_was_skipped(prepare, put, d
     rows += [{"messages": TURNS[::-1]}, {"text": "x"}, {}, {**PAIR, "output": "\ud83d"}]
     prepare("uc", "--from", put("x.jsonl", rows))
     assert len(logged) == 1
-    digest = utils.file_sha256(data_dir / UC_FILE)[:16]
+    digest = files.file_sha256(data_dir / UC_FILE)[:16]
     assert logged[0].startswith(f"{data_dir / UC_FILE}: 1 rows, sha256 {digest}, ")
     assert "skipped 7 of 8: 3 no question or no answer; 1 does not begin with a user's turn" in logged[0]
     for reason in (
@@ -319,11 +321,11 @@ def test_everything_from_the_hub(prepare, hub, data_dir, logged):
     assert "tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json" in hub
     assert not [name for name in hub if "red-team" in name]
 
-    before, asked = {path: utils.file_sha256(path) for path in data_dir.rglob("*.json*")}, len(hub)
+    before, asked = {path: files.file_sha256(path) for path in data_dir.rglob("*.json*")}, len(hub)
     prepare()
     assert len(hub) == asked and "kept" in logged[-1]  # nothing is fetched for files that are there
     prepare("summ", "hh", "--overwrite")
-    assert {path: utils.file_sha256(path) for path in data_dir.rglob("*.json*")} == before
+    assert {path: files.file_sha256(path) for path in data_dir.rglob("*.json*")} == before
 
 
 def test_the_hub_s_formats_are_read_by_the_real_library(prepare, put, monkeypatch, data_dir):
@@ -359,7 +361,7 @@ def test_no_hub_gives_one_line_with_the_file_and_the_command(prepare, monkeypatc
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    for name, files in {
+    for name, wanted in {
         "uc": "train_[01].jsonl",
         "summ": "data/train-*.parquet data/test-*.parquet",
         "hh": "helpful-base/train.jsonl.gz helpful-online/train.jsonl.gz",
@@ -367,7 +369,7 @@ def test_no_hub_gives_one_line_with_the_file_and_the_command(prepare, monkeypatc
     }.items():
         with pytest.raises(UserError, match="ConnectionError") as error:
             prepare(name)
-        assert f"python prepare_data.py {name} --from {files}" in str(error.value)
+        assert f"python prepare_data.py {name} --from {wanted}" in str(error.value)
         assert prepare_data.SOURCES[name][0] in str(error.value) and "\n" not in str(error.value)
     assert not data_dir.exists()
 

@@ -13,9 +13,9 @@ import checkpoints
 import logps
 import pipeline
 import train
+from files import write_json, write_jsonl
 from preference_datasets import split_dialogue
 from tokenization import Example, tokenize
-from utils import write_json, write_jsonl
 
 pytestmark = needs_shared
 STORIES = SHARED / "models" / "tinystories-260k"

@@ -13,13 +13,15 @@ from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
 import checkpoints
 import decoding
+import marked_files
 import recipes
 import sampling
 import validation
+from files import write_json
 from par import PARParams
 from prompts import render
 from tokenization import encode_prompts
-from utils import UserError, write_json
+from utils import UserError
 
 TOKENIZER = byte_tokenizer()
 ROWS = [
@@ -123,6 +125,10 @@ def part_file(stage):
     return stage.output.with_name(stage.output.name + ".part")
 
 
+def old(path):
+    return path.with_name(path.name + ".old")
+
+
 def texts(data):
     return [row["sampling"] for row in json.loads(data)]
 
@@ -135,7 +141,7 @@ def test_rows_keep_order_and_fields(resolve, folders, decoded):
     assert sorted(decoded[0].order) == list(range(10)) != decoded[0].order  # by length, not as in the file
     ids, cut = encode_prompts(TOKENIZER, [render(row["instruction"]) for row in ROWS], LONGEST_PROMPT)
     assert 0 < cut < len(ROWS)
-    models = sampling.Pair(folders["large"], None, "float32").load()
+    models = sampling.sample_job(stage)[0].load()[:2]
     settings = {"max_new_tokens": NEW_TOKENS, "seed": 4, "stop": ["\n\nHuman"]}
     expected = decoding.generate(*models, TOKENIZER, ids, PARParams(base_temperature=1.0), **settings)
     assert rows == [row | {"sampling": g.text} for row, g in zip(ROWS, expected, strict=True)]
@@ -208,15 +214,14 @@ CHANGES = {  # what else a file is made from: (resolve, folders) -> the stage th
 
 
 @pytest.mark.parametrize("change", [change for change in CHANGES if change != "records"])
-def test_part_file_of_other_inputs_is_refused(resolve, decoded, folders, change):
-    """A run begun with other settings, weights or prompts is not continued unless it is overwritten."""
+def test_part_file_of_other_inputs_is_set_aside(resolve, decoded, folders, change, caplog):
+    """A run begun with other settings, weights or prompts is not continued; its answers are kept."""
     interrupt(resolve(), decoded, after=4)
     before = part_file(resolve()).read_bytes()
     changed = CHANGES[change](resolve, folders)
-    with pytest.raises(UserError, match="other settings, weights or prompts.*overwrite=true"):
-        sample(changed)
-    assert part_file(changed).read_bytes() == before
-    anew = sample(changed, overwrite=True)
+    anew = sample(changed)
+    assert "begun with other settings, weights or prompts; kept as" in caplog.text
+    assert old(part_file(changed)).read_bytes() == before
     assert decoded.counts == [10, 10]
     changed.output.unlink()
     assert sample(changed) == anew
@@ -255,13 +260,16 @@ def test_damaged_finished_file_is_refused(resolve, decoded, damage):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_finished_file_of_other_inputs_is_refused(resolve, folders, change):
-    """A finished file made from other settings, weights or rows is neither used nor replaced."""
+def test_finished_file_of_other_inputs_is_set_aside(resolve, decoded, folders, change, caplog):
+    """A finished file made from other settings, weights or rows is not used but kept beside the new one."""
     data = sample(resolve())
     changed = CHANGES[change](resolve, folders)
-    with pytest.raises(UserError, match="other settings, weights or rows.*overwrite=true"):
-        sample(changed)
-    assert changed.output.read_bytes() == data
+    anew = sample(changed)
+    assert "made from other inputs (" in caplog.text and decoded.counts == [10, 10]
+    assert old(changed.output).read_bytes() == data
+    for path in (marked_files.marker(changed.output), sampling.trace_path(changed.output)):
+        assert path.is_file() and old(path).is_file()
+    assert sample(changed) == anew and decoded.counts == [10, 10]
 
 
 def test_weights_are_told_apart_by_content(tmp_path):
@@ -297,15 +305,13 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_are_part_of_what_a_file_is(resolve, decoded, setting):
-    """A finished and an unfinished file made with another value of any setting are both refused."""
+    """Neither a finished nor an unfinished file made with another value of any setting is gone on with."""
     stage, other = resolve("sampling.limit=2"), resolve("sampling.limit=2", *SETTINGS[setting].split())
-    sample(stage)
-    with pytest.raises(UserError, match="made from other settings.*overwrite=true"):
-        sample(other)
-    stage.output.unlink()
     interrupt(stage, decoded, after=1)
-    with pytest.raises(UserError, match="begun with other settings.*overwrite=true"):
-        sample(other)
+    anew = sample(other)
+    assert old(part_file(stage)).is_file() and decoded.counts == [2, 2]
+    sample(stage)
+    assert old(stage.output).read_bytes() == anew and decoded.counts == [2, 2, 2]
 
 
 def test_settings_reach_the_sampler(resolve, decoded):
@@ -387,9 +393,11 @@ def test_pair_answers_are_traced(resolve, folders, tmp_path):
     job = sampling.Job(
         *("pair", pair, params, settings, records, prompts, [0, 10, 20]), 0, add_bos=False, key="x", extra={}
     )
-    answers = sampling.answer_all(job, sampling.PartFile(tmp_path / "x.part", job.identity, overwrite=False))
+    parts = sampling.PartFiles(tmp_path / "x", job.identity, overwrite=False)
+    sampling.answer_all(job, parts)
+    answers = parts.everything(len(prompts))
     expected = decoding.generate(
-        *pair.load(), TOKENIZER, prompts, params, max_new_tokens=NEW_TOKENS, row_ids=[0, 10, 20]
+        *job.load()[:2], TOKENIZER, prompts, params, max_new_tokens=NEW_TOKENS, row_ids=[0, 10, 20]
     )
     for answer, generation in zip(answers, expected, strict=True):
         assert (answer["text"], answer["finish_reason"]) == (generation.text, generation.finish_reason)

@@ -1,0 +1,203 @@
+"""The launcher: exit codes, dead processes, and whole stages by two processes, typed as a user types them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import byte_tokenizer, save_model_folder, tiny_model
+
+import processes
+from files import fingerprint, only_run, write_json
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(*command, cwd=ROOT, **environment):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NPROC": "2", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(ROOT / "launch.py"), *command], cwd=cwd, env=env, **pipes)
+
+
+def script(folder, text):
+    """A script whose two processes have found each other before `text` runs."""
+    path = folder / "script.py"
+    start = "import os, sys, time\nimport processes, utils\nprocesses.start()\nrank = processes.rank()\n"
+    path.write_text(f"{start}def main():\n    {text}\n    processes.wait()\nprocesses.run(main)\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "text, code, said",
+    [
+        ("pass", 0, ""),
+        ("raise utils.UserError('no such thing')", 2, "error: no such thing\n"),
+        ("rank and sys.exit(3)", 3, ""),
+        ("rank and os.kill(os.getpid(), 9)", 137, "process 1 was ended by SIGKILL"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_exit_code_and_words_are_the_first_process_to_end(text, code, said, tmp_path):
+    """What failed says why, once, and the others are not waited for."""
+    start = time.monotonic()
+    running = launch(script(tmp_path, text), cwd=tmp_path)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == code, errors
+    assert said in errors and "ChildFailedError" not in errors and "torchrun" not in errors
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_reach_every_process(number, code, tmp_path):
+    text = "print('ready\\n', end='', flush=True); [time.sleep(0.05) for _ in range(1200)]"
+    running = launch(script(tmp_path, text), cwd=tmp_path)
+    said = ""
+    while said.count("ready\n") < 2:
+        said += running.stdout.readline()
+        assert running.poll() is None
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert "stopped: what is finished stands" in errors and "Traceback" not in errors
+
+
+def test_processes_end_with_their_launcher(tmp_path):
+    """kill -9 of the launcher leaves nobody behind."""
+    running = launch(
+        script(
+            tmp_path,
+            "print(f'pid {os.getpid()}\\n', end='', flush=True); [time.sleep(0.05) for _ in range(1200)]",
+        ),
+        cwd=tmp_path,
+    )
+    said = ""
+    while len(found := [int(pid) for pid in re.findall(r"pid (\d+)\n", said)]) < 2:
+        said += running.stdout.readline()
+        assert running.poll() is None
+    running.kill()
+    running.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in found):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "command, environment, message",
+    [
+        ((), {}, "expected a script"),
+        (("nothing.py",), {}, "expected a script"),
+        (("train.py",), {"NPROC": "two"}, "NPROC=two: expected a number of at least 1"),
+        (("train.py",), {"NNODES": "2"}, "no RDZV_ENDPOINT"),
+    ],
+)
+def test_what_cannot_be_launched(command, environment, message):
+    running = launch(*command, **environment)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 2 and message in errors and "Traceback" not in errors
+
+
+def test_one_process_needs_no_launcher(tmp_path):
+    """NPROC=1 runs the script itself."""
+    path = tmp_path / "script.py"
+    path.write_text("import os, sys; print('RANK' in os.environ, sys.argv[1:])")
+    running = launch(str(path), "a=1", NPROC="1")
+    assert running.communicate(timeout=60)[0] == "False ['a=1']\n"
+
+
+def test_two_machines(tmp_path):
+    """The same command twice with NNODES=2, as two machines run it, makes one group of four."""
+    text = "print(f'here {rank} {processes.count()}\\n', end='', flush=True)"
+    path, port = script(tmp_path, text), processes_port()
+    two = [
+        launch(path, cwd=tmp_path, NNODES="2", RDZV_ENDPOINT=f"127.0.0.1:{port}", RDZV_ID="test")
+        for _ in range(2)
+    ]
+    said = "".join(running.communicate(timeout=120)[0] for running in two)
+    assert sorted(re.findall(r"here (\d) 4", said)) == ["0", "1", "2", "3"]
+
+
+def processes_port():
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_two_processes_share_a_file(tmp_path):
+    """Sampling by two processes leaves the file of one; stopped after some rows, another number goes on."""
+    tokenizer = byte_tokenizer()
+    save_model_folder(tmp_path / "model", tiny_model(len(tokenizer), 1, layers=2), tokenizer)
+    rows = [{"instruction": f"row {i} " + "x" * (7 * i % 30), "output": "y"} for i in range(24)]
+    write_json(tmp_path / "train" / "ultrachat_round_one.json", rows)
+    given = [
+        f"+stage.sample={{kind: sample, proposal: {tmp_path / 'model'}, dataset: uc}}",
+        "sampling.max_prompt_length=80",
+        "sampling.max_length=110",
+        "sampling.batch_size=2",
+        "sampling.base_temperature=1.0",
+        "sampling.dtype=float32",
+    ]
+    output = {}
+    for count in ("1", "2"):
+        data = tmp_path / count
+        (data / "train").mkdir(parents=True)
+        (data / "train" / "ultrachat_round_one.json").write_bytes(
+            (tmp_path / "train" / "ultrachat_round_one.json").read_bytes()
+        )
+        running = launch("train.py", f"data_dir={data}", *given, NPROC=count)
+        said, errors = running.communicate(timeout=200)
+        assert running.returncode == 0, said + errors
+        output[count] = data / "train" / "ultrachat_round_one_sampling_model.json"
+    assert output["1"].read_bytes() == output["2"].read_bytes()
+
+    # As a run of two that was killed leaves it: each process's part holds some of its rows.
+    trace = output["1"].with_suffix(".trace.jsonl").read_text()
+    traces = [json.loads(line) for line in trace.splitlines()]
+    meta = output["1"].with_name(output["1"].name + ".meta.json")
+    identity = fingerprint(json.loads(meta.read_text())["made_from"])
+    output["1"].unlink()
+    for rank in (0, 1):
+        part = output["1"].with_name(output["1"].name + ".part" + ("-1" if rank else ""))
+        mine = [json.dumps(row) for row in traces if row["index"] % 2 == rank][: 5 + rank]
+        part.write_text("\n".join([json.dumps({"identity": identity}), *mine]) + "\n" + '{"index": 9, "te')
+    running = launch("train.py", f"data_dir={tmp_path / '1'}", *given, NPROC="1")
+    said, _ = running.communicate(timeout=200)
+    assert "going on after 11 of 24 answers" in said and "13 answers" in said
+    assert output["1"].read_bytes() == output["2"].read_bytes()
+    assert not list(output["1"].parent.glob("*.part*"))
+
+
+def test_a_second_run_is_kept_out(tmp_path):
+    """Whoever writes a file or folder has it alone, and leaves no lock that could go stale."""
+    with only_run(tmp_path / "run"):
+        with pytest.raises(UserError, match="another run is writing it"), only_run(tmp_path / "run"):
+            pass
+        with only_run(tmp_path / "other"):
+            pass
+    with only_run(tmp_path / "run"):
+        pass
+
+
+def test_a_signal_that_comes_twice_is_one(monkeypatch):
+    """torchrun and a scheduler both pass SIGTERM on; only Ctrl-C again, later, means that somebody
+    insists.
+    """
+    monkeypatch.setattr(processes, "PATIENCE", 0.05)
+    with processes.stop_signals() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked[0] == signal.SIGTERM and len(asked) == 4
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
