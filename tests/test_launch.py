@@ -175,6 +175,45 @@ def test_two_processes_share_a_file(tmp_path):
     assert not list(output["1"].parent.glob("*.part*"))
 
 
+def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path):
+    """SIGTERM, sent to the launcher and, as a scheduler does, to its processes too: a state within 30 s, exit
+    code 75, and the next start, by another number of processes, continues there.
+    """
+    given = [
+        *("experiment=demo", f"output_dir={tmp_path}", "stages=[world,general_proposal]"),
+        *(
+            "world.entities=20",
+            "world.general_rows=2000",
+            "world.aligned_rows=12",
+            "trainer=FSDPTrainer",
+            "eval_every=100000",
+        ),
+        "stage.general_proposal.n_examples=3200",
+    ]
+    running = launch("train.py", *given)
+    while "train " not in (line := running.stdout.readline()):
+        assert line, running.stderr.read()
+    start = time.monotonic()
+    for pid in (running.pid, *children(running.pid)):
+        os.kill(pid, signal.SIGTERM)
+    said, errors = running.communicate(timeout=60)
+    assert running.returncode == 75 and time.monotonic() - start < 30, errors
+    assert "to go on from" in said and "Traceback" not in errors
+    (state,) = tmp_path.glob("model/*/states/[0-9]*/state.json")
+    examples = json.loads(state.read_text())["examples"]
+    assert 0 < examples < 3200
+    running = launch("train.py", *given, NPROC="1")
+    said, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors
+    assert f"going on after {examples:,} of 3,200 examples" in said
+    assert not list(tmp_path.glob("model/*/states"))
+
+
+def children(pid):
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in found.split()]
+
+
 def test_a_second_run_is_kept_out(tmp_path):
     """Whoever writes a file or folder has it alone, and leaves no lock that could go stale."""
     with only_run(tmp_path / "run"):
