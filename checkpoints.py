@@ -140,12 +140,15 @@ def export_model(
     """Writes a transformers folder aside and renames it over `folder`; a cut run leaves the old one whole.
 
     dtype: float32 keeps every step of a small learning rate; bfloat16 undoes most of what LR 2e-7 changed.
-    state: the weights by name, where the model does not hold them whole.
+    state: the weights by name, where the model does not hold them whole; changed here.
     """
     target = pick_dtype(dtype, torch.device("cpu"))
     once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # of tied weights one
     state = model.state_dict() if state is None else state
-    state = {name: tensor.to(target) for name, tensor in state.items() if name in once}
+    for name in list(state):  # one after the other: there is never a second copy of all
+        value = state.pop(name)
+        if name in once:
+            state[name] = value.to(target)
     with replacing(folder) as aside:
         model.save_pretrained(aside, state_dict=state)
         config = read_json(aside / "config.json")
@@ -284,6 +287,14 @@ def saved_steps(run_dir: Path) -> list[Path]:
     """The run's step-N folders in order of N."""
     found = [path for path in Path(run_dir).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def prune_steps(run_dir: Path, keep: int, best: str | None) -> None:
+    """Removes all step-N folders but the newest `keep` and the one named `best`."""
+    steps = saved_steps(run_dir)
+    for folder in steps[: max(len(steps) - keep, 0)]:
+        if folder.name != best:
+            shutil.rmtree(folder)
 
 
 def clear_run(run_dir: Path) -> None:

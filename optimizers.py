@@ -32,3 +32,14 @@ def lr_factor(update: int, warmup: int, total: int, schedule: str) -> float:
         return 1.0
     done = (update - warmup) / max(1, total - warmup)
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def run_length(settings, size: int) -> tuple[int, int, int]:
+    """Examples, updates and warm-up updates of a run over `size` training examples; each epoch ends with the
+    batch that is left of it.
+    """
+    examples = int(settings.n_examples if settings.n_examples is not None else size * settings.n_epochs)
+    epochs, rest = divmod(examples, size)
+    updates = epochs * math.ceil(size / settings.batch_size) + math.ceil(rest / settings.batch_size)
+    warmup = settings.warmup_steps
+    return examples, updates, round(warmup * updates) if 0 < warmup < 1 else int(warmup)

@@ -104,12 +104,17 @@ def wait() -> None:
         dist.all_gather_object([None] * count(), None)
 
 
-def everyones(value) -> list:
-    """The values of all processes, in order of rank."""
+def second_group():
+    """Another group of the same processes, on their CPUs, for a thread; None where there is one process."""
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if count() > 1 else None
+
+
+def everyones(value, group=None) -> list:
+    """The values of all processes, in order of rank. group: `second_group`'s, from a thread."""
     found = [value]
     if count() > 1:
         found = [None] * count()
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=group)
     return found
 
 

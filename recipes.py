@@ -51,6 +51,7 @@ NOT_IDENTITY = set(
         "cpu_offload",
         "resume",
         "keep_states",
+        "keep_steps",
         "do_first_eval",
         "eval_every",
         "save_every",

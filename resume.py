@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import processes
@@ -24,25 +26,65 @@ from utils import UserError, log
 STATES, MARK = "states", "state.json"
 
 
-def save(run_dir: Path, model, optimizer, facts: dict[str, Any], keep: int) -> Path:
-    """Writes a state named after facts["updates"] and removes all but the newest `keep`.
+class Saver:
+    """Saves states while training goes on: copied to the host's memory at once, written by a thread, one at a
+    time.
 
-    facts: the counters, and `origin`, what the run is made from. All processes call it together.
+    All processes use theirs together. keep: so many of the newest stay. What goes wrong in the thread is
+    raised by the next call.
     """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.run_dir, self.keep = run_dir, keep
+        self.group = processes.second_group()  # the thread's own: its messages must not meet training's
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def save(self, model, optimizer, facts: dict[str, Any]) -> None:
+        """Begins to write a state named after facts["updates"].
+
+        facts: the counters, and `origin`, what the run is made from.
+        """
+        self.wait()
+        weights, moments = get_state_dict(model, optimizer)
+        copies = DefaultStager(StagingOptions(False, False, False, False))
+        state = copies.stage({"model": weights, "optimizer": moments})
+        self.thread = threading.Thread(target=self._write, args=(state, facts), daemon=True)
+        self.thread.start()
+
+    def check(self) -> None:
+        """Raises what went wrong since the last call."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def wait(self) -> None:
+        """Until the state is written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def _write(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
+        try:
+            write_state(self.run_dir, state, facts, self.keep, self.group)
+        except BaseException as error:
+            self.error = error
+
+
+def write_state(run_dir: Path, state: dict[str, Any], facts: dict[str, Any], keep: int, group) -> None:
     folder = run_dir / STATES / f"{facts['updates']:09d}"
     aside = folder.with_suffix(".aside")
     if processes.is_first():
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    processes.wait()
-    weights, moments = get_state_dict(model, optimizer)
-    alone = processes.count() == 1
+    processes.everyones(None, group)
     with quiet_errors(folder):
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=alone)
+        dcp.save(state, checkpoint_id=aside, process_group=group, no_dist=processes.count() == 1)
     mine = sorted(path for path in aside.iterdir() if path.name.startswith(f"__{processes.rank()}_"))
     if processes.is_first():
         mine.append(aside / ".metadata")
-    hashes = processes.everyones({path.name: file_sha256(path) for path in mine})
+    hashes = processes.everyones({path.name: file_sha256(path) for path in mine}, group)
     if processes.is_first():
         files = {name: value for part in hashes for name, value in part.items()}
         write_json(aside / MARK, facts | {"files": files})
@@ -51,8 +93,8 @@ def save(run_dir: Path, model, optimizer, facts: dict[str, Any], keep: int) -> P
         os.replace(aside, folder)
         for old in found(run_dir)[:-keep]:
             shutil.rmtree(old)
-    processes.wait()
-    return folder
+    processes.everyones(None, group)
+    log.info(f"saved    {folder}, to go on from")
 
 
 @contextlib.contextmanager

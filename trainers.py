@@ -6,6 +6,7 @@ narrower type. What is drawn hangs on (seed, position), so a run that stopped go
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import shutil
@@ -24,7 +25,7 @@ import resume
 import sharding
 from losses import LOSSES
 from metrics_log import MetricsLog, show_samples
-from optimizers import lr_factor, pick_optimizer
+from optimizers import lr_factor, pick_optimizer, run_length
 from preference_datasets import get_batch_iterator
 from tokenization import TokenizedDataset
 from utils import Preempted, UserError, log, pick, pick_device, pick_dtype, progress
@@ -63,6 +64,9 @@ class BasicTrainer:
         self.answers = ("target", "negative") if self.loss.needs_negative else ("target",)
         self.pad_id = checkpoints.pad_id(tokenizer)
         self.device, self.origin = pick_device(), origin or {}
+        self.writes = (
+            processes.is_first() and not settings.debug
+        )  # whether it changes what lies in the folder
         if processes.count() > 1 and not self.many:
             raise UserError(
                 f"trainer={type(self).__name__} runs on one process, {processes.count()} were started; use "
@@ -78,19 +82,20 @@ class BasicTrainer:
         if settings.compile:
             self.model.base_model.compile(dynamic=True)
 
-        n = settings.n_examples if settings.n_examples is not None else len(train_data) * settings.n_epochs
-        self.total_examples = int(n)
-        epochs, rest = divmod(self.total_examples, len(train_data))
-        self.total_updates = epochs * math.ceil(len(train_data) / settings.batch_size)
-        self.total_updates += math.ceil(rest / settings.batch_size)
+        self.total_examples, self.total_updates, self.warmup = run_length(settings, len(train_data))
         self.optimizer = pick_optimizer(settings.optimizer)(self.model.parameters(), lr=settings.lr)
-        warmup = settings.warmup_steps
-        self.warmup = round(warmup * self.total_updates) if 0 < warmup < 1 else int(warmup)
         limit = settings.n_eval_examples
         self.n_heldout = len(eval_data) if limit is None else min(limit, len(eval_data))
         self.updates = self.examples = self.tokens = 0
         self.next_eval, self.next_save = settings.eval_every, settings.save_every
+        self.heldout: tuple[int, float] = (-1, math.nan)  # examples and loss of the last evaluation
+        self.best: list | None = None  # the same of the step-N with the lowest loss
         self.remembered: int | None = None  # the update after which a state was saved last
+
+    @functools.cached_property
+    def saver(self) -> resume.Saver:
+        """Made when all processes first need it: they make its group together."""
+        return resume.Saver(self.run_dir, self.settings.keep_states)
 
     # ---- forward -------------------------------------------------------------------------------------------
 
@@ -234,9 +239,7 @@ class BasicTrainer:
             return
         now = f"step-{self.examples}"
         if not (self.finite() and math.isfinite(self.heldout_averages().get("loss", 0.0))):
-            if (
-                not self.settings.debug and processes.is_first()
-            ):  # the last update, not this batch, is to blame
+            if self.writes:  # the last update, not this batch, is to blame
                 shutil.rmtree(self.run_dir / now, ignore_errors=True)
         elif self.examples:
             self.save(now)
@@ -292,12 +295,16 @@ class BasicTrainer:
                     metrics.write("train", self.counters() | row)
                     bar.update(len(rows))
                     self.after_update(metrics)
+                    self.saver.check()
                     if processes.any_of(asked):
                         self.remember()
+                        self.saver.wait()
                         raise Preempted(asked[0] if asked else None)
             final = self.evaluate(metrics)
+            self.saver.wait()
             self.save(checkpoints.LATEST)
         except Diverged:
+            self.saver.wait()
             if not settings.debug:
                 resume.clear(self.run_dir)  # it would only diverge again
             raise
@@ -305,7 +312,8 @@ class BasicTrainer:
             if bar is not None:
                 bar.close()
             metrics.close()
-        return self.counters() | final
+        best = {"best_step": self.best[0], "best_loss": self.best[1]} if self.best else {}
+        return self.counters() | final | best
 
     def after_update(self, metrics: MetricsLog) -> None:
         """Evaluates and saves where it is time to; the end of training does both anyway."""
@@ -317,9 +325,19 @@ class BasicTrainer:
         if self.next_save and self.examples >= self.next_save:
             self.next_save = (self.examples // self.settings.save_every + 1) * self.settings.save_every
             self.save(f"step-{self.examples}")
+            self.prune()
             self.remember()
 
-    COUNTERS = ("updates", "examples", "tokens", "next_eval", "next_save")
+    def prune(self) -> None:
+        """Keeps the newest weights, and those with the lowest held-out loss so far."""
+        examples, loss = self.heldout
+        if examples == self.examples and (self.best is None or loss < self.best[1]):
+            self.best = [examples, loss]
+        if self.settings.keep_steps is not None and self.writes:
+            best = self.best and f"step-{self.best[0]}"
+            checkpoints.prune_steps(self.run_dir, self.settings.keep_steps, best)
+
+    COUNTERS = ("updates", "examples", "tokens", "next_eval", "next_save", "best")
 
     def remember(self) -> None:
         """Saves what the run can go on from."""
@@ -327,8 +345,7 @@ class BasicTrainer:
             return
         self.remembered = self.updates
         facts = {key: getattr(self, key) for key in self.COUNTERS} | {"origin": self.origin}
-        folder = resume.save(self.run_dir, self.model, self.optimizer, facts, self.settings.keep_states)
-        log.info(f"saved    {folder}, to go on from")
+        self.saver.save(self.model, self.optimizer, facts)
 
     def recall(self, state: dict) -> None:
         """Goes back to where a state was saved."""
@@ -351,6 +368,7 @@ class BasicTrainer:
         metrics.write("heldout", self.counters() | row)
         if not math.isfinite(row["loss"]):
             raise self.diverged(f"held-out loss {row['loss']}", "lower lr, or look for a broken held-out row")
+        self.heldout = (self.examples, row["loss"])
         if self.settings.sample_during_eval:
             n = min(self.n_heldout, self.settings.n_eval_model_samples)
             show_samples(self.model, self.tokenizer, self.eval_data, n, self.settings)
@@ -402,9 +420,7 @@ class FSDPTrainer(BasicTrainer):
     def place(self) -> None:
         settings = self.settings
         if settings.sample_during_eval:
-            raise UserError(
-                "sample_during_eval=true: FSDPTrainer has no whole model to decode with; use false"
-            )
+            raise UserError("sample_during_eval=true: FSDPTrainer holds no whole model to decode with")
         processes.start(alone=True)
         forward, dtype = self.pick_forward(), self.compute_dtype
         for model in filter(None, (self.model, self.reference)):

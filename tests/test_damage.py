@@ -139,6 +139,7 @@ def remember():
     if run.updates == 4:  # from here on no file may grow beyond 20 kB
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     save()
+    run.saver.wait()  # or a file of the next update may fail first
 run.remember = remember
 utils.run_entry_point(run.train)
 """

@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -134,6 +136,42 @@ def test_a_stopped_run_ends_as_if_it_had_not(number, optimizer, tmp_path):
     assert [line.split(",")[:8] for line in log[0].splitlines()] == [
         line.split(",")[:8] for line in log[1].splitlines()
     ]
+
+
+def test_a_state_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+    """Training goes on while a state is written, and what it changes meanwhile is not in it; a second state
+    waits for the first.
+    """
+    begin, order = threading.Event(), []
+    write = resume.write_state
+    monkeypatch.setattr(
+        resume, "write_state", lambda *args: (begin.wait(30), order.append(args), write(*args))
+    )
+    run = trainer(tmp_path, *FLAT, "optimizer=AdamW")
+    run.update(np.arange(8))
+    before = {name: weight.clone() for name, weight in weights(run).items()}
+    run.remember()
+    run.update(np.arange(8))
+    assert not order and resume.found(tmp_path) == []
+    assert not all(torch.equal(weights(run)[name], weight) for name, weight in before.items())
+    threading.Timer(0.2, begin.set).start()
+    run.remember()
+    run.saver.wait()
+    assert [path.name for path in resume.found(tmp_path)] == ["000000001", "000000002"]
+    other = trainer(tmp_path, *FLAT, "optimizer=AdamW")
+    other.update(np.arange(3))  # its moments are there to be filled
+    resume.load(resume.found(tmp_path)[0], other.model, other.optimizer)
+    for name, weight in before.items():
+        assert torch.equal(weights(other)[name], weight), name
+
+
+def test_what_fails_while_a_state_is_written_is_raised(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device", "states")
+
+    monkeypatch.setattr(resume, "write_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer(tmp_path, *FLAT).train()
 
 
 def test_only_whole_states_of_the_same_run_count(tmp_path):

@@ -16,6 +16,7 @@ import checkpoints
 import metrics_log
 import optimizers
 import recipes
+import resume
 from preference_datasets import collate
 from tokenization import Example, tokenize
 from trainers import BasicTrainer, Diverged
@@ -403,3 +404,25 @@ def test_wandb_logs_offline_when_asked(tmp_path):
     run = trainer(tmp_path, "wandb.enabled=true", "save_every=null")
     run.train()
     assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 1
+
+
+def test_the_newest_weights_and_the_best_are_kept(tmp_path, monkeypatch):
+    """keep_steps leaves so many of the newest, and the ones with the lowest held-out loss, also after a
+    stop.
+    """
+    losses = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
+    run = trainer(
+        tmp_path,
+        "batch_size=4",
+        "eval_every=4",
+        "save_every=4",
+        "n_examples=24",
+        "keep_steps=1",
+        "do_first_eval=true",
+    )
+    monkeypatch.setattr(BasicTrainer, "heldout_averages", lambda self: {"loss": next(losses)})
+    metrics = run.train()
+    assert [path.name for path in checkpoints.saved_steps(tmp_path)] == ["step-8", "step-20"]
+    assert (metrics["best_step"], metrics["best_loss"]) == (8, 3.0)
+    state = resume.newest(tmp_path, {})
+    assert state["best"] == [8, 3.0]
