@@ -29,6 +29,11 @@ BAD_ROWS = "bad_rows.jsonl"
 RECORD = {"settings": dict, "inputs": dict, "weights": str, "metrics": dict, "seconds": int | float}
 
 
+# Whether code that lies in a model's folder may run; the entry points set it from the configuration. Said to
+# transformers even where it is not allowed, or it would ask on the terminal.
+remote_code = {"trust_remote_code": False}
+
+
 def find_model(path: str | None, hub_id: str | None = None, quiet: bool = False) -> str:
     """The folder to load from, or the hub id where the folder is absent (a line says so).
 
@@ -58,8 +63,9 @@ def load_tokenizer(source: str):
 
     quiet_transformers()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **remote_code)
     except Exception as error:  # a damaged file makes it raise a dozen unrelated types
+        _check_trust(source, error)
         raise UserError(f"no tokenizer in {source} ({_first_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -91,8 +97,10 @@ def load_model(source: str, dtype: str = "auto", device: torch.device | str = "c
             attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
+            **remote_code,
         )
     except Exception as error:  # a damaged file makes it raise a dozen unrelated types
+        _check_trust(source, error)
         hint = "; is a file of it cut short, or of another model?" if Path(source).is_dir() else ""
         raise UserError(f"cannot load a model from {source} ({_first_line(error)}){hint}") from None
     if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
@@ -309,6 +317,13 @@ def clear_run(run_dir: Path) -> None:
             folder.unlink()
         elif folder.is_dir():
             shutil.rmtree(folder)
+
+
+def _check_trust(source: str, error: Exception) -> None:
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            f"{source} needs code that lies in its folder to run: read it, then set trust_remote_code=true"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

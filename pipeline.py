@@ -308,6 +308,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
     """Evaluates every task of a recipe, then rebuilds the leaderboard of everything evaluated so far."""
     if not config.evaluation.systems:
         raise UserError("evaluation.systems is empty: give experiment=NAME (config/experiment/*.yaml)")
+    checkpoints.remote_code["trust_remote_code"] = config.trust_remote_code
     stages, tasks = recipes.resolve(overrides), list(config.evaluation.tasks)
     if not tasks:
         raise UserError("evaluation.tasks is empty: name at least one, e.g. evaluation.tasks.helpful={}")

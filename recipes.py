@@ -52,6 +52,7 @@ NOT_IDENTITY = set(
         "resume",
         "keep_states",
         "keep_steps",
+        "trust_remote_code",
         "do_first_eval",
         "eval_every",
         "save_every",

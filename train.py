@@ -204,6 +204,7 @@ def main(config: DictConfig) -> None:
 
 def run(config: DictConfig, overrides: list[str]) -> None:
     """Resolves and checks all stages, then runs those that were asked for."""
+    checkpoints.remote_code["trust_remote_code"] = config.trust_remote_code
     stages = recipes.resolve(overrides)
     running = recipes.select(stages, config.stages)
     if config.dry_run:

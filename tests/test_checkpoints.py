@@ -3,6 +3,7 @@ cleared.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,3 +287,23 @@ def test_reference_of_a_fresh_model_is_that_model(stage, loss, monkeypatch):
     assert not all(map(torch.equal, seen["reference"], trained))
     train.train_stage(stage(f"loss={loss}", "model.reference_dtype=bfloat16"), overwrite=True)
     assert {weight.dtype for weight in seen["reference"]} == {torch.bfloat16}
+
+
+def test_code_in_a_models_folder_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
+    """A folder may name its own code; it is refused, without a question, until trust_remote_code=true."""
+    folder = Path(save_model_folder(tmp_path / "model", tiny_model(len(TOKENIZER), 0), TOKENIZER))
+    code = "from transformers import LlamaConfig, LlamaForCausalLM\nopen({!r}, 'w').close()\n"
+    code += "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    code += "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    (folder / "own.py").write_text(code.format(str(tmp_path / "ran")))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="trust_remote_code"):
+        checkpoints.load_model(str(folder), "float32")
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setitem(checkpoints.remote_code, "trust_remote_code", True)
+    assert type(checkpoints.load_model(str(folder), "float32")).__name__ == "OwnModel"
+    assert (tmp_path / "ran").exists()
