@@ -111,6 +111,30 @@ def load_model(source: str, dtype: str = "auto", device: torch.device | str = "c
     return model.to(device).eval()
 
 
+def load_reward_model(source: str, dtype: str, device: torch.device):
+    """(tokenizer, model) of a sequence classifier with one label; raises UserError for anything else."""
+    from transformers import AutoModelForSequenceClassification
+
+    quiet_transformers()
+    tokenizer = load_tokenizer(source)
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            dtype=pick_dtype(dtype, device),
+            use_safetensors=True,
+            output_loading_info=True,
+            **remote_code,
+        )
+    except Exception as error:
+        _check_trust(source, error)
+        raise UserError(f"cannot load a reward model from {source} ({_first_line(error)})") from None
+    if found["missing_keys"] or model.config.num_labels != 1:
+        raise UserError(f"{source} is no reward model: expected a sequence classifier with one trained label")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_id(tokenizer)
+    return tokenizer, model.to(device).eval()
+
+
 def new_model(architecture: dict, tokenizer, seed: int):
     """A model of the given transformers config with fresh float32 weights drawn from `seed`.
 

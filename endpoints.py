@@ -87,16 +87,18 @@ class Endpoints:
     def advice(self) -> str:
         return f"check endpoint.urls and the key in the environment variable {self.settings.key_env}"
 
-    def complete(self, requests: Iterable[tuple[int, dict]], read: Read) -> Iterator[tuple[int, Any]]:
+    def complete(
+        self, requests: Iterable[tuple[Any, dict]], read: Read, path: str = "completions"
+    ) -> Iterator[tuple[Any, Any]]:
         """(key, read(answer) or Failed) of every (key, body), as they come, `concurrency` at a time.
 
         read: takes an answer apart; a LookupError, TypeError or ValueError there counts as a failed try.
         """
 
-        def one(key: int, body: dict) -> tuple[int, Any]:
+        def one(key: Any, body: dict) -> tuple[Any, Any]:
             for tries in itertools.count():
                 try:
-                    return key, read(self.send("POST", "completions", body))
+                    return key, read(self.send("POST", path, body))
                 except (Failed, UserError) as error:
                     return key, error
                 except (LookupError, TypeError, ValueError) as error:

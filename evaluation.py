@@ -1,43 +1,17 @@
-"""Judges, win rates with intervals, leaderboards.
+"""Win rates with intervals, with length taken out, of one system against another; the table.
 
-A judge compares a system's answers with reference answers, row by row; everything after it is arithmetic on
-preferences in [0, 1], where 1/2 is a tie.
+All of it is arithmetic on a judge's preferences in [0, 1], where 1/2 is a tie.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 import demo
 import plain_loop
+from judges import Judgement
 from utils import UserError
-
-Judgement = dict[str, Any]  # "preference" in [0, 1], and whatever else the judge can say of the answer
-
-
-def exact_judge(rows: Sequence[dict], answers: Sequence[str], references: Sequence[str]) -> list[Judgement]:
-    """The toy world's rules: the answer with the higher score of correct + aligned wins."""
-    if missing := {"entity", "attribute", "value"} - set(rows[0] if rows else ()):
-        raise UserError(
-            f"judge=exact needs the toy world's rows, but these lack {', '.join(sorted(missing))}; "
-            "use another judge (config/judge/*.yaml)"
-        )
-    judgements = []
-    for row, answer, reference in zip(rows, answers, references, strict=True):
-        found, other = demo.score(row, answer), demo.score(row, reference)
-        ours, theirs = (s["correct"] + s["aligned"] for s in (found, other))
-        judgements.append({"preference": 0.5 + 0.5 * ((ours > theirs) - (ours < theirs)), **found})
-    return judgements
-
-
-def dummy_judge(rows: Sequence[dict], answers: Sequence[str], references: Sequence[str]) -> list[Judgement]:
-    """The longer answer wins: no measure of anything, but the pipeline runs where there is no judge."""
-    pairs = zip(answers, references, strict=True)
-    return [{"preference": 0.5 + 0.5 * ((len(a) > len(b)) - (len(a) < len(b)))} for a, b in pairs]
-
-
-JUDGES: dict[str, Callable[..., list[Judgement]]] = {"exact": exact_judge, "dummy": dummy_judge}
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:
@@ -49,14 +23,71 @@ def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> tu
     return float(low), float(high)
 
 
+def length_controlled(preferences: Sequence[float], differences: Sequence[float]) -> float:
+    """The win rate at equal lengths: a logistic model of the preference by the difference in length, without
+    the difficulty of the single instruction that AlpacaEval's has (Dubois et al. 2024, arXiv 2404.04475, eq.
+    2).
+
+    differences: answer minus reference, in characters; divided by their spread and squashed by tanh, as
+    there.
+    """
+    y, d = np.asarray(preferences, dtype=np.float64), np.asarray(differences, dtype=np.float64)
+    x = np.stack([np.ones_like(y), np.tanh(d / max(d.std(), 1e-9))], axis=1)
+    ridge = np.diag([1e-3, 1e-3]) * len(y)  # keeps the optimum finite where one side always wins
+    weights = np.zeros(2)
+    for _ in range(50):  # Newton's method on a strictly convex function
+        p = 1 / (1 + np.exp(-x @ weights))
+        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + ridge, x.T @ (y - p) - ridge @ weights)
+        weights += step
+        if np.abs(step).max() < 1e-10:
+            break
+    return float(1 / (1 + np.exp(-weights[0])))
+
+
+def paired_difference(
+    ours: Sequence[Judgement], theirs: Sequence[Judgement], resamples: int, seed: int
+) -> dict[str, float]:
+    """How much higher one system's win rate is than another's on the rows where both were judged, with a
+    p-value.
+
+    Two-sided sign-flip test of the mean difference (Fisher 1935), seeded.
+    """
+    pairs = zip(ours, theirs, strict=True)
+    both = [(a["preference"], b["preference"]) for a, b in pairs if "failed" not in a and "failed" not in b]
+    difference = np.array([a - b for a, b in both])
+    if not len(difference):
+        return {}
+    rng, seen = np.random.default_rng(seed), abs(difference.mean())
+    beyond, step = 0, max(1, 10_000_000 // len(difference))
+    for start in range(0, resamples, step):
+        signs = rng.choice((-1.0, 1.0), size=(min(step, resamples - start), len(difference)))
+        beyond += int((np.abs((signs * difference).mean(axis=1)) >= seen - 1e-12).sum())
+    return {"difference": float(difference.mean()), "p_value": (beyond + 1) / (resamples + 1)}
+
+
 def summarise(
-    judgements: Sequence[Judgement], answers: Sequence[dict], resamples: int, seed: int
+    judgements: Sequence[Judgement],
+    answers: Sequence[dict],
+    references: Sequence[str],
+    resamples: int,
+    seed: int,
 ) -> dict[str, Any]:
     """One system's figures: win rate and, where the judge gives them, other shares, with intervals.
 
-    answers: what generation kept of each row: text and, for a pair, stats. All rates are fractions.
+    answers: what generation kept of each row: text and, for a pair, stats. Judgements that failed are left
+    out and counted; raises UserError where all did. All rates are fractions.
     """
-    figures: dict[str, Any] = {"n": len(judgements)}
+    lengths = [len(answer["text"]) for answer in answers]
+    figures: dict[str, Any] = {"n": len(judgements), "failed": 0}
+    if any("failed" in j for j in judgements):
+        kept = [row for row in zip(judgements, answers, references, strict=True) if "failed" not in row[0]]
+        if not kept:
+            raise UserError(
+                f"all {len(judgements)} judgements failed, the last because: {judgements[-1]['failed']}"
+            )
+        figures["failed"] = len(judgements) - len(kept)
+        judgements, answers, references = (list(part) for part in zip(*kept, strict=True))
+        figures["n"] = len(judgements)
     shares = {"win_rate": [j["preference"] for j in judgements]}
     for key in ("correct", "aligned", "both"):
         if judgements and key in judgements[0]:
@@ -67,7 +98,12 @@ def summarise(
             figures[f"{key}_low"], figures[f"{key}_high"] = bootstrap_interval(values, resamples, seed)
     spread = np.std(shares["win_rate"], ddof=1) if len(judgements) > 1 else 0.0
     figures["standard_error"] = float(spread / np.sqrt(len(judgements)))
-    figures["average_length"] = float(np.mean([len(answer["text"]) for answer in answers]))
+    figures["average_length"] = float(np.mean(lengths))
+    longer = [len(a["text"]) - len(reference) for a, reference in zip(answers, references, strict=True)]
+    figures["length_controlled"] = length_controlled(shares["win_rate"], longer)
+    firsts = [j["first"] for j in judgements if "first" in j]
+    if firsts:
+        figures["first_shown_wins"] = float(np.mean(firsts))
     return figures | decoding_figures(answers)
 
 
@@ -112,16 +148,22 @@ def style_shares(judgements: Sequence[Judgement]) -> dict[str, float]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The leaderboard as aligned text for the console."""
     has_both = any("both" in row for row in rows)
-    header = ["system", "n", "win rate", "95 % interval"]
+    header = ["system", "n", "win rate", "95 % interval", "equal length", "p"]
     header += ["correct", "aligned", "both"] if has_both else []
     header += ["length", "changed", "fell back", "mean KL", "acceptance"]
     lines = [header]
     for row in rows:
         line = [
             row["system"],
-            str(row["n"]),
+            str(row["n"]) + (f" of {row['n'] + row['failed']}" if row["failed"] else ""),
             f"{row['win_rate']:.3f}",
             f"{row['win_rate_low']:.3f} - {row['win_rate_high']:.3f}",
+            f"{row['length_controlled']:.3f}",
+            "-"
+            if "p_value" not in row
+            else f"{row['p_value']:.3f}"
+            if row["p_value"] >= 0.001
+            else "< 0.001",
         ]
         line += [f"{row[key]:.3f}" for key in ("correct", "aligned", "both") if has_both]
         line.append(f"{row['average_length']:.0f}")

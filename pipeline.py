@@ -22,12 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 import checkpoints
 import decoding
 import evaluation
+import judges
 import marked_files
 import processes
 import recipes
 import report
 import sampling
-from files import BadRows, fingerprint, read_json, read_rows, write_csv, write_json
+from files import BadRows, fingerprint, read_json, read_rows, write_csv, write_json, write_jsonl
 from systems import System, job_of, resolve_system
 from utils import UserError, log, pick, run_entry_point, setup_logging
 
@@ -66,29 +67,50 @@ def read_test_rows(
 Answers = dict[str, list[dict[str, Any]]]  # by system, in order of the test rows
 
 
+def references_of(
+    systems: dict[str, System], answers: Answers, rows: list[tuple[int, dict]], config
+) -> list[str]:
+    """The texts that all answers are compared with."""
+    if config.evaluation.reference != "output":
+        return [answer["text"] for answer in answers[config.evaluation.reference]]
+    key = next(iter(systems.values())).settings.output_key
+    return [row[key] for _, row in rows]
+
+
 def judge(
-    systems: dict[str, System], answers: Answers, rows: list[tuple[int, dict]], config: DictConfig
+    systems: dict[str, System],
+    answers: Answers,
+    references: list[str],
+    rows: list[tuple[int, dict]],
+    task: str,
+    config: DictConfig,
 ) -> dict[str, list[dict]]:
     """Judgements of every system by row, written beside its answers and read back where nothing changed."""
-    judge_function = evaluation.JUDGES[config.judge.name]
     records = [row for _, row in rows]
-    reference = config.evaluation.reference
-    if reference == "output":
-        key = next(iter(systems.values())).settings.output_key
-        references = [row[key] for row in records]
-    else:
-        references = [answer["text"] for answer in answers[reference]]
+    settings = judges.settings_for(task, config.judge)
+    cache = Path(config.output_dir) / f"judgements_{settings['name']}.jsonl"
     judgements: dict[str, list[dict]] = {}
     for name, system in systems.items():
         texts = [answer["text"] for answer in answers[name]]
-        settings = OmegaConf.to_container(config.judge, resolve=True)
-        inputs = fingerprint([settings, records, texts, references])
-        path = system.folder / f"judgements_{settings['name']}_{fingerprint(reference)[:8]}.jsonl"
+        inputs = fingerprint([judges.identity(settings), records, texts, references])
+        path = (
+            system.folder
+            / f"judgements_{settings['name']}_{fingerprint(config.evaluation.reference)[:8]}.jsonl"
+        )
         if not config.overwrite and marked_files.is_made_from(path, inputs):
             judgements[name] = [row for _, row in read_rows(path)]
+            continue
+        found = judges.JUDGES[config.judge.name](records, texts, references, settings, cache)
+        judgements[name] = found
+        if failed := [row for row in found if "failed" in row]:  # the next run asks for these again
+            marked_files.marker(path).unlink(missing_ok=True)
+            write_jsonl(path, found)
+            log.warning(
+                f"{name}: {len(failed)} of {len(found)} judgements failed ({failed[0]['failed']}), listed in "
+                f"{path}; the same command asks for them again"
+            )
         else:
-            judgements[name] = judge_function(records, texts, references)
-            marked_files.write_marked(path, judgements[name], inputs)
+            marked_files.write_marked(path, found, inputs)
     return judgements
 
 
@@ -96,6 +118,7 @@ def leaderboard(
     systems: dict[str, System],
     answers: Answers,
     judgements: dict[str, list[dict]],
+    references: list[str],
     task: str,
     config: DictConfig,
 ) -> list[dict[str, Any]]:
@@ -103,10 +126,15 @@ def leaderboard(
     rows = []
     for name, system in systems.items():
         figures = evaluation.summarise(
-            judgements[name], answers[name], config.evaluation.bootstrap, config.seed
+            judgements[name], answers[name], references, config.evaluation.bootstrap, config.seed
         )
         row = {"system": name, "dataset": config.evaluation.dataset, "task": task, **figures}
         row |= evaluation.style_shares(judgements[name])
+        first = next(iter(systems))
+        if name != first:
+            given = judgements[name], judgements[first]
+            row |= evaluation.paired_difference(*given, config.evaluation.bootstrap, config.seed)
+            row["compared_with"] = first
         row |= {
             "judge": config.judge.name,
             "reference": config.evaluation.reference,
@@ -217,6 +245,7 @@ def side_by_side(
         shown = []
         for name, given in answers.items():
             verdict = judgements[name][index]
+            preference = "not judged" if "failed" in verdict else f"preference {verdict['preference']:.2f}"
             words = [key for key in ("correct", "aligned") if verdict.get(key)] or (
                 ["neither"] if "correct" in verdict else []
             )
@@ -226,7 +255,7 @@ def side_by_side(
                     "text": given[index]["text"],
                     "tokens": given[index].get("tokens"),
                     "events": given[index].get("events"),
-                    "verdict": ", ".join([*words, f"preference {verdict['preference']:.2f}"]),
+                    "verdict": ", ".join([*words, preference]),
                 }
             )
         record, settings = rows[index][1], next(iter(systems.values())).settings
@@ -272,10 +301,11 @@ def run_task(
     if not set(steps) & {"judge", "leaderboard", "report"} or not processes.is_first():
         return
     answers = {name: sampling.read_answers(system.output, jobs[name]) for name, system in systems.items()}
-    judgements = judge(systems, answers, rows, config)
+    references = references_of(systems, answers, rows, config)
+    judgements = judge(systems, answers, references, rows, task, config)
     if not set(steps) & {"leaderboard", "report"}:
         return
-    board = leaderboard(systems, answers, judgements, task, config)
+    board = leaderboard(systems, answers, judgements, references, task, config)
     write_csv(folder / "leaderboard.csv", board)
     pairs = [s for s in systems.values() if s.pair.proposal and s.pair.aligner]
     n, identical = config.evaluation.verify_rows, None
@@ -314,7 +344,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
         raise UserError("evaluation.tasks is empty: name at least one, e.g. evaluation.tasks.helpful={}")
     for step in config.evaluation.steps:
         pick(dict.fromkeys(STEPS), step, "step")
-    pick(evaluation.JUDGES, config.judge.name, "judge")
+    judges.check(config.judge)
     given = {recipes.key_of(override) for override in overrides}
     processes.start()
     for task in tasks:

@@ -39,6 +39,9 @@ NULL_DEFAULTS = {
     "sampling.tokenizer_path": str,
     "sampling.drafter": str,
     "sampling.endpoint.model": str,
+    "judge.model": str,
+    "judge.criterion": str,
+    "judge.hub_id": str,
     "evaluation.dataset": str,
 }
 NULLABLE = {
@@ -48,6 +51,8 @@ NULLABLE = {
     "n_eval_examples",
     "n_epochs",
     "sampling.stop_str",
+    "judge.model",
+    "judge.max_requests",
 }
 # What a number may be, in interval notation; the law's own settings are checked by PARParams.
 INTERVALS = {
@@ -81,6 +86,12 @@ INTERVALS = {
     "sampling.endpoint.concurrency": "[1, inf)",
     "sampling.endpoint.retries": "[0, inf)",
     "sampling.endpoint.timeout": "(0, inf)",
+    "judge.concurrency": "[1, inf)",
+    "judge.retries": "[0, inf)",
+    "judge.timeout": "(0, inf)",
+    "judge.max_requests": "[1, inf)",
+    "judge.max_length": "[1, inf)",
+    "judge.batch_size": "[1, inf)",
     "evaluation.bootstrap": "[1, inf)",
     "evaluation.verify_rows": "[0, inf)",
     "evaluation.examples": "[0, inf)",
@@ -95,6 +106,8 @@ CHOICES = {
     "sampling.dtype": DTYPES,
     "sampling.backend": ("local", "endpoint"),
     "sampling.endpoint.send": ("ids", "text"),
+    "judge.dtype": DTYPES,
+    "judge.criterion": ("helpful", "harmless", "summary"),
     "wandb.mode": ("offline", "online"),
 }
 FOLDER_NAMES = ("exp_name", "exp_prefix", "exp_flag", "model.name", "experiment_name")

@@ -1,0 +1,321 @@
+"""A language model as judge, by a server whose rule is known; win rates with length taken out; paired
+tests.
+"""
+
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import completion_server
+import numpy as np
+import pytest
+import torch
+from tiny import byte_tokenizer, save_model_folder, tiny_model
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+import endpoints
+import evaluation
+import judges
+from utils import UserError
+
+TOKENIZER = byte_tokenizer()
+ROWS = [{"instruction": f"say {i}"} for i in range(60)]
+ANSWERS = [f"answer {i}" for i in range(60)]
+REFERENCES = [f"reference {i}" for i in range(60)]
+
+
+def score(text):
+    """What the server thinks of a text."""
+    return int(judges.fingerprint(text)[:4], 16) / 2**15
+
+
+def share(second, first):
+    """The rule's P(second is better)."""
+    return 1 / (1 + math.exp(score(first) - score(second)))
+
+
+class Rule:
+    """Answers as a chat model would: log-probabilities of m and M by `share`."""
+
+    def __init__(self):
+        self.asked, self.fault, self.bias, self.logprobs = [], lambda n: None, 0.0, True
+
+    def __call__(self, handler, given):
+        text = given["messages"][0]["content"]
+        first, second = re.findall(r'<output id="[mM]">\n(.*)\n</output>', text)
+        self.asked.append((first, second))
+        if (fault := self.fault(len(self.asked))) is not None:
+            return handler.reply(*fault)
+        p = share(second, first) * (1 - self.bias)
+        best = "M" if p > 0.5 else "m"
+        found = [{"token": "M", "logprob": math.log(p)}, {"token": "m", "logprob": math.log(1 - p)}]
+        found.append({"token": "The", "logprob": -9.0})
+        choice = {"message": {"content": best}}
+        if self.logprobs:
+            choice["logprobs"] = {"content": [{"token": best, "logprob": 0.0, "top_logprobs": found}]}
+        return handler.reply(200, {"choices": [choice]})
+
+
+@pytest.fixture
+def rule(monkeypatch):
+    found = Rule()
+    monkeypatch.setattr(completion_server.Handler, "handle_prompt", lambda self, given: found(self, given))
+    monkeypatch.setattr(endpoints, "FIRST_PAUSE", 0.01)
+    server = completion_server.start()
+    found.url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield found
+    server.shutdown()
+
+
+@pytest.fixture
+def ask(rule, tmp_path):
+    def asked(answers=ANSWERS, references=REFERENCES, **changes):
+        settings = {
+            **{"name": "endpoint", "urls": [rule.url], "model": "toy", "criterion": "helpful"},
+            **{"instruction_key": "instruction", "both_orders": False, "key_env": "NONE", "concurrency": 4},
+            **{"retries": 4, "timeout": 10, "max_requests": None},
+        } | changes
+        return judges.endpoint_judge(ROWS, answers, references, settings, tmp_path / "cache.jsonl")
+
+    return asked
+
+
+def test_preferences_are_the_rules(ask, rule):
+    """Whichever answer is shown first, the preference is the rule's, to rounding; both positions occur."""
+    found = ask()
+    for judgement, answer, reference in zip(found, ANSWERS, REFERENCES, strict=True):
+        assert judgement["preference"] == pytest.approx(share(answer, reference), abs=1e-12)
+    firsts = [first in ANSWERS for first, _ in rule.asked]
+    assert 10 < sum(firsts) < 50
+
+
+def test_repeating_costs_nothing(ask, rule):
+    once = ask()
+    assert len(rule.asked) == 60 and ask() == once and len(rule.asked) == 60
+    ask(model="other")
+    assert len(rule.asked) == 120
+    ask(criterion="harmless")
+    assert len(rule.asked) == 180
+
+
+def test_both_orders_average_a_position_bias_away(ask, rule):
+    """A judge that prefers what comes first: judged both ways the bias shows, and harms no more."""
+    rule.bias = 0.2
+    one, both = ask(), ask(both_orders=True)
+    assert len(rule.asked) == 120  # one order of each was known
+    for judgement, answer, reference in zip(both, ANSWERS, REFERENCES, strict=True):
+        p, q = share(answer, reference) * 0.8, share(reference, answer) * 0.8
+        assert judgement["preference"] == pytest.approx((p + 1 - q) / 2)
+        assert judgement["first"] == pytest.approx((1 - p + 1 - q) / 2)
+    answers = [{"text": text, "stats": {"drafted": 0}} for text in ANSWERS]
+    figures = evaluation.summarise(both, answers, REFERENCES, 100, 0)
+    assert figures["first_shown_wins"] == pytest.approx(0.6, abs=0.01) and len(one) == 60
+
+
+def test_equal_answers_are_a_tie_that_nobody_is_asked_for(ask, rule):
+    found = ask(ANSWERS[:59] + ["same"], REFERENCES[:59] + ["same"])
+    assert found[59]["preference"] == 0.5 and len(rule.asked) == 59
+
+
+def test_a_judge_without_log_probabilities_decides_by_its_word(ask, rule):
+    rule.logprobs = False
+    for judgement, answer, reference in zip(ask(), ANSWERS, REFERENCES, strict=True):
+        assert judgement["preference"] == float(share(answer, reference) > 0.5)
+
+
+def test_errors_and_malformed_answers_are_asked_again(ask, rule):
+    """5 % errors and 2 % answers that are none: every pair is judged in the end, by the rule."""
+    nonsense = {"choices": [{"message": {"content": "Both are good."}}]}
+    faults = {
+        0: (500, {"error": "x"}),
+        50: (200, nonsense),
+        20: (500, {"error": "x"}),
+        7: (200, {"choices": []}),
+    }
+    rule.fault = lambda n: faults.get(n % 57)
+    for judgement, answer, reference in zip(ask(), ANSWERS, REFERENCES, strict=True):
+        assert judgement["preference"] == pytest.approx(share(answer, reference))
+    assert len(rule.asked) > 60
+
+
+def test_what_keeps_failing_is_left_out_and_asked_for_next_time(ask, rule):
+    """A win rate over fewer pairs says so; the next run judges only what is missing."""
+    refused = {"answer 3", "answer 40"}
+    real = completion_server.Handler.handle_prompt
+
+    def refuse(handler, given):
+        if any(f"\n{text}\n" in given["messages"][0]["content"] for text in refused):
+            return handler.reply(400, {"error": {"message": "content filter"}})
+        return real(handler, given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(completion_server.Handler, "handle_prompt", refuse)
+        found = ask()
+    assert [i for i, row in enumerate(found) if "failed" in row] == [3, 40]
+    assert "content filter" in found[3]["failed"]
+    answers = [{"text": text, "stats": {"drafted": 0}} for text in ANSWERS]
+    figures = evaluation.summarise(found, answers, REFERENCES, 100, 0)
+    kept = [row["preference"] for row in found if "failed" not in row]
+    assert (figures["n"], figures["failed"]) == (58, 2)
+    assert figures["win_rate"] == pytest.approx(np.mean(kept))
+    assert "58 of 60" in evaluation.table([{"system": "x", **figures}])
+    before = len(rule.asked)
+    assert not [row for row in ask() if "failed" in row] and len(rule.asked) == before + 2
+    with pytest.raises(UserError, match="all 1 judgements failed, the last because: no"):
+        evaluation.summarise([{"failed": "no"}], answers[:1], REFERENCES[:1], 10, 0)
+
+
+def test_a_stopped_run_goes_on(ask, rule, tmp_path):
+    """What was judged before Ctrl-C, or before a line was cut, is not judged again."""
+
+    def stop(n):
+        if n == 30:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        add = judges.Cache.add
+        patch.setattr(judges.Cache, "add", lambda self, *args: (add(self, *args), stop(len(self.known))))
+        with pytest.raises(KeyboardInterrupt):
+            ask(concurrency=1)
+    cache = tmp_path / "cache.jsonl"
+    cache.write_bytes(cache.read_bytes()[:-5])
+    before = len(rule.asked)
+    ask()
+    assert len(set(rule.asked)) == 60 and len(rule.asked) - before <= 32
+
+
+def test_a_price_that_nobody_agreed_to_is_refused(ask, rule):
+    with pytest.raises(UserError, match=r"60 judgements are wanted, judge.max_requests=59; raise it"):
+        ask(max_requests=59)
+    assert not rule.asked
+
+
+@pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"message": {"content": "mM"}}]}])
+def test_no_preference_is_read_from_what_says_none(answer):
+    with pytest.raises((LookupError, ValueError)):
+        judges.read_preference(answer)
+
+
+@pytest.mark.parametrize("strength, effect", [(0.0, 0.0), (0.0, 1.5), (0.8, 1.5), (-0.6, -1.0)])
+def test_a_known_effect_of_length_is_taken_out(strength, effect):
+    """Outcomes drawn with a known effect of length: the win rate at equal length is found within its
+    error.
+    """
+    rng = np.random.default_rng(0)
+    n = 4000
+    longer = rng.normal(120, 200, n)  # the system writes more
+    p = 1 / (1 + np.exp(-(strength + effect * np.tanh(longer / longer.std()))))
+    y = (rng.random(n) < p).astype(float)
+    truth = 1 / (1 + math.exp(-strength))
+    assert evaluation.length_controlled(y, longer) == pytest.approx(truth, abs=0.035)
+    if effect:
+        assert abs(y.mean() - truth) > 0.05  # which the raw rate misses
+
+
+def test_length_control_of_one_sided_outcomes_is_finite():
+    assert 0.9 < evaluation.length_controlled([1.0] * 20, list(range(20))) < 1
+    assert evaluation.length_controlled([0.5] * 20, [0.0] * 20) == pytest.approx(0.5)
+
+
+def test_paired_difference_and_its_p_value():
+    """Equal systems: a p-value of 1; six rows, all for one side: that of the sign-flip test, 2 / 64."""
+    rows = [{"preference": x} for x in (0.2, 0.9, 0.4)]
+    assert evaluation.paired_difference(rows, rows, 500, 0) == {"difference": 0.0, "p_value": 1.0}
+    won, lost = [{"preference": 1.0}] * 6, [{"preference": 0.0}] * 6
+    found = evaluation.paired_difference(won, lost, 200_000, 0)
+    assert found["difference"] == 1.0 and found["p_value"] == pytest.approx(2 / 64, abs=0.002)
+    failed = [{"failed": "x"}, *lost[1:]]
+    assert evaluation.paired_difference(won, failed, 1000, 0)["difference"] == 1.0
+    assert evaluation.paired_difference(won, [{"failed": "x"}] * 6, 1000, 0) == {}
+
+
+def test_the_criterion_goes_with_the_task():
+    settings = judges.OmegaConf.create({"name": "endpoint", "criterion": None})
+    asked = {
+        task: judges.settings_for(task, settings)["criterion"] for task in ("helpful", "harmless", "summ")
+    }
+    assert asked == {"helpful": "helpful", "harmless": "harmless", "summ": "summary"}
+    assert set(judges.BY_TASK.values()) == set(judges.CRITERIA)
+    given = SimpleNamespace(**judges.settings_for("summ", judges.OmegaConf.create({"criterion": "helpful"})))
+    assert given.criterion == "helpful"
+
+
+def test_the_cache_survives_what_is_no_judgement(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    path.write_text('{"key": "a", "value": 0.25}\n[1]\nnonsense\n{"key": "b"}\n')
+    cache = judges.Cache(path)
+    assert cache.known == {"a": 0.25}
+    cache.add("c", 1.0)
+    assert json.loads(path.read_text().splitlines()[-1]) == {"key": "c", "value": 1.0}
+
+
+# ---- reward model ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory):
+    """A tiny random classifier with one label."""
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_labels=1,
+        num_attention_heads=4,
+        pad_token_id=TOKENIZER.eos_token_id,
+        initializer_range=0.5,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def reward_settings(folder, **changes):
+    return {
+        **{"name": "reward_model", "model": str(folder), "hub_id": None, "instruction_key": "instruction"},
+        **{"max_length": 200, "batch_size": 7, "dtype": "float32"},
+    } | changes
+
+
+def test_rewards_are_those_of_each_text_alone(reward_folder, tmp_path, monkeypatch):
+    """Batches change no reward; the preference is the sigmoid of the difference; nothing is computed
+    twice.
+    """
+    settings, cache = reward_settings(reward_folder), tmp_path / "cache.jsonl"
+    given = ROWS, [answer * (1 + i % 5) for i, answer in enumerate(ANSWERS)], REFERENCES, settings, cache
+    found = judges.reward_model_judge(*given)
+    model = LlamaForSequenceClassification.from_pretrained(reward_folder).eval()
+    for row, answer, reference, judgement in zip(*given[:3], found, strict=True):
+        with torch.no_grad():
+            r, s = (
+                model(torch.tensor([TOKENIZER(row["instruction"] + text).input_ids])).logits.item()
+                for text in (answer, reference)
+            )
+        assert judgement["margin"] == pytest.approx(r - s, abs=1e-4)
+        assert judgement["preference"] == pytest.approx(1 / (1 + math.exp(s - r)), abs=1e-4)
+    assert len({round(judgement["margin"], 3) for judgement in found}) > 30
+    monkeypatch.setattr(judges.checkpoints, "load_reward_model", None)
+    assert judges.reward_model_judge(*given) == found
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path):
+    folder = save_model_folder(tmp_path / "lm", tiny_model(len(TOKENIZER), 0), TOKENIZER)
+    with pytest.raises(UserError, match="is no reward model: expected a sequence classifier"):
+        judges.reward_model_judge(ROWS, ANSWERS, REFERENCES, reward_settings(folder), tmp_path / "cache")
+    with pytest.raises(UserError, match="no model at"):
+        judges.reward_model_judge(ROWS, ANSWERS, REFERENCES, reward_settings("nowhere"), tmp_path / "cache")
+
+
+def test_dialogues_become_turns():
+    text = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: a\n\nHuman: b\n\nAssistant: c"
+    expected = [("user", "Hi"), ("assistant", "Hello."), ("user", "a\n\nb"), ("assistant", "c")]
+    assert judges.dialogue_turns(text) == expected
+    template = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    ids = judges.reward_ids(tokenizer, "\n\nHuman: Hi\n\nAssistant: ", "Yes")
+    assert tokenizer.decode(ids) == "[user:Hi][assistant:Yes]"
+    assert tokenizer.decode(judges.reward_ids(tokenizer, "Hi", "Yes")) == "[user:Hi][assistant:Yes]"
