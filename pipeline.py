@@ -28,7 +28,7 @@ import processes
 import recipes
 import report
 import sampling
-from files import BadRows, fingerprint, read_json, read_rows, write_csv, write_json, write_jsonl
+from files import BadRows, fingerprint, read_json, read_rows, write_csv, write_json, write_jsonl, write_text
 from systems import System, job_of, resolve_system
 from utils import UserError, log, pick, run_entry_point, setup_logging
 
@@ -307,6 +307,8 @@ def run_task(
         return
     board = leaderboard(systems, answers, judgements, references, task, config)
     write_csv(folder / "leaderboard.csv", board)
+    write_text(folder / "leaderboard.md", evaluation.markdown(board))
+    write_text(folder / "leaderboard.tex", evaluation.latex(board))
     pairs = [s for s in systems.values() if s.pair.proposal and s.pair.aligner]
     n, identical = config.evaluation.verify_rows, None
     if n and pairs:

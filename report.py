@@ -21,6 +21,18 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
         "share of prompts won against the reference, ties half; "
         "dotted line at 0.5; range and whisker: 95 % percentile bootstrap over prompts",
     ),
+    "failed": ("Failed", ",.0f", "prompts whose judgement failed; left out of all rates"),
+    "length_controlled": (
+        "At equal length",
+        ".3f",
+        "win rate with length taken out by a logistic model; not AlpacaEval's, which knows each prompt",
+    ),
+    "p_value": (
+        "p",
+        ".4f",
+        "two-sided sign-flip test of the win rate against the first system's, row by row",
+    ),
+    "first_shown_wins": ("First wins", ".3f", "how often the judge preferred the answer it was shown first"),
     "both": ("Both", ".3f", "share of answers that are correct and aligned; range and whisker as before"),
     "correct": ("Correct", ".3f", "share of answers that name the right value and no other"),
     "aligned": ("Aligned", ".3f", "share of answers in the wanted style"),

@@ -88,6 +88,8 @@ def test_demo_leaves_results_leaderboard_and_report(finished):
     assert found["seconds"] > 0
     with open(finished / "leaderboard.csv", newline="") as file:
         assert {row["system"] for row in csv.DictReader(file)} == SYSTEMS
+    for name in ("leaderboard.md", "leaderboard.tex"):
+        assert len((finished / name).read_text().splitlines()) == len(SYSTEMS) + (1 + name.endswith("md"))
     page = (finished / "report.html").read_text()
     assert all(name in page for name in SYSTEMS) and "http" not in page
 

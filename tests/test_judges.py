@@ -319,3 +319,32 @@ def test_dialogues_become_turns():
     ids = judges.reward_ids(tokenizer, "\n\nHuman: Hi\n\nAssistant: ", "Yes")
     assert tokenizer.decode(ids) == "[user:Hi][assistant:Yes]"
     assert tokenizer.decode(judges.reward_ids(tokenizer, "Hi", "Yes")) == "[user:Hi][assistant:Yes]"
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+BOARD = [
+    {
+        **{
+            "system": "a|b_{50%}",
+            "n": 9,
+            "failed": 1,
+            "win_rate": 0.25,
+            "win_rate_low": 0.1,
+            "p_value": 0.0002,
+        },
+        **{"win_rate_high": 0.4, "length_controlled": 0.3, "average_length": 12.4},
+    }
+]
+
+
+def test_tables_for_the_console_a_page_and_a_paper():
+    """The same cells three times; what a format gives a meaning to is escaped."""
+    header = ["system", "n", "win rate", "95 % interval", "equal length", "p", "length"]
+    values = ["a|b_{50%}", "9 of 10", "0.250", "0.100 - 0.400", "0.300", "< 0.001", "12"]
+    assert evaluation.cells(BOARD) == [header, values]
+    lines = evaluation.table(BOARD).splitlines()
+    assert len(lines) == 3 and len({len(line) for line in lines}) == 1
+    assert evaluation.markdown(BOARD).splitlines()[2].startswith(r"| a\|b_{50%} | 9 of 10 | 0.250 |")
+    assert evaluation.markdown(BOARD).splitlines()[1] == "| --- |" + " --: |" * 6
+    last = evaluation.latex(BOARD).splitlines()[1]
+    assert last == r"a|b\_\{50\%\} & 9 of 10 & 0.250 & 0.100 - 0.400 & 0.300 & $<$ 0.001 & 12 \\"
