@@ -165,6 +165,8 @@ def _leaderboard(rows: list[dict]) -> str:
     if not rows:
         return "<h2>Leaderboard</h2>\n<p>No system was evaluated.</p>"
     shown = [key for key in COLUMNS if any(row.get(key) not in (None, "") for row in rows)]
+    if not any(row.get("failed") for row in rows):
+        shown = [key for key in shown if key != "failed"]
     common = ""
     for key in ("judge", "reference"):
         # One value for the whole table is said once: the width is better spent on numbers.
