@@ -36,7 +36,9 @@ class Endpoints:
 
     def __init__(self, settings) -> None:
         self.settings, self.urls = settings, [url.rstrip("/") for url in settings.urls]
-        key = os.environ.get(settings.key_env or "")
+        key = os.environ.get(settings.key_env or "", "").strip()
+        if not (key.isascii() and (key.isprintable() or not key)):
+            raise UserError(f"{settings.key_env} holds no key: expected printable ASCII characters")
         limits = httpx.Limits(max_connections=settings.concurrency)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.Client(timeout=settings.timeout, limits=limits, headers=headers)
@@ -76,6 +78,8 @@ class Endpoints:
                 if answer.status_code not in PASSING:
                     raise Failed(reason)
                 wait_for = _seconds(answer.headers.get("Retry-After"))
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+                raise UserError(f"{url!r} is no address ({error}); {self.advice()}") from None
             except (httpx.HTTPError, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
             if tries > self.settings.retries:
@@ -92,7 +96,7 @@ class Endpoints:
     ) -> Iterator[tuple[Any, Any]]:
         """(key, read(answer) or Failed) of every (key, body), as they come, `concurrency` at a time.
 
-        read: takes an answer apart; a LookupError, TypeError or ValueError there counts as a failed try.
+        read: takes an answer apart; an exception there counts as a failed try.
         """
 
         def one(key: Any, body: dict) -> tuple[Any, Any]:
@@ -101,8 +105,8 @@ class Endpoints:
                     return key, read(self.send("POST", path, body))
                 except (Failed, UserError) as error:
                     return key, error
-                except (LookupError, TypeError, ValueError) as error:
-                    if tries == self.settings.retries:
+                except Exception as error:  # whatever `read` stumbles over; a thread that dies answers nobody
+                    if tries == self.settings.retries or self.leaving.wait(min(FIRST_PAUSE * 2**tries, 30)):
                         return key, Failed(f"an answer without what was asked for ({error!r})")
 
         def work() -> None:

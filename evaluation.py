@@ -32,7 +32,9 @@ def length_controlled(preferences: Sequence[float], differences: Sequence[float]
     there.
     """
     y, d = np.asarray(preferences, dtype=np.float64), np.asarray(differences, dtype=np.float64)
-    x = np.stack([np.ones_like(y), np.tanh(d / max(d.std(), 1e-9))], axis=1)
+    if not d.std():
+        return float(y.mean())
+    x = np.stack([np.ones_like(y), np.tanh(d / d.std())], axis=1)
     ridge = np.diag([1e-3, 1e-3]) * len(y)  # keeps the optimum finite where one side always wins
     weights = np.zeros(2)
     for _ in range(50):  # Newton's method on a strictly convex function
@@ -77,7 +79,6 @@ def summarise(
     answers: what generation kept of each row: text and, for a pair, stats. Judgements that failed are left
     out and counted; raises UserError where all did. All rates are fractions.
     """
-    lengths = [len(answer["text"]) for answer in answers]
     figures: dict[str, Any] = {"n": len(judgements), "failed": 0}
     if any("failed" in j for j in judgements):
         kept = [row for row in zip(judgements, answers, references, strict=True) if "failed" not in row[0]]
@@ -98,7 +99,7 @@ def summarise(
             figures[f"{key}_low"], figures[f"{key}_high"] = bootstrap_interval(values, resamples, seed)
     spread = np.std(shares["win_rate"], ddof=1) if len(judgements) > 1 else 0.0
     figures["standard_error"] = float(spread / np.sqrt(len(judgements)))
-    figures["average_length"] = float(np.mean(lengths))
+    figures["average_length"] = float(np.mean([len(answer["text"]) for answer in answers]))
     longer = [len(a["text"]) - len(reference) for a, reference in zip(answers, references, strict=True)]
     figures["length_controlled"] = length_controlled(shares["win_rate"], longer)
     firsts = [j["first"] for j in judgements if "first" in j]

@@ -92,19 +92,26 @@ def settings_for(task: str, settings) -> dict[str, Any]:
 
 
 def check(settings) -> None:
-    """Raises UserError for a judge that does not exist, or whose model is not there."""
+    """Raises UserError for a judge that does not exist, or that cannot be asked."""
     pick(JUDGES, settings.name, "judge")
     if settings.name == "reward_model":
         checkpoints.find_model(settings.model, settings.hub_id)
+    if settings.name == "endpoint" and not settings.urls:
+        raise UserError("judge.urls is empty: give the servers, e.g. judge.urls=[http://localhost:8000/v1]")
 
 
 def identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a judge that decide what it says."""
-    return {
-        key: settings[key]
-        for key in ("name", "model", "hub_id", "max_length", "criterion", "both_orders")
-        if key in settings
-    }
+    """What decides what a judge says: of a reward model its weights, of a server's first model whose it
+    is.
+    """
+    keys = ("name", "model", "max_length", "dtype", "criterion", "both_orders")
+    found = {key: settings[key] for key in keys if key in settings}
+    if settings["name"] == "reward_model":
+        source = checkpoints.find_model(settings["model"], settings["hub_id"], quiet=True)
+        found["model"] = checkpoints.weights_fingerprint(source)
+    if settings["name"] == "endpoint" and settings["model"] is None:
+        found["model"] = settings["urls"]
+    return found
 
 
 class Cache:
@@ -113,9 +120,11 @@ class Cache:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.known = path, {}
+        self.path, self.known, self.begin = path, {}, ""
         if path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            self.begin = "" if text.endswith("\n") else "\n"  # a line that was cut ends here
+            for line in text.splitlines():
                 try:
                     value = json.loads(line)
                     self.known[value["key"]] = value["value"]
@@ -127,7 +136,11 @@ class Cache:
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "value": value}) + "\n")
+                file.write(self.begin + json.dumps({"key": key, "value": value}) + "\n")
+            self.begin = ""
+
+
+sent = [0]  # requests of this process, over all systems and tasks
 
 
 def read_preference(answer: dict[str, Any]) -> float:
@@ -144,7 +157,7 @@ def read_preference(answer: dict[str, Any]) -> float:
                 found[token] += math.exp(candidate["logprob"])
         if sum(found.values()) > 0:
             return found["M"] / sum(found.values())
-    text = choice["message"]["content"].strip()
+    text = str(choice["message"]["content"]).strip()
     if text not in ("m", "M"):
         raise ValueError(f"expected m or M, found {text[:20]!r}")
     return float(text == "M")
@@ -184,11 +197,13 @@ def endpoint_judge(
                 orders[-1].append((key, second))
                 if key not in known.known:
                     asked[key] = body
-        if (most := settings["max_requests"]) is not None and len(asked) > most:
+        if (most := settings["max_requests"]) is not None and sent[0] + len(asked) > most:
             raise UserError(
-                f"{len(asked):,} judgements are wanted, judge.max_requests={most:,}; raise it, or "
-                "judge fewer rows (sampling.limit)"
+                f"{len(asked):,} judgements are wanted after {sent[0]:,}, judge.max_requests={most:,}; "
+                "raise it, "
+                "or judge fewer rows (sampling.limit)"
             )
+        sent[0] += len(asked)
         failed = ask(servers, asked, known)
     return [judgement(order, known.known, failed) for order in orders]
 
@@ -234,12 +249,12 @@ def reward_model_judge(
     cache: file of the rewards so far. Raises UserError where it cannot be loaded.
     """
     source = checkpoints.find_model(settings["model"], settings["hub_id"])
-    weights, known = checkpoints.weights_fingerprint(source), Cache(cache)
+    judge, known = identity(settings), Cache(cache)
     pairs = [
         [(row[settings["instruction_key"]], text) for text in texts]
         for row, *texts in zip(rows, answers, references, strict=True)
     ]
-    keys = {pair: fingerprint([weights, settings["max_length"], *pair]) for both in pairs for pair in both}
+    keys = {pair: fingerprint([judge, *pair]) for both in pairs for pair in both}
     missing = [pair for pair, key in keys.items() if key not in known.known]
     if missing:
         for pair, reward in rewards(source, missing, settings):

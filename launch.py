@@ -31,7 +31,7 @@ def devices() -> int:
 def number(name: str) -> int | None:
     """A count from the environment; None where it is not set."""
     given = os.environ.get(name)
-    if given and not (given.isdigit() and int(given)):
+    if given and not (given.isdecimal() and int(given)):
         refuse(f"{name}={given}: expected a number of at least 1")
     return int(given) if given else None
 
@@ -59,6 +59,7 @@ def main() -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     from utils import PREEMPTED
 
@@ -71,6 +72,8 @@ def main() -> int:
             name = signal.Signals(-failure.exitcode).name
             print(f"error: process {rank} was ended by {name}; the same command goes on", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except (RendezvousError, ValueError) as error:
+        refuse(f"the processes did not find each other: {error}")
     except SignalException as error:
         return PREEMPTED if error.sigval == signal.SIGTERM else 128 + error.sigval
     return 0

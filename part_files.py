@@ -32,6 +32,7 @@ class PartFiles:
                 good = self._read(path)
                 if path == self.path:
                     os.truncate(path, good)
+        processes.wait()  # nobody adds an answer while another still reads what is there
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as answers come)
         if not self.file.tell():
             self._write({"identity": identity})

@@ -54,6 +54,8 @@ def read_test_rows(
     path = Path(config.data_dir) / "test" / pick(tasks, task, f"task of {config.evaluation.dataset}")
     settings = [system.settings for system in systems.values()]
     keys = dict.fromkeys(key for s in settings for key in (s.input_key, s.output_key, s.system_key) if key)
+    if key := config.judge.get("instruction_key"):
+        keys[key] = None
     bad = BadRows(config.on_bad_row)
     rows = read_rows(path, list(keys), bad)
     if not config.dry_run and processes.is_first():

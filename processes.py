@@ -178,7 +178,8 @@ def stop_signals() -> Iterator[list[int]]:
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
     """One process of a machine after the other, for what needs a machine's memory once."""
-    mine, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    mine = int(os.environ.get("LOCAL_RANK", 0))
+    size = max(everyones(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # machines may differ
     for turn in range(size):
         if turn == mine:
             yield

@@ -100,7 +100,8 @@ class Job:
         pair, settings = self.pair, self.settings
         weights = dict(zip(("proposal", "aligner"), pair.fingerprint(), strict=True))
         if settings.backend == "endpoint":
-            weights |= {"backend": "endpoint", "endpoint.model": settings.endpoint.model}
+            server = settings.endpoint
+            weights |= {"endpoint": server.model or list(server.urls), "endpoint.send": server.send}
         return {
             **weights,
             **pair.law(self.params),

@@ -300,8 +300,9 @@ class BasicTrainer:
                         self.remember()
                         self.saver.wait()
                         raise Preempted(asked[0] if asked else None)
+                self.remember()  # who is stopped or killed from here on has no update to do again
+                self.saver.wait()
             final = self.evaluate(metrics)
-            self.saver.wait()
             self.save(checkpoints.LATEST)
         except Diverged:
             self.saver.wait()

@@ -69,7 +69,9 @@ def rule(monkeypatch):
 
 
 @pytest.fixture
-def ask(rule, tmp_path):
+def ask(rule, tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "sent", [0])
+
     def asked(answers=ANSWERS, references=REFERENCES, **changes):
         settings = {
             **{"name": "endpoint", "urls": [rule.url], "model": "toy", "criterion": "helpful"},
@@ -139,6 +141,45 @@ def test_errors_and_malformed_answers_are_asked_again(ask, rule):
     assert len(rule.asked) > 60
 
 
+@pytest.mark.parametrize("content", [None, 5, {"a": 1}])
+def test_an_answer_of_another_shape_is_a_failure_and_no_hang(ask, rule, content):
+    rule.fault = lambda n: (200, {"choices": [{"message": {"content": content}}]})
+    with pytest.raises(UserError, match="requests all failed"):
+        ask(retries=0)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://a:port/v1", "ftp://x/v1"])
+def test_an_address_that_is_none_is_said_at_once(ask, url):
+    with pytest.raises(UserError, match="is no address"):
+        ask(urls=[url])
+
+
+def test_a_key_is_never_repeated(ask, monkeypatch, rule):
+    """A line break at its end is dropped; a key that cannot be sent is refused without being shown."""
+    monkeypatch.setenv("KEY", "sk-secret\n")
+    assert len(ask(key_env="KEY")) == 60
+    monkeypatch.setenv("KEY", "sk-s\x07cret")
+    with pytest.raises(UserError, match="KEY holds no key") as error:
+        ask(key_env="KEY")
+    assert "sk-s" not in str(error.value)
+
+
+def test_another_judge_is_another_judge(reward_folder):
+    """What a judge is hangs on its weights and type, and, where no model is named, on whose server it is."""
+    settings = {"name": "endpoint", "model": None, "urls": ["a"], "criterion": "helpful"}
+    assert judges.identity(settings) != judges.identity(settings | {"urls": ["b"]})
+    named = settings | {"model": "x"}
+    assert judges.identity(named) == judges.identity(named | {"urls": ["b"]})
+    reward = reward_settings(reward_folder)
+    before = judges.identity(reward)
+    assert before != judges.identity(reward | {"dtype": "bfloat16"})
+    config = reward_folder / "config.json"
+    text = config.read_text()
+    config.write_text(text + " ")
+    assert judges.identity(reward) != before
+    config.write_text(text)
+
+
 def test_what_keeps_failing_is_left_out_and_asked_for_next_time(ask, rule):
     """A win rate over fewer pairs says so; the next run judges only what is missing."""
     refused = {"answer 3", "answer 40"}
@@ -186,9 +227,12 @@ def test_a_stopped_run_goes_on(ask, rule, tmp_path):
 
 
 def test_a_price_that_nobody_agreed_to_is_refused(ask, rule):
-    with pytest.raises(UserError, match=r"60 judgements are wanted, judge.max_requests=59; raise it"):
+    with pytest.raises(UserError, match=r"60 judgements are wanted after 0, judge.max_requests=59; raise it"):
         ask(max_requests=59)
     assert not rule.asked
+    ask(max_requests=60)
+    with pytest.raises(UserError, match="60 judgements are wanted after 60"):  # the limit is the run's
+        ask(max_requests=119, model="other")
 
 
 @pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"message": {"content": "mM"}}]}])
@@ -216,6 +260,7 @@ def test_a_known_effect_of_length_is_taken_out(strength, effect):
 def test_length_control_of_one_sided_outcomes_is_finite():
     assert 0.9 < evaluation.length_controlled([1.0] * 20, list(range(20))) < 1
     assert evaluation.length_controlled([0.5] * 20, [0.0] * 20) == pytest.approx(0.5)
+    assert evaluation.length_controlled([1.0] * 8 + [0.0] * 2, [50] * 10) == pytest.approx(0.8)
 
 
 def test_paired_difference_and_its_p_value():
@@ -243,10 +288,11 @@ def test_the_criterion_goes_with_the_task():
 
 def test_the_cache_survives_what_is_no_judgement(tmp_path):
     path = tmp_path / "cache.jsonl"
-    path.write_text('{"key": "a", "value": 0.25}\n[1]\nnonsense\n{"key": "b"}\n')
+    path.write_text('{"key": "a", "value": 0.25}\n[1]\nnonsense\n{"key": "b"}\n{"key": "c", "val')
     cache = judges.Cache(path)
     assert cache.known == {"a": 0.25}
     cache.add("c", 1.0)
+    assert judges.Cache(path).known == {"a": 0.25, "c": 1.0}
     assert json.loads(path.read_text().splitlines()[-1]) == {"key": "c", "value": 1.0}
 
 

@@ -94,7 +94,9 @@ def test_processes_end_with_their_launcher(tmp_path):
         ((), {}, "expected a script"),
         (("nothing.py",), {}, "expected a script"),
         (("train.py",), {"NPROC": "two"}, "NPROC=two: expected a number of at least 1"),
+        (("train.py",), {"NPROC": "²"}, "expected a number of at least 1"),
         (("train.py",), {"NNODES": "2"}, "no RDZV_ENDPOINT"),
+        (("train.py",), {"NNODES": "2", "RDZV_ENDPOINT": "localhost:abc"}, "did not find each other"),
     ],
 )
 def test_what_cannot_be_launched(command, environment, message):
@@ -129,6 +131,50 @@ def processes_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+SLOW_READER = """
+    from pathlib import Path
+    from part_files import PartFiles
+    read = PartFiles._read
+    PartFiles._read = lambda self, path: (time.sleep(rank), read(self, path))[1]
+    if rank == 0:
+        Path("out.part").write_text('{"identity": "x"}\\n{"index": 0}\\n')
+    processes.wait()
+    parts = PartFiles(Path("out").absolute(), "x", False)
+    if rank == 0:
+        parts.add({"index": 1})
+    sys.stdout.write(f"rank {rank} began with {len(parts.done) - (rank == 0)}\\n")
+    sys.stdout.flush()
+"""
+
+
+def test_no_process_adds_answers_while_another_reads_what_is_there(tmp_path):
+    """All processes begin with the same answers done, however slowly one of them reads; else their shares of
+    the rest would overlap.
+    """
+    running = launch(script(tmp_path, SLOW_READER), cwd=tmp_path)
+    said, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors
+    assert sorted(re.findall(r"rank \d began with \d", said)) == [
+        "rank 0 began with 1",
+        "rank 1 began with 1",
+    ]
+
+
+UNEVEN = """
+    os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = "0", str(1 + rank)
+    with processes.in_turn():
+        pass
+    assert processes.total({"x": 1.0}) == {"x": 2.0}
+"""
+
+
+def test_machines_may_have_different_numbers_of_processes(tmp_path):
+    """Taking turns waits equally often everywhere."""
+    running = launch(script(tmp_path, UNEVEN), cwd=tmp_path)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors
 
 
 def test_two_processes_share_a_file(tmp_path):

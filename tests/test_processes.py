@@ -165,6 +165,25 @@ def test_a_state_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
         assert torch.equal(weights(other)[name], weight), name
 
 
+def test_a_run_stopped_in_its_last_evaluation_has_nothing_to_do_again(tmp_path, monkeypatch):
+    """The state after the last update is there before the last evaluation begins."""
+    run = trainer(tmp_path, "lr=1e-3", "save_every=null", "do_first_eval=false")
+
+    def told(metrics):
+        raise Preempted(signal.SIGTERM)
+
+    monkeypatch.setattr(run, "evaluate", told)
+    with pytest.raises(Preempted):
+        run.train()
+    state = resume.newest(tmp_path, run.origin)
+    assert state["updates"] == run.total_updates
+    again = trainer(tmp_path, "lr=1e-3", "save_every=null", "do_first_eval=false")
+    again.train(state)
+    assert again.updates == run.updates and (tmp_path / "LATEST").is_dir()
+    for name, weight in weights(run).items():
+        assert torch.equal(weights(again)[name], weight), name
+
+
 def test_what_fails_while_a_state_is_written_is_raised(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device", "states")

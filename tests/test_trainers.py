@@ -296,7 +296,7 @@ def test_counts_and_columns(tmp_path):
             -float(row["target_logp"]) + 1e-4 * float(row["sampled_logp"]), rel=1e-5
         )
     assert final["loss"] == pytest.approx(float(rows[-1]["loss"]), rel=1e-6)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "metrics.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "metrics.csv", "states"]
 
 
 def test_evaluation_reads_heldout_data_only(tmp_path):
