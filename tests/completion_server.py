@@ -74,11 +74,17 @@ class Handler(BaseHTTPRequestHandler):
         )
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """A client that hangs up is no news."""
+
+
 def start(port=0, faults=0.0, path_of_log=None):
     """A running server; `server.server_port` says where."""
     Handler.faults, Handler.path_of_log, Handler.most = faults, path_of_log, 0
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
