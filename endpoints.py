@@ -37,7 +37,7 @@ class Endpoints:
     def __init__(self, settings) -> None:
         self.settings, self.urls = settings, [url.rstrip("/") for url in settings.urls]
         key = os.environ.get(settings.key_env or "", "").strip()
-        if not (key.isascii() and (key.isprintable() or not key)):
+        if not (key.isascii() and key.isprintable()):
             raise UserError(f"{settings.key_env} holds no key: expected printable ASCII characters")
         limits = httpx.Limits(max_connections=settings.concurrency)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -58,10 +58,12 @@ class Endpoints:
         try:
             return str(self.send("GET", "models")["data"][0]["id"])
         except (Failed, LookupError, TypeError) as error:
-            raise UserError(f"{self.urls[0]}/models names no model ({error}); set endpoint.model") from None
+            raise UserError(f"{self.urls[0]}/models names no model ({error}); set the model's name") from None
 
-    def send(self, method: str, path: str, body: dict | None = None) -> dict[str, Any]:
-        """The JSON of one answer; raises Failed where all tries fail, UserError where none can succeed."""
+    def send(self, method: str, path: str, body: dict | None = None, read: Read = dict) -> Any:
+        """`read` of one answer's JSON; raises Failed where all tries fail, UserError where none can
+        succeed.
+        """
         pause = FIRST_PAUSE
         for tries in itertools.count(1):
             url, wait_for = f"{self.urls[next(self.next) % len(self.urls)]}/{path}", None
@@ -70,18 +72,18 @@ class Endpoints:
                 if answer.status_code in HOPELESS:
                     raise UserError(f"{url} answers {answer.status_code}: {_reason(answer)}; {self.advice()}")
                 if answer.status_code == 200:
-                    found = answer.json()
-                    if not isinstance(found, dict):
-                        raise ValueError(f"expected a JSON object, found a {type(found).__name__}")
-                    return found
+                    try:
+                        return read(answer.json())
+                    except Exception as error:  # whatever `read` stumbles over
+                        raise ValueError(f"an answer without what was asked for ({error!r})") from None
                 reason = f"{answer.status_code}: {_reason(answer)}"
                 if answer.status_code not in PASSING:
                     raise Failed(reason)
                 wait_for = _seconds(answer.headers.get("Retry-After"))
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
                 raise UserError(f"{url!r} is no address ({error}); {self.advice()}") from None
-            except (httpx.HTTPError, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}"
+            except (httpx.HTTPError, ValueError, RuntimeError) as error:  # the last: closed meanwhile
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             if tries > self.settings.retries:
                 raise Failed(f"{reason} ({tries} tries)")
             if self.leaving.wait(wait_for if wait_for is not None else pause * random.uniform(0.5, 1.5)):
@@ -89,7 +91,7 @@ class Endpoints:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def advice(self) -> str:
-        return f"check endpoint.urls and the key in the environment variable {self.settings.key_env}"
+        return f"check the urls and the key in the environment variable {self.settings.key_env}"
 
     def complete(
         self, requests: Iterable[tuple[Any, dict]], read: Read, path: str = "completions"
@@ -100,14 +102,10 @@ class Endpoints:
         """
 
         def one(key: Any, body: dict) -> tuple[Any, Any]:
-            for tries in itertools.count():
-                try:
-                    return key, read(self.send("POST", path, body))
-                except (Failed, UserError) as error:
-                    return key, error
-                except Exception as error:  # whatever `read` stumbles over; a thread that dies answers nobody
-                    if tries == self.settings.retries or self.leaving.wait(min(FIRST_PAUSE * 2**tries, 30)):
-                        return key, Failed(f"an answer without what was asked for ({error!r})")
+            try:
+                return key, self.send("POST", path, body, read)
+            except (Failed, UserError) as error:
+                return key, error
 
         def work() -> None:
             while (request := asked.get()) is not None:

@@ -23,9 +23,7 @@ import torch.distributed as dist
 
 import utils
 
-TIMEOUT = timedelta(
-    days=2
-)  # one process may let the others wait while it samples; torchrun notices a dead one
+TIMEOUT = timedelta(days=2)  # one may let the others wait for long; torchrun notices a dead one
 PATIENCE = 2.0  # seconds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -98,10 +96,9 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def wait() -> None:
-    """Until all processes are here."""
-    if count() > 1:
-        dist.all_gather_object([None] * count(), None)
+def wait(group=None) -> None:
+    """Until all processes are here. group: `second_group`'s, from a thread."""
+    everyones(None, group)
 
 
 def second_group():
@@ -183,5 +180,4 @@ def in_turn() -> Iterator[None]:
     for turn in range(size):
         if turn == mine:
             yield
-        if count() > 1:
-            wait()
+        wait()

@@ -78,7 +78,7 @@ def write_state(run_dir: Path, state: dict[str, Any], facts: dict[str, Any], kee
     if processes.is_first():
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    processes.everyones(None, group)
+    processes.wait(group)
     with quiet_errors(folder):
         dcp.save(state, checkpoint_id=aside, process_group=group, no_dist=processes.count() == 1)
     mine = sorted(path for path in aside.iterdir() if path.name.startswith(f"__{processes.rank()}_"))
@@ -93,7 +93,7 @@ def write_state(run_dir: Path, state: dict[str, Any], facts: dict[str, Any], kee
         os.replace(aside, folder)
         for old in found(run_dir)[:-keep]:
             shutil.rmtree(old)
-    processes.everyones(None, group)
+    processes.wait(group)
     log.info(f"saved    {folder}, to go on from")
 
 
