@@ -24,12 +24,13 @@ import decoding
 import evaluation
 import judges
 import marked_files
+import paper_table
 import processes
 import recipes
 import report
 import sampling
 from files import BadRows, fingerprint, read_json, read_rows, write_csv, write_json, write_jsonl, write_text
-from systems import System, job_of, resolve_system
+from systems import System, check_models, job_of, resolve_systems
 from utils import UserError, log, pick, run_entry_point, setup_logging
 
 # data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
@@ -272,21 +273,12 @@ def run_task(
 ) -> None:
     """All steps of one task; whatever cannot work is said before the first answer."""
     steps = list(config.evaluation.steps)
-    systems = {
-        name: resolve_system(name, spec, task, config, {stage.name: stage for stage in stages}, given)
-        for name, spec in OmegaConf.to_container(config.evaluation.systems, resolve=True).items()
-    }
+    systems = resolve_systems(config, task, {stage.name: stage for stage in stages}, given)
     if config.evaluation.reference != "output":
         pick(systems, config.evaluation.reference, "evaluation.reference (or output)")
     rows = read_test_rows(systems, config, task, folder)
-    for system in systems.values():
-        for path in (system.pair.proposal, system.pair.aligner):
-            if path:
-                checkpoints.find_model(path)
-                recipes.check_trained(
-                    stages, path, ignore=["seed"]
-                )  # of the noise; another one is another file
-    jobs = {name: job_of(system, rows, config) for name, system in systems.items()}
+    check_models(systems, stages)
+    jobs = {name: job_of(system, rows, config) for name, system in systems.items() if not system.corrects}
     for job in jobs.values():
         _ = job.encoded  # what does not fit together is said here
     if config.dry_run:
@@ -297,8 +289,11 @@ def run_task(
                 f"  writes   {system.folder}/output.json ({len(rows)} rows)"
             )
         return
-    if "generate" in steps:
-        for name, system in systems.items():
+    for name, system in systems.items():
+        if system.corrects:
+            drafts = sampling.read_answers(systems[system.corrects].output, jobs[system.corrects])
+            jobs[name] = job_of(system, rows, config, [answer["text"] for answer in drafts])
+        if "generate" in steps:
             sampling.answer_file(system.output, jobs[name], config.overwrite)
     if not set(steps) & {"judge", "leaderboard", "report"} or not processes.is_first():
         return
@@ -320,6 +315,14 @@ def run_task(
         f"{config.experiment_name}, task {task}, judge {config.judge.name}, "
         f"against {config.evaluation.reference}\n\n{evaluation.table(board)}\n"
     )
+    if named := OmegaConf.to_container(config.evaluation.paper).get(task):
+        about = (
+            f"{config.evaluation.dataset}/{task}, judge {config.judge.name}, against "
+            f"{config.evaluation.reference}, seed {config.seed}. All figures in %."
+        )
+        text = paper_table.paper_table(board, named, about)
+        write_text(folder / "paper_table.md", text)
+        log.info(f"{folder / 'paper_table.md'}\n\n{text}")
     if "report" in steps:
         notes = [
             f"{config.experiment_name}: {len(rows)} test rows of {config.evaluation.dataset}/{task}, seed "

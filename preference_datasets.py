@@ -346,12 +346,15 @@ def heldout_prompts(all_prompts, fraction: float) -> set[str]:
 
 
 def _as_correction(example: Example, variant: str, name: str, request: str) -> Example:
-    answer = example.negative
+    """The Aligner baseline's example; its warm-up may copy any answer, the target where there is no other."""
+    answer, copies = example.negative, variant == "aligner_warmup"
+    if answer is None and copies:
+        answer = example.target
     if answer is None:
         raise UserError(
             f"data set {name!r} needs an answer to correct: use a sampled variant (NAME_PROPOSAL_{variant})"
         )
-    target = answer if variant == "aligner_warmup" else example.target
+    target = answer if copies else example.target
     return replace(
         example, prompt=prompts.corrector(example.prompt, answer, request), target=target, negative=None
     )

@@ -67,6 +67,7 @@ NOT_IDENTITY = set(
         "judge",
         "pair",
         "world",
+        "baselines",
         "hh_negatives",
         "hh_data",
     ]
@@ -128,7 +129,7 @@ def preflight(arguments: Sequence[str]) -> list[str]:
     `++stage.NAME.key=`, and `stage.NAME.loss.key=`, where `loss` names the loss, goes to its `loss_settings`.
     Flags such as --help and --multirun are left to Hydra.
     """
-    opened = ("stage.", "evaluation.tasks.", "evaluation.systems.")
+    opened = ("stage.", "evaluation.tasks.", "evaluation.systems.", "evaluation.paper.")
     arguments = [f"++{argument}" if argument.startswith(opened) else argument for argument in arguments]
     arguments = [re.sub(r"^(\+\+stage\.[^.=]+\.(?:loss|model))\.", r"\1_settings.", a) for a in arguments]
     if not any(argument.startswith("-") for argument in arguments):
@@ -265,10 +266,15 @@ def resolve(overrides: Sequence[str]) -> list[Stage]:
             ]
             raise UserError(f"unknown stage {name!r}: {nearest(name, known)}")
         pick(STAGE_KEYS, spec["kind"], f"kind of stage.{name}")
-        if any(OmegaConf.select(config, key) != value for key, value in spec.get("only_if", {}).items()):
+        if not applies(spec, config):
             continue
         stages[name] = _stage(name, spec, stage_config(spec, name, overrides), stages)
     return list(stages.values())
+
+
+def applies(spec: dict[str, Any], config: DictConfig) -> bool:
+    """Whether the keys that a stage or a system depends on have the values it wants."""
+    return all(OmegaConf.select(config, key) == value for key, value in spec.get("only_if", {}).items())
 
 
 def _stage(name: str, spec: dict[str, Any], config: DictConfig, earlier: dict[str, Stage]) -> Stage:

@@ -37,6 +37,8 @@ SMALL = [
     "stage.proposal_sft.n_examples=32",
     "stage.aligner.n_examples=64",
     "stage.aligner_sft_only.n_examples=64",
+    "stage.corrector_warmup.n_examples=64",
+    "stage.corrector.n_examples=32",
     "evaluation.bootstrap=50",
     "evaluation.examples=2",
     "evaluation.verify_rows=3",
@@ -52,6 +54,7 @@ SYSTEMS = {
     "proposal+aligner[product]",
     "proposal_sft+aligner[par]",
     "proposal+aligner_sft_only[par]",
+    "proposal+corrector",
 }
 
 
@@ -80,7 +83,7 @@ def test_demo_leaves_results_leaderboard_and_report(finished):
     for name, row in found["systems"].items():
         assert {"correct", "aligned", "both", "win_rate", "win_rate_ci95", "n"} <= set(row)
         assert row["n"] == 12 and row["win_rate_ci95"][0] <= row["win_rate"] <= row["win_rate_ci95"][1]
-        assert ("fallback_fraction" in row) == (name.count("+") == 1)
+        assert ("fallback_fraction" in row) == name.endswith("]")  # a pair
     assert found["systems"]["proposal"]["win_rate"] == 0.5
     decoding = found["decoding"]
     assert decoding["identical_to_plain"] is True and set(decoding["tokens_per_second"]) == SYSTEMS
@@ -265,7 +268,7 @@ def test_interrupted_anywhere_the_same_command_finishes_alike(finished, tmp_path
 
 def test_dry_run_writes_nothing(tmp_path, caplog):
     run(train, "experiment=demo", f"output_dir={tmp_path / 'x'}", "dry_run=true")
-    assert "8 stages: everything they need is there" in caplog.text and "n_examples 32000" in caplog.text
+    assert "10 stages: everything they need is there" in caplog.text and "n_examples 32000" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -119,8 +119,7 @@ def test_the_eight_published_evaluations():
         config = recipes.compose([f"experiment={name}"])
         stages = {stage.name: stage for stage in recipes.resolve([f"experiment={name}"])}
         for task in config.evaluation.tasks:
-            spec = OmegaConf.to_container(config.evaluation.systems["proposal+aligner[par_kl]"])
-            system = pipeline.resolve_system("x", spec, task, config, stages, set())
+            system = pipeline.resolve_systems(config, task, stages, set())["proposal+aligner[par_kl]"]
             found[name, task] = (system.params.temperature, system.params.base_temperature)
             assert system.params.sample_mode == "par_kl" and system.params.div_threshold == 0.1
             assert system.pair.aligner == str(stages["aligner"].weights)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The paper's table: trains all of its systems, baselines included, or goes on where it stopped, evaluates them and
+# prints published and measured figures side by side (report_dir/paper_table.md).
+#   bash bin/paper_table.sh toy facts                 minutes on two cores
+#   bash bin/paper_table.sh llama uc judge=endpoint   FAMILY: llama, qwen; TASK: uc, summ, hh; any key=value follows
+set -euo pipefail
+if [ $# -lt 2 ] || [ ! -f "$(dirname "$0")/../config/experiment/$1_$2.yaml" ]; then
+    echo "usage: bash bin/paper_table.sh FAMILY TASK [key=value ...], where config/experiment/FAMILY_TASK.yaml is:" \
+        "toy facts, {llama,qwen} {uc,summ,hh}" >&2
+    exit 2
+fi
+experiment="$1_$2"
+shift 2
+source "$(dirname "$0")/env.sh"
+"$PYTHON" launch.py train.py experiment="$experiment" baselines=true "$@"
+exec "$PYTHON" launch.py pipeline.py experiment="$experiment" baselines=true "$@"
