@@ -20,7 +20,7 @@ from utils import UserError, log, nearest, pick
 from validation import check_keys, check_sampling, check_training, check_types, literal
 
 CONFIG_DIR = Path(__file__).resolve().parent / "config"
-GROUPS = ("model", "loss", "judge", "experiment")
+GROUPS = ("model", "loss", "judge", "experiment", "ablation")
 STAGE_KEYS = {  # what a stage may say beside configuration keys, by kind
     "train": {"kind", "only_if", "init_from"},
     "sample": {"kind", "only_if", "proposal", "dataset"},
@@ -133,8 +133,28 @@ def preflight(arguments: Sequence[str]) -> list[str]:
     arguments = [f"++{argument}" if argument.startswith(opened) else argument for argument in arguments]
     arguments = [re.sub(r"^(\+\+stage\.[^.=]+\.(?:loss|model))\.", r"\1_settings.", a) for a in arguments]
     if not any(argument.startswith("-") for argument in arguments):
-        compose(arguments)
+        repeated = any(key_of(argument) == "ablation" for argument in arguments)
+        for each in _values(arguments) if repeated else [arguments]:
+            compose(each)
     return arguments
+
+
+def _values(arguments: Sequence[str]) -> list[list[str]]:
+    """The arguments with every value of those that have several (key=a,b,c), one after the other."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    choices = []
+    for argument in arguments:
+        try:
+            parsed = OverridesParser.create().parse_override(argument)
+        except Exception:  # `compose` says what is wrong with it
+            choices.append([argument])
+            continue
+        values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [None]
+        key = argument.partition("=")[0]
+        choices.append([argument if value is None else f"{key}={value}" for value in values])
+    most = max(map(len, choices), default=0)
+    return [[values[min(i, len(values) - 1)] for values in choices] for i in range(most)]
 
 
 @functools.cache

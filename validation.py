@@ -17,7 +17,7 @@ from utils import UserError, nearest, pick
 
 SECTIONS = ("model", "loss", "judge", "divergence", "wandb", "sampling", "sampling.endpoint", "evaluation")
 OPEN = ("stage", "world", "pair", "hh_negatives", "hh_data", "experiment")  # a recipe's own: any keys inside
-OPEN_INSIDE = ("model.architecture.", "evaluation.tasks.", "evaluation.systems.", "evaluation.paper.")
+OPEN_INSIDE = ("model.architecture.", *(f"evaluation.{key}." for key in ("tasks", "systems", "paper", "ablation")))
 # Types of the keys whose default is null, and keys that may be set to null though their default is not.
 NULL_DEFAULTS = {
     "stages": list,
