@@ -27,6 +27,17 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
         ".3f",
         "win rate with length taken out by a logistic model; not AlpacaEval's, which knows each prompt",
     ),
+    "lc_win_rate": (
+        "AlpacaEval LC",
+        ".3f",
+        "AlpacaEval's length-controlled win rate of its 805 questions: the share that would be won at equal "
+        "lengths, by its logistic model with each question's difficulty",
+    ),
+    "lc_standard_error": (
+        "LC error",
+        ".3f",
+        "its standard error as AlpacaEval gives it, of the mean over questions alone",
+    ),
     "p_value": (
         "p",
         ".4f",

@@ -241,28 +241,6 @@ def test_no_preference_is_read_from_what_says_none(answer):
         judges.read_preference(answer)
 
 
-@pytest.mark.parametrize("strength, effect", [(0.0, 0.0), (0.0, 1.5), (0.8, 1.5), (-0.6, -1.0)])
-def test_a_known_effect_of_length_is_taken_out(strength, effect):
-    """Outcomes drawn with a known effect of length: the win rate at equal length is found within its
-    error.
-    """
-    rng = np.random.default_rng(0)
-    n = 4000
-    longer = rng.normal(120, 200, n)  # the system writes more
-    p = 1 / (1 + np.exp(-(strength + effect * np.tanh(longer / longer.std()))))
-    y = (rng.random(n) < p).astype(float)
-    truth = 1 / (1 + math.exp(-strength))
-    assert evaluation.length_controlled(y, longer) == pytest.approx(truth, abs=0.035)
-    if effect:
-        assert abs(y.mean() - truth) > 0.05  # which the raw rate misses
-
-
-def test_length_control_of_one_sided_outcomes_is_finite():
-    assert 0.9 < evaluation.length_controlled([1.0] * 20, list(range(20))) < 1
-    assert evaluation.length_controlled([0.5] * 20, [0.0] * 20) == pytest.approx(0.5)
-    assert evaluation.length_controlled([1.0] * 8 + [0.0] * 2, [50] * 10) == pytest.approx(0.8)
-
-
 def test_paired_difference_and_its_p_value():
     """Equal systems: a p-value of 1; six rows, all for one side: that of the sign-flip test, 2 / 64."""
     rows = [{"preference": x} for x in (0.2, 0.9, 0.4)]
