@@ -270,7 +270,7 @@ def ask(
         )
         raise UserError(
             f"judge.max_price={limit} {why}: {tally}; {len(asked) - done:,} judgements of this system are "
-            "missing. What was judged is kept: raise it, and the same command goes on"
+            "missing. What was judged is kept: the same command goes on, with as much to spend again"
         )
     return failed
 

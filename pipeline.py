@@ -172,6 +172,8 @@ def results(
         "aligned",
         "both",
         "win_rate",
+        "lc_win_rate",
+        "lc_standard_error",
         "n",
         "average_length",
         "changed_fraction",

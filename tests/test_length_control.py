@@ -1,14 +1,21 @@
 """Win rates with length taken out: known effects are found again, and AlpacaEval's own figures."""
 
+import csv
+import json
 import logging
 import math
 
 import numpy as np
 import pytest
+from tiny import byte_tokenizer, tiny_model
 
 import alpaca_package
+import checkpoints
 import evaluation
 import length_control
+import pipeline
+import recipes
+from files import write_json
 from utils import UserError
 
 N = length_control.QUESTIONS
@@ -238,3 +245,52 @@ def test_gamed_answers_without_a_judgement_are_left_out(tmp_path):
     gamed = length_control.read_gamed(path)
     assert len(gamed.preference) == len(gamed.x) == len(gamed.weight) == 2 * N - 1
     assert len(gamed.difficulty) == N and (gamed.weight == 0.1).all() and (gamed.x[:, 2] == 0).all()
+
+
+# ---- from the command line ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """pipeline.py of `llama_uc` on tiny models and 805 questions; returns its folder."""
+    rows = [{"instruction": f"say {i}", "output": "x" * (i % 9), "generator": "y"} for i in range(N)]
+    write_json(tmp_path / "data" / "test" / pipeline.ALPACA_EVAL, rows)
+    tokenizer, common = byte_tokenizer(), [f"output_dir={tmp_path / 'out'}", f"data_dir={tmp_path / 'data'}"]
+    common += ["experiment=llama_uc", "sampling.max_length=36", "sampling.max_prompt_length=32"]
+    common += ["sampling.batch_size=64", "evaluation.bootstrap=20", "evaluation.examples=2"]
+    for stage in recipes.resolve(common):
+        if stage.kind == "train":
+            model = tiny_model(len(tokenizer), seed=len(stage.name))
+            checkpoints.export_model(model, tokenizer, stage.weights, "float32", {"add_bos": False})
+
+    def run(*overrides):
+        given = recipes.preflight([*common, *overrides])
+        pipeline.run(recipes.compose(given), given)
+        return tmp_path
+
+    return run
+
+
+def test_the_figure_stands_in_leaderboards_where_the_file_is(evaluate, tmp_path, caplog):
+    """Without the file one warning, and no column; with it the figure in every table; none for a part."""
+    caplog.set_level(logging.INFO, "ram")
+    report = evaluate() / "out" / "report" / "llama_uc"
+    assert sum("no lc_win_rate" in message for message in caplog.messages) == 1
+    assert "lc_win_rate" not in (report / "leaderboard.csv").read_text()
+    write_gamed(tmp_path / "data" / "test" / length_control.FILE, normal(N, 0.6180340))
+    caplog.clear()
+    evaluate()
+    assert not [message for message in caplog.messages if "no lc_win_rate" in message]
+    with open(report / "leaderboard.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    systems = json.loads((report / "results.json").read_text())["systems"]
+    for row in rows:
+        assert 0 < float(row["lc_win_rate"]) < 1 and 0 < float(row["lc_standard_error"]) < 0.1
+        assert systems[row["system"]]["lc_win_rate"] == float(row["lc_win_rate"])
+    assert "AlpacaEval LC" in (report / "report.html").read_text()
+    assert "| AlpacaEval LC |" in (report / "leaderboard.md").read_text()
+    caplog.clear()
+    evaluate("sampling.limit=20")
+    said = [message for message in caplog.messages if "no lc_win_rate" in message]
+    assert len(said) == 1 and "and 20 are evaluated here" in said[0]
+    assert "lc_win_rate" not in (report / "leaderboard.csv").read_text()
