@@ -1,4 +1,4 @@
-"""The package alpaca_eval, kept to itself: nothing of its own reaches the environment, the log or the disk.
+"""The package alpaca_eval, kept to itself: what it does to the environment and the log is undone.
 
 Its own client is not used: it gives up on the first error that it does not know, and keeps no judgement
 before all are there. It makes the requests and reads the answers; who sends them is said by the caller.
@@ -50,15 +50,15 @@ def contained() -> Iterator[None]:
             del os.environ[name]
 
 
-def read_logprobs(answer: dict[str, Any]) -> dict[str, float]:
-    """The log-probabilities of m and M as a chat completion's first token; raises ValueError where neither is
-    among those that the server names.
+def read_logprobs(answer: dict[str, Any]) -> dict[str, float] | Failed:
+    """The log-probabilities of m and M as a chat completion's first token; Failed where neither is among
+    those that the server names, for asking again would change nothing.
     """
     content = (answer["choices"][0].get("logprobs") or {}).get("content") or [{}]
     candidates = content[0].get("top_logprobs") or []
     found = {item["token"]: float(item["logprob"]) for item in candidates if item["token"] in ("m", "M")}
     if not found:
-        raise ValueError("no log-probability of m or M; the server has to support logprobs and top_logprobs")
+        return Failed("no log-probability of m or M; the server has to support logprobs and top_logprobs")
     return found
 
 

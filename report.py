@@ -62,7 +62,9 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
         "noise, as confirmed by the pair's law",
     ),
     "judge": ("Judge", "", "what compared the answers"),
+    "judge_settings": ("Judge's settings", "", "its model, and what it was asked to judge"),
     "reference": ("Reference", "", "the answers compared against"),
+    "commit": ("Commit", "", "of the checkout that made the table; +changes: files differ from it"),
 }
 SHARES = ("win_rate", "both")  # these come with an interval and get a bar
 MOSTLY_FELL_BACK = "the pair mostly fell back to the proposal, for more than half of its tokens"
@@ -179,7 +181,7 @@ def _leaderboard(rows: list[dict]) -> str:
     if not any(row.get("failed") for row in rows):
         shown = [key for key in shown if key != "failed"]
     common = ""
-    for key in ("judge", "reference"):
+    for key in ("judge", "judge_settings", "reference", "commit"):
         # One value for the whole table is said once: the width is better spent on numbers.
         if key in shown and len({row.get(key) for row in rows}) == 1:
             shown.remove(key)

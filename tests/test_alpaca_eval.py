@@ -140,9 +140,18 @@ def test_failures_say_why_and_are_asked_for_next_time(judge, rule):  # noqa: F81
 
 
 def test_a_server_without_log_probabilities_is_said(judge, rule):  # noqa: F811
+    """At once: the same request would be answered alike, and paid for again."""
     rule.logprobs = False
     with pytest.raises(UserError, match="requests all failed .*has to support logprobs"):
-        judge(retries=0)
+        judge(retries=9)
+    assert len(rule.asked) <= 2 * 4 + 4 and len(set(rule.asked)) == len(rule.asked)
+
+
+def test_a_name_without_log_probability_has_none_of_it(judge, rule, monkeypatch):  # noqa: F811
+    """Where only one of m and M is among the candidates the answer is certain, as AlpacaEval has it."""
+    monkeypatch.setattr(alpaca_package, "read_logprobs", lambda answer: {"M": -0.3})
+    found = judge()
+    assert {row["preference"] for row in found} == {0.0, 1.0} and {row["first"] for row in found} == {0.0}
 
 
 def test_texts_that_the_package_would_misread_are_named(judge, rule):  # noqa: F811
@@ -231,8 +240,8 @@ def test_log_probabilities_are_read_and_nothing_else():
 
     assert alpaca_package.read_logprobs(answer("M", "The", "m", " m")) == {"M": -1.0, "m": -3.0}
     for wrong in (answer("The"), answer(), {"choices": [{"logprobs": None}]}, {"choices": [{}]}):
-        with pytest.raises(ValueError, match="no log-probability of m or M"):
-            alpaca_package.read_logprobs(wrong)
+        found = alpaca_package.read_logprobs(wrong)
+        assert isinstance(found, endpoints.Failed) and "no log-probability of m or M" in str(found)
 
 
 def test_judgements_go_from_the_package_s_scale_to_ours():
