@@ -27,15 +27,52 @@ class Failed(Exception):
     """A request that was given up."""
 
 
+class Tally:
+    """What was asked and answered, by the servers' own count of tokens (`usage`), and what it costs.
+
+    prices: of a million input and a million output tokens, None where they are not known.
+    """
+
+    def __init__(self, prices: tuple[float | None, float | None] = (None, None)) -> None:
+        self.prices, self.lock = prices, threading.Lock()
+        self.sent = self.answered = self.uncounted = self.input_tokens = self.output_tokens = 0
+
+    def add(self, answer: dict[str, Any]) -> None:
+        """Counts an answer, whatever it says: a malformed one is paid for too."""
+        usage = answer.get("usage") or {}
+        counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
+        with self.lock:
+            self.answered += 1
+            if not all(isinstance(count, int) for count in counts):
+                self.uncounted += 1
+                return
+            self.input_tokens += counts[0]
+            self.output_tokens += counts[1]
+
+    @property
+    def price(self) -> float | None:
+        """So far, in the prices' currency."""
+        if None in self.prices:
+            return None
+        return (self.input_tokens * self.prices[0] + self.output_tokens * self.prices[1]) / 1e6
+
+    def __str__(self) -> str:
+        text = f"{self.answered:,} requests answered, {self.input_tokens:,} input tokens and "
+        text += f"{self.output_tokens:,} output tokens"
+        text += f" ({self.uncounted:,} answers without a count)" if self.uncounted else ""
+        return text if self.price is None else f"{text}, price {self.price:.2f}"
+
+
 class Endpoints:
     """One or many servers of the same model.
 
-    settings: urls (each up to and including /v1), key_env, concurrency, retries, timeout in seconds. Use as a
-    context.
+    settings: urls (each up to and including /v1), key_env, concurrency, retries, timeout in seconds. tally:
+    counts all answers. Use as a context.
     """
 
-    def __init__(self, settings) -> None:
+    def __init__(self, settings, tally: Tally | None = None) -> None:
         self.settings, self.urls = settings, [url.rstrip("/") for url in settings.urls]
+        self.tally = tally or Tally()
         key = os.environ.get(settings.key_env or "", "").strip()
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"{settings.key_env} holds no key: expected printable ASCII characters")
@@ -73,7 +110,10 @@ class Endpoints:
                     raise UserError(f"{url} answers {answer.status_code}: {_reason(answer)}; {self.advice()}")
                 if answer.status_code == 200:
                     try:
-                        return read(answer.json())
+                        found = answer.json()
+                        if method == "POST":
+                            self.tally.add(found)
+                        return read(found)
                     except Exception as error:  # whatever `read` stumbles over
                         raise ValueError(f"an answer without what was asked for ({error!r})") from None
                 reason = f"{answer.status_code}: {_reason(answer)}"

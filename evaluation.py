@@ -1,4 +1,4 @@
-"""Win rates with intervals, with length taken out, of one system against another; the table.
+"""Win rates with intervals, of one system against another; the table.
 
 All of it is arithmetic on a judge's preferences in [0, 1], where 1/2 is a tie.
 """
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import demo
+import length_control
 import plain_loop
 from judges import Judgement
 from utils import UserError
@@ -21,29 +22,6 @@ def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> tu
     picks = rng.integers(0, len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
-
-
-def length_controlled(preferences: Sequence[float], differences: Sequence[float]) -> float:
-    """The win rate at equal lengths: a logistic model of the preference by the difference in length, without
-    the difficulty of the single instruction that AlpacaEval's has (Dubois et al. 2024, arXiv 2404.04475, eq.
-    2).
-
-    differences: answer minus reference, in characters; divided by their spread and squashed by tanh, as
-    there.
-    """
-    y, d = np.asarray(preferences, dtype=np.float64), np.asarray(differences, dtype=np.float64)
-    if not d.std():
-        return float(y.mean())
-    x = np.stack([np.ones_like(y), np.tanh(d / d.std())], axis=1)
-    ridge = np.diag([1e-3, 1e-3]) * len(y)  # keeps the optimum finite where one side always wins
-    weights = np.zeros(2)
-    for _ in range(50):  # Newton's method on a strictly convex function
-        p = 1 / (1 + np.exp(-x @ weights))
-        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + ridge, x.T @ (y - p) - ridge @ weights)
-        weights += step
-        if np.abs(step).max() < 1e-10:
-            break
-    return float(1 / (1 + np.exp(-weights[0])))
 
 
 def paired_difference(
@@ -100,12 +78,30 @@ def summarise(
     spread = np.std(shares["win_rate"], ddof=1) if len(judgements) > 1 else 0.0
     figures["standard_error"] = float(spread / np.sqrt(len(judgements)))
     figures["average_length"] = float(np.mean([len(answer["text"]) for answer in answers]))
-    longer = [len(a["text"]) - len(reference) for a, reference in zip(answers, references, strict=True)]
-    figures["length_controlled"] = length_controlled(shares["win_rate"], longer)
+    longer = differences(answers, references)
+    figures["length_controlled"] = length_control.length_controlled(shares["win_rate"], longer)
     firsts = [j["first"] for j in judgements if "first" in j]
     if firsts:
         figures["first_shown_wins"] = float(np.mean(firsts))
     return figures | decoding_figures(answers)
+
+
+def differences(answers: Sequence[dict], references: Sequence[str]) -> list[int]:
+    """How much longer each answer is than its reference, in characters."""
+    return [
+        len(answer["text"]) - len(reference) for answer, reference in zip(answers, references, strict=True)
+    ]
+
+
+def alpaca_figures(
+    judgements: Sequence[Judgement],
+    answers: Sequence[dict],
+    references: Sequence[str],
+    gamed: length_control.Gamed,
+) -> dict[str, float]:
+    """AlpacaEval's length-controlled win rate of a system over its 805 questions, with its standard error."""
+    preferences = [None if "failed" in j else j["preference"] for j in judgements]
+    return length_control.alpaca_length_controlled(preferences, differences(answers, references), gamed)
 
 
 def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
@@ -148,8 +144,10 @@ def style_shares(judgements: Sequence[Judgement]) -> dict[str, float]:
 
 def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The leaderboard as text, a heading first; columns that no row has a value for are left out."""
-    has_both, has_pair = (any(key in row for row in rows) for key in ("both", "fallback_fraction"))
-    header = ["system", "n", "win rate", "95 % interval", "equal length", "p"]
+    optional = ("both", "fallback_fraction", "lc_win_rate")
+    has_both, has_pair, has_lc = (any(key in row for row in rows) for key in optional)
+    header = ["system", "n", "win rate", "95 % interval", "equal length"]
+    header += (["AlpacaEval LC"] if has_lc else []) + ["p"]
     header += ["correct", "aligned", "both"] if has_both else []
     header += ["length"] + (["changed", "fell back", "mean KL", "acceptance"] if has_pair else [])
     lines = [header]
@@ -161,6 +159,7 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
             f"{row['win_rate']:.3f}",
             f"{row['win_rate_low']:.3f} - {row['win_rate_high']:.3f}",
             f"{row['length_controlled']:.3f}",
+            *([f"{row['lc_win_rate']:.3f}"] if has_lc else []),
             "-" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
         ]
         line += [f"{row[key]:.3f}" for key in ("correct", "aligned", "both") if has_both]

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+import alpaca_package
 import checkpoints
 import demo
-from endpoints import Endpoints, Failed
+from endpoints import Endpoints, Failed, Read, Tally
 from files import fingerprint, naming
-from utils import UserError, pick, pick_device, progress
+from utils import UserError, log, pick, pick_device, progress
 
 Judgement = dict[str, Any]
 
@@ -94,8 +95,21 @@ def check(settings) -> None:
     pick(JUDGES, settings.name, "judge")
     if settings.name == "reward_model":
         checkpoints.find_model(settings.model, settings.hub_id)
-    if settings.name == "endpoint" and not settings.urls:
+    if settings.name == "alpaca_eval":
+        alpaca_package.check()
+    if settings.name not in SERVED:
+        return
+    if not settings.urls:
         raise UserError("judge.urls is empty: give the servers, e.g. judge.urls=[http://localhost:8000/v1]")
+    prices = [settings.input_price, settings.output_price]
+    if None in prices and (prices != [None, None] or settings.max_price is not None):
+        raise UserError(
+            f"judge.input_price={prices[0]}, judge.output_price={prices[1]}, judge.max_price="
+            f"{settings.max_price}: give both prices, each of a million tokens, or none of the three"
+        )
+
+
+SERVED = ("endpoint", "alpaca_eval")  # judges that ask a server
 
 
 def identity(settings: dict[str, Any]) -> dict[str, Any]:
@@ -107,14 +121,25 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["name"] == "reward_model":
         source = checkpoints.find_model(settings["model"], settings["hub_id"], quiet=True)
         found["model"] = checkpoints.weights_fingerprint(source)
-    if settings["name"] == "endpoint" and settings["model"] is None:
+    if settings["name"] in SERVED and settings["model"] is None:
         found["model"] = settings["urls"]
     return found
 
 
+def describe(settings: dict[str, Any]) -> str:
+    """A judge's model and criterion for a leaderboard; empty for one that has neither."""
+    first = f"first of {' '.join(settings['urls'])}" if settings["name"] in SERVED else settings.get("hub_id")
+    found = {"model": settings.get("model") or first, "criterion": settings.get("criterion")}
+    if settings["name"] == "alpaca_eval" and settings["criterion"] == "helpful":
+        found["prompt"] = alpaca_package.ANNOTATOR
+    if settings.get("both_orders"):
+        found["both_orders"] = "true"
+    return ", ".join(f"{key} {value}" for key, value in found.items() if value)
+
+
 class Cache:
-    """A number by content, in a file of one JSON line each that is only added to; a line that was cut is
-    dropped.
+    """A judge's answer by content, in a file of one JSON line each that is only added to; a line that was cut
+    is dropped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,7 +154,7 @@ class Cache:
                 except (ValueError, KeyError, TypeError):
                     continue
 
-    def add(self, key: str, value: float) -> None:
+    def add(self, key: str, value: Any) -> None:
         self.known[key] = value
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +163,13 @@ class Cache:
             self.begin = ""
 
 
-sent = [0]  # requests of this process, over all systems and tasks
+tally = Tally()  # of this process, over all systems and tasks
+
+
+def log_spending() -> None:
+    """Says at the end of a run what was asked of servers, if anything was."""
+    if tally.answered:
+        log.info(f"judge: {tally}")
 
 
 def read_preference(answer: dict[str, Any]) -> float:
@@ -172,13 +203,13 @@ def endpoint_judge(
 
     settings: config/judge/endpoint.yaml. cache: file of the judgements made so far. Equal answers are a tie
     and cost nothing. Which answer is shown first follows from the pair's content; with `both_orders` each
-    pair is judged in both and averaged. Raises UserError where the next request could pass `max_requests`.
+    pair is judged in both and averaged. Raises UserError as `ask` does.
     """
     known = Cache(cache)
     criterion = pick(CRITERIA, settings["criterion"], "judge.criterion")
-    with Endpoints(SimpleNamespace(**settings)) as servers:
+    with Endpoints(SimpleNamespace(**settings), tally) as servers:
         model = servers.model()
-        asked: dict[str, dict] = {}  # requests by key
+        wanted: dict[str, dict] = {}  # requests by key
         orders: list[list[tuple[str, bool]]] = []  # of each row: (key, whether the answer is shown second)
         for row, answer, reference in zip(rows, answers, references, strict=True):
             orders.append([])
@@ -193,28 +224,54 @@ def endpoint_judge(
                 body |= {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 5}
                 key = fingerprint(body)
                 orders[-1].append((key, second))
-                if key not in known.known:
-                    asked[key] = body
-        if (most := settings["max_requests"]) is not None and sent[0] + len(asked) > most:
-            raise UserError(
-                f"{len(asked):,} judgements are wanted after {sent[0]:,}, judge.max_requests={most:,}; "
-                "raise it, or judge fewer rows (sampling.limit)"
-            )
-        sent[0] += len(asked)
-        failed = ask(servers, asked, known)
+                wanted[key] = body
+        failed = ask(servers, wanted, known, read_preference, settings)
     return [judgement(order, known.known, failed) for order in orders]
 
 
-def ask(servers: Endpoints, asked: dict[str, dict], known: Cache) -> dict[str, str]:
-    """Sends what is not known and keeps the answers; returns the reasons of those that failed, by key."""
-    failed = {}
+def ask(
+    servers: Endpoints, wanted: dict[str, dict], known: Cache, read: Read, settings: dict[str, Any]
+) -> dict[str, str]:
+    """Sends the requests (by key) that are not known and keeps what `read` finds in the answers; returns the
+    reasons of those that failed, by key.
+
+    Raises UserError before the first where the run could pass `max_requests`, and once its answers cost
+    `max_price`: then nothing more is sent, and what is under way is waited for and kept.
+    """
+    asked = {key: body for key, body in wanted.items() if key not in known.known}
+    if (most := settings["max_requests"]) is not None and tally.sent + len(asked) > most:
+        raise UserError(
+            f"{len(asked):,} judgements are wanted after {tally.sent:,}, judge.max_requests={most:,}; "
+            "raise it, or judge fewer rows (sampling.limit)"
+        )
+    tally.sent += len(asked)
+    tally.prices = settings["input_price"], settings["output_price"]
+    limit, failed, done = settings["max_price"], {}, 0
+
+    def affordable() -> Iterator[tuple[str, dict]]:
+        for item in asked.items():
+            if limit is not None and (tally.price >= limit or tally.uncounted):
+                return
+            yield item
+
     with progress(total=len(asked), desc="judge", unit="pair") as bar:
-        for key, found in servers.complete(asked.items(), read_preference, "chat/completions"):
+        for key, found in servers.complete(affordable(), read, "chat/completions"):
             bar.update()
+            done += 1
             if isinstance(found, Failed):
                 failed[key] = str(found)
             else:
                 known.add(key, found)
+    if done < len(asked):
+        why = (
+            "is reached"
+            if tally.price >= limit
+            else "cannot be kept, the server does not count tokens (usage)"
+        )
+        raise UserError(
+            f"judge.max_price={limit} {why}: {tally}; {len(asked) - done:,} judgements of this system are "
+            "missing. What was judged is kept: the same command goes on, with as much to spend again"
+        )
     return failed
 
 
@@ -227,6 +284,42 @@ def judgement(order: list[tuple[str, bool]], known: dict[str, float], failed: di
     mine = [known[key] if second else 1 - known[key] for key, second in order]
     first = [1 - known[key] for key, _ in order]
     return {"preference": sum(mine) / len(mine), "first": sum(first) / len(first)}
+
+
+# ---- AlpacaEval --------------------------------------------------------------------------------------------
+
+
+def alpaca_eval_judge(
+    rows: Sequence[dict],
+    answers: Sequence[str],
+    references: Sequence[str],
+    settings: dict[str, Any],
+    cache: Path,
+) -> list[Judgement]:
+    """AlpacaEval 2's comparison, by the package alpaca_eval: its prompt for helpfulness, ours for the other
+    criteria, its order of display and its reading of the log-probabilities.
+
+    settings: config/judge/alpaca_eval.yaml. cache: file of the log-probabilities that the model gave so far.
+    The requests that the package makes are sent here, each kept as it is answered, so that a run that is
+    stopped loses only what is under way. Equal answers are a tie and cost nothing. Raises UserError as `ask`
+    does.
+    """
+    known = Cache(cache)
+    criterion, template = pick(CRITERIA, settings["criterion"], "judge.criterion"), None
+    if settings["criterion"] != "helpful":
+        places = {"instruction": "{instruction}", "first": "{output_1}", "second": "{output_2}"}
+        template = QUESTION.format(criterion=criterion, **places)
+    with Endpoints(SimpleNamespace(**settings), tally) as servers:
+
+        def answered(bodies: list[dict[str, Any]]) -> list[dict[str, float] | Failed]:
+            wanted = {fingerprint(body): body for body in bodies}
+            failed = ask(servers, wanted, known, alpaca_package.read_logprobs, settings)
+            return [
+                Failed(failed[key]) if key in failed else known.known[key] for key in map(fingerprint, bodies)
+            ]
+
+        instructions = [row[settings["instruction_key"]] for row in rows]
+        return alpaca_package.compare(instructions, answers, references, template, servers.model(), answered)
 
 
 # ---- a reward model ----------------------------------------------------------------------------------------
@@ -310,5 +403,6 @@ JUDGES: dict[str, Callable[..., list[Judgement]]] = {
     "exact": exact_judge,
     "dummy": dummy_judge,
     "endpoint": endpoint_judge,
+    "alpaca_eval": alpaca_eval_judge,
     "reward_model": reward_model_judge,
 }

@@ -23,6 +23,7 @@ import checkpoints
 import decoding
 import evaluation
 import judges
+import length_control
 import marked_files
 import paper_table
 import processes
@@ -31,13 +32,14 @@ import report
 import sampling
 from files import BadRows, fingerprint, read_json, read_rows, write_csv, write_json, write_jsonl, write_text
 from systems import System, check_models, job_of, resolve_systems
-from utils import UserError, log, pick, run_entry_point, setup_logging
+from utils import UserError, commit, log, pick, run_entry_point, setup_logging
 
+ALPACA_EVAL = "alpaca_eval_gpt4_baseline.json"
 # data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
 # the instruction is the whole dialogue up to and including "\n\nAssistant: ".
 test_files = {
-    "uc": {"helpful": "alpaca_eval_gpt4_baseline.json"},
-    "alpaca": {"helpful": "alpaca_eval_gpt4_baseline.json"},
+    "uc": {"helpful": ALPACA_EVAL},
+    "alpaca": {"helpful": ALPACA_EVAL},
     "hh": {"helpful": "hh_helpful_test_chosen_300.json", "harmless": "hh_harmless_test_chosen_300.json"},
     "summ-sft": {"summ": "openai_summarize_tldr_test_300.json"},
     "toy": {"facts": "toy_test.json"},
@@ -122,16 +124,19 @@ def leaderboard(
     answers: Answers,
     judgements: dict[str, list[dict]],
     references: list[str],
+    gamed: length_control.Gamed | None,
     task: str,
     config: DictConfig,
 ) -> list[dict[str, Any]]:
     """One row of figures per system, also written beside its answers."""
-    rows = []
+    rows, judge_settings = [], judges.describe(judges.settings_for(task, config.judge))
     for name, system in systems.items():
         figures = evaluation.summarise(
             judgements[name], answers[name], references, config.evaluation.bootstrap, config.seed
         )
         row = {"system": name, "dataset": config.evaluation.dataset, "task": task, **figures}
+        if gamed:
+            row |= evaluation.alpaca_figures(judgements[name], answers[name], references, gamed)
         row |= evaluation.style_shares(judgements[name])
         first = next(iter(systems))
         if name != first:
@@ -140,10 +145,13 @@ def leaderboard(
             row["compared_with"] = first
         row |= {
             "judge": config.judge.name,
+            "judge_settings": judge_settings,
             "reference": config.evaluation.reference,
             "seed": config.seed,
             "generator": system.generator,
+            "settings": system.tag,
             "command": f"python pipeline.py {' '.join(sys.argv[1:])}",
+            "commit": commit(),
             "date": f"{datetime.now():%Y-%m-%d}",
         }
         write_csv(system.folder / "leaderboard.csv", [row])
@@ -165,6 +173,8 @@ def results(
         "aligned",
         "both",
         "win_rate",
+        "lc_win_rate",
+        "lc_standard_error",
         "n",
         "average_length",
         "changed_fraction",
@@ -278,6 +288,10 @@ def run_task(
         pick(systems, config.evaluation.reference, "evaluation.reference (or output)")
     rows = read_test_rows(systems, config, task, folder)
     check_models(systems, stages)
+    gamed = None
+    if processes.is_first() and test_files[config.evaluation.dataset][task] == ALPACA_EVAL:
+        ids = [index for index, _ in rows]
+        gamed = length_control.find_gamed(Path(config.data_dir) / "test", ids, config.evaluation.reference)
     jobs = {name: job_of(system, rows, config) for name, system in systems.items() if not system.corrects}
     for job in jobs.values():
         _ = job.encoded  # what does not fit together is said here
@@ -302,7 +316,7 @@ def run_task(
     judgements = judge(systems, answers, references, rows, task, config)
     if not set(steps) & {"leaderboard", "report"}:
         return
-    board = leaderboard(systems, answers, judgements, references, task, config)
+    board = leaderboard(systems, answers, judgements, references, gamed, task, config)
     write_csv(folder / "leaderboard.csv", board)
     write_text(folder / "leaderboard.md", evaluation.markdown(board))
     write_text(folder / "leaderboard.tex", evaluation.latex(board))
@@ -354,9 +368,12 @@ def run(config: DictConfig, overrides: list[str]) -> None:
     judges.check(config.judge)
     given = {recipes.key_of(override) for override in overrides}
     processes.start()
-    for task in tasks:
-        folder = Path(config.report_dir) / (task if len(tasks) > 1 else "")
-        run_task(task, config, stages, given, folder)
+    try:
+        for task in tasks:
+            folder = Path(config.report_dir) / (task if len(tasks) > 1 else "")
+            run_task(task, config, stages, given, folder)
+    finally:
+        judges.log_spending()
     if processes.is_first():
         merge_leaderboards(Path(config.output_dir))
     processes.wait()

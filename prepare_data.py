@@ -7,6 +7,7 @@ _data/README.md describes every file. A file that is there already is kept unles
 """
 
 import argparse
+import csv
 import re
 import signal
 from collections import Counter
@@ -79,6 +80,14 @@ def alpaca(row: dict) -> Row:
     return dict(zip(names, _fields(row, *names), strict=True))
 
 
+def gamed(row: dict) -> Row:
+    """One row of AlpacaEval's df_gamed.csv without the columns that its length control does not read."""
+    names = ("index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
+    if not all(name in row for name in names):
+        raise Skip(f"not the expected fields (found: {', '.join(map(str, row)) or 'none'})")
+    return {name: "" if row[name] is None else str(row[name]) for name in names}
+
+
 def _fields(row: dict, *names: str) -> list[str]:
     if not all(isinstance(row.get(name), str) for name in names):
         raise Skip(f"not the expected fields (found: {', '.join(map(str, row)) or 'none'})")
@@ -107,7 +116,10 @@ SOURCES = {  # name -> repository on the hub, fields that its rows (or a local c
     "uc": ("openbmb/UltraChat", "data (a list of turns), or messages, or instruction and output"),
     "summ": ("CarperAI/openai_summarize_tldr", "prompt and label or completion, or instruction and output"),
     "hh": ("Anthropic/hh-rlhf", "chosen and rejected"),
-    "alpaca": ("tatsu-lab/alpaca_eval", "dataset, instruction, output and generator"),
+    "alpaca": (
+        "tatsu-lab/alpaca_eval",
+        "dataset, instruction, output and generator, or the columns of df_gamed.csv",
+    ),
 }
 HH_SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
 TEST_ROWS = 300
@@ -143,6 +155,7 @@ TARGETS = (
     ),
     # The answers in this file are gpt4_1106_preview's.
     Target("alpaca", "", "alpaca_eval_gpt4_baseline.json", "test/alpaca_eval_gpt4_baseline.json", alpaca),
+    Target("alpaca", "gamed", "df_gamed.csv", "test/alpaca_eval_length_control.csv", gamed),
 )
 
 
@@ -154,7 +167,7 @@ def hub_rows(target: Target, missing: Iterable[str]) -> Iterator[dict]:
     repository, _ = SOURCES[target.name]
     # By file, because alpaca_eval's repository has a loading script, which datasets >= 4 refuses. Streaming,
     # because UltraChat has 9 GB and the beginning is enough.
-    builder = "parquet" if target.source.endswith(".parquet") else "json"
+    builder = {".parquet": "parquet", ".csv": "csv"}.get(Path(target.source).suffix, "json")
     files = f"hf://datasets/{repository}/{target.source}"
     try:
         import datasets
@@ -169,9 +182,15 @@ def hub_rows(target: Target, missing: Iterable[str]) -> Iterator[dict]:
 
 
 def local_rows(paths: Sequence[Path]) -> Iterator[dict]:
-    """Rows of local .json, .jsonl, .jsonl.gz or .parquet files, one file after the other."""
+    """Rows of local .json, .jsonl, .jsonl.gz, .csv or .parquet files, one file after the other."""
     for path in paths:
-        if path.suffix == ".parquet":
+        if path.suffix == ".csv":
+            try:
+                with files.open_text(path) as file:
+                    yield from csv.DictReader(file)
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise UserError(f"{path}: cannot be read as CSV ({error})") from None
+        elif path.suffix == ".parquet":
             import pyarrow.parquet  # comes with datasets; the hub has TL;DR in no other format
 
             try:
@@ -194,6 +213,8 @@ def part_of(name: str, path: Path, split: str | None) -> str:
     split = split or (in_name and in_name[1])
     if name == "summ":
         return split or "train"
+    if name == "alpaca":
+        return "gamed" if path.suffix == ".csv" else ""
     if name != "hh":
         return ""
     subset = next((s for s in HH_SUBSETS if s in path.name or s == path.parent.name), None)
@@ -226,7 +247,8 @@ def write(target: Target, rows: Iterable[dict], path: Path, seed: int) -> None:
         expected = SOURCES[target.name][1]
         raise UserError(f"{path}: none of {read:,} rows can be used ({reasons}); expected {expected}")
     kept = draw(made, TEST_ROWS, seed) if target.generator else made
-    (files.write_jsonl if path.suffix == ".jsonl" else files.write_json)(path, kept)
+    writers = {".jsonl": files.write_jsonl, ".csv": files.write_csv}
+    writers.get(path.suffix, files.write_json)(path, kept)
     notes = [f"{path}: {len(kept):,} rows", f"sha256 {files.file_sha256(path)[:16]}"]
     if target.generator:
         few = f"all that can be used, fewer than {TEST_ROWS}"

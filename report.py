@@ -27,6 +27,17 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
         ".3f",
         "win rate with length taken out by a logistic model; not AlpacaEval's, which knows each prompt",
     ),
+    "lc_win_rate": (
+        "AlpacaEval LC",
+        ".3f",
+        "AlpacaEval's length-controlled win rate of its 805 questions: the share that would be won at equal "
+        "lengths, by its logistic model with each question's difficulty",
+    ),
+    "lc_standard_error": (
+        "LC error",
+        ".3f",
+        "its standard error as AlpacaEval gives it, of the mean over questions alone",
+    ),
     "p_value": (
         "p",
         ".4f",
@@ -51,7 +62,9 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
         "noise, as confirmed by the pair's law",
     ),
     "judge": ("Judge", "", "what compared the answers"),
+    "judge_settings": ("Judge's settings", "", "its model, and what it was asked to judge"),
     "reference": ("Reference", "", "the answers compared against"),
+    "commit": ("Commit", "", "of the checkout that made the table; +changes: files differ from it"),
 }
 SHARES = ("win_rate", "both")  # these come with an interval and get a bar
 MOSTLY_FELL_BACK = "the pair mostly fell back to the proposal, for more than half of its tokens"
@@ -168,7 +181,7 @@ def _leaderboard(rows: list[dict]) -> str:
     if not any(row.get("failed") for row in rows):
         shown = [key for key in shown if key != "failed"]
     common = ""
-    for key in ("judge", "reference"):
+    for key in ("judge", "judge_settings", "reference", "commit"):
         # One value for the whole table is said once: the width is better spent on numbers.
         if key in shown and len({row.get(key) for row in rows}) == 1:
             shown.remove(key)

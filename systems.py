@@ -37,6 +37,11 @@ class System:
         return self.folder / "output.json"
 
     @property
+    def tag(self) -> str:
+        """The settings that name the folder."""
+        return self.folder.name.rpartition("#")[2]
+
+    @property
     def generator(self) -> str:
         return self.settings.generator or "/".join(self.folder.parts[-2:])
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import difflib
+import functools
 import logging
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -150,6 +152,27 @@ def pick(table: dict[str, Any], name: str, what: str) -> Any:
     if name not in table:
         raise UserError(f"unknown {what} {name!r}: {nearest(str(name), table)}")
     return table[name]
+
+
+PROJECT = Path(__file__).resolve().parent
+
+
+@functools.cache
+def commit(folder: Path = PROJECT) -> str:
+    """The git commit of a checkout, with "+changes" where files differ from it or are new; empty where the
+    folder is no checkout, or there is no git.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != folder:  # a copy inside somebody else's checkout
+            return ""
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 # ---- devices and seeds -------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from utils import UserError, nearest, pick
 
 SECTIONS = ("model", "loss", "judge", "divergence", "wandb", "sampling", "sampling.endpoint", "evaluation")
 OPEN = ("stage", "world", "pair", "hh_negatives", "hh_data", "experiment")  # a recipe's own: any keys inside
-OPEN_INSIDE = ("model.architecture.", *(f"evaluation.{key}." for key in ("tasks", "systems", "paper", "ablation")))
+OPEN_INSIDE = ("model.architecture.", "evaluation.tasks.", "evaluation.systems.", "evaluation.paper.")
+OPEN_INSIDE += ("evaluation.ablation.",)
 # Types of the keys whose default is null, and keys that may be set to null though their default is not.
 NULL_DEFAULTS = {
     "stages": list,
@@ -42,6 +43,9 @@ NULL_DEFAULTS = {
     "judge.model": str,
     "judge.criterion": str,
     "judge.hub_id": str,
+    "judge.input_price": float,
+    "judge.output_price": float,
+    "judge.max_price": float,
     "evaluation.dataset": str,
 }
 NULLABLE = {
@@ -53,6 +57,9 @@ NULLABLE = {
     "sampling.stop_str",
     "judge.model",
     "judge.max_requests",
+    "judge.input_price",
+    "judge.output_price",
+    "judge.max_price",
 }
 # What a number may be, in interval notation; the law's own settings are checked by PARParams.
 INTERVALS = {
@@ -90,6 +97,9 @@ INTERVALS = {
     "judge.retries": "[0, inf)",
     "judge.timeout": "(0, inf)",
     "judge.max_requests": "[1, inf)",
+    "judge.input_price": "[0, inf)",
+    "judge.output_price": "[0, inf)",
+    "judge.max_price": "(0, inf)",
     "judge.max_length": "[1, inf)",
     "judge.batch_size": "[1, inf)",
     "evaluation.bootstrap": "[1, inf)",

@@ -24,7 +24,7 @@ import sampling
 import train
 import trainers
 from files import write_json, write_jsonl
-from utils import UserError
+from utils import UserError, commit
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -90,7 +90,13 @@ def test_demo_leaves_results_leaderboard_and_report(finished):
     assert 0 <= decoding["acceptance"] <= 1 and 0 <= decoding["fallback_fraction"] <= 1
     assert found["seconds"] > 0
     with open(finished / "leaderboard.csv", newline="") as file:
-        assert {row["system"] for row in csv.DictReader(file)} == SYSTEMS
+        rows = list(csv.DictReader(file))
+    assert {row["system"] for row in rows} == SYSTEMS
+    for row in rows:
+        assert (row["judge"], row["judge_settings"], row["commit"]) == ("exact", "", commit())
+        assert row["settings"].startswith(("t", "base_t")) and row["generator"].endswith(
+            f"#{row['settings']}"
+        )
     for name in ("leaderboard.md", "leaderboard.tex"):
         assert len((finished / name).read_text().splitlines()) == len(SYSTEMS) + (1 + name.endswith("md"))
     page = (finished / "report.html").read_text()

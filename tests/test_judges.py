@@ -1,6 +1,4 @@
-"""A language model as judge, by a server whose rule is known; win rates with length taken out; paired
-tests.
-"""
+"""A language model as judge, by a server whose rule is known; what it may cost; paired tests."""
 
 import json
 import math
@@ -36,25 +34,31 @@ def share(second, first):
 
 
 class Rule:
-    """Answers as a chat model would: log-probabilities of m and M by `share`."""
+    """Answers as a chat model would: log-probabilities of m and M by `share`; reads our prompts and
+    AlpacaEval's.
+    """
 
     def __init__(self):
-        self.asked, self.fault, self.bias, self.logprobs = [], lambda n: None, 0.0, True
+        self.asked, self.bodies, self.fault, self.bias, self.logprobs = [], [], lambda n: None, 0.0, True
+        self.usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
 
     def __call__(self, handler, given):
-        text = given["messages"][0]["content"]
-        first, second = re.findall(r'<output id="[mM]">\n(.*)\n</output>', text)
+        text = given["messages"][-1]["content"]
+        shown = r'(?s)<output id="[mM]">\n(.*?)\n</output>|"output": """(.*?)"""'
+        first, second = ("".join(match) for match in re.findall(shown, text))
         self.asked.append((first, second))
+        self.bodies.append(given)
         if (fault := self.fault(len(self.asked))) is not None:
             return handler.reply(*fault)
         p = share(second, first) * (1 - self.bias)
         best = "M" if p > 0.5 else "m"
         found = [{"token": "M", "logprob": math.log(p)}, {"token": "m", "logprob": math.log(1 - p)}]
         found.append({"token": "The", "logprob": -9.0})
-        choice = {"message": {"content": best}}
+        choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": best}}
         if self.logprobs:
             choice["logprobs"] = {"content": [{"token": best, "logprob": 0.0, "top_logprobs": found}]}
-        return handler.reply(200, {"choices": [choice]})
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": given["model"]}
+        return handler.reply(200, answer | {"choices": [choice], "usage": self.usage})
 
 
 @pytest.fixture
@@ -70,15 +74,17 @@ def rule(monkeypatch):
 
 @pytest.fixture
 def ask(rule, tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "sent", [0])
+    monkeypatch.setattr(judges, "tally", endpoints.Tally())
 
-    def asked(answers=ANSWERS, references=REFERENCES, **changes):
+    def asked(answers=ANSWERS, references=REFERENCES, rows=ROWS, **changes):
         settings = {
             **{"name": "endpoint", "urls": [rule.url], "model": "toy", "criterion": "helpful"},
             **{"instruction_key": "instruction", "both_orders": False, "key_env": "NONE", "concurrency": 4},
             **{"retries": 4, "timeout": 10, "max_requests": None},
+            **{"input_price": None, "output_price": None, "max_price": None},
         } | changes
-        return judges.endpoint_judge(ROWS, answers, references, settings, tmp_path / "cache.jsonl")
+        judge = judges.JUDGES[settings["name"]]
+        return judge(rows, answers, references, settings, tmp_path / "cache.jsonl")
 
     return asked
 
@@ -235,32 +241,69 @@ def test_a_price_that_nobody_agreed_to_is_refused(ask, rule):
         ask(max_requests=119, model="other")
 
 
+PRICES = {"input_price": 1e4, "output_price": 2e4}  # of a million: 1.02 for each of the server's answers
+
+
+def test_what_is_spent_is_counted_and_said(ask, rule, caplog):
+    """Requests, tokens by the server's own count, and a price where prices are given; nothing where nothing
+    was asked.
+    """
+    caplog.set_level("INFO", "ram")
+    judges.log_spending()
+    assert not caplog.messages
+    rule.fault = lambda n: (200, {"choices": [], "usage": rule.usage}) if n == 1 else None
+    ask()
+    judges.log_spending()
+    said = "judge: 61 requests answered, 6,100 input tokens and 61 output tokens"  # a useless one costs too
+    assert caplog.messages == [said]
+    ask(model="other", **PRICES)
+    judges.log_spending()
+    assert caplog.messages[1] == (
+        "judge: 121 requests answered, 12,100 input tokens and 121 output tokens, price 123.42"
+    )
+
+
+def test_a_price_limit_ends_the_run_and_loses_nothing(ask, rule, monkeypatch):
+    """No request is sent once the limit is spent; what was paid for is kept, and the next run asks for the
+    rest.
+    """
+    with pytest.raises(
+        UserError, match=r"judge.max_price=20.5 is reached: 2\d requests .* price 2\d\.\d\d; 3"
+    ):
+        ask(max_price=20.5, **PRICES)
+    spent = len(rule.asked)
+    assert 21 <= spent <= 21 + 3 and judges.tally.price == pytest.approx(1.02 * spent)
+    with pytest.raises(UserError, match="is reached"):  # the limit is the run's, over all systems
+        ask(max_price=20.5, **PRICES)
+    assert len(rule.asked) == spent
+    monkeypatch.setattr(judges, "tally", endpoints.Tally())
+    assert not [row for row in ask(max_price=60, **PRICES) if "failed" in row]
+    assert len(rule.asked) == 60 and judges.tally.answered == 60 - spent
+
+
+def test_a_price_limit_needs_the_server_s_count(ask, rule):
+    rule.usage = {"total_tokens": 3}
+    with pytest.raises(UserError, match=r"max_price=9 cannot be kept, .* \(\d answers without a count\)"):
+        ask(max_price=9, **PRICES)
+    assert len(rule.asked) <= 5
+    assert len(ask(**PRICES)) == 60
+
+
+@pytest.mark.parametrize(
+    "given", [{"max_price": 5}, {"input_price": 1.0}, {"output_price": 1.0, "max_price": 5.0}]
+)
+def test_half_a_price_is_refused(given):
+    settings = {"name": "endpoint", "urls": ["http://a/v1"], "max_price": None}
+    settings |= {"input_price": None, "output_price": None}
+    judges.check(judges.OmegaConf.create(settings))
+    with pytest.raises(UserError, match="give both prices, each of a million tokens, or none of the three"):
+        judges.check(judges.OmegaConf.create(settings | given))
+
+
 @pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"message": {"content": "mM"}}]}])
 def test_no_preference_is_read_from_what_says_none(answer):
     with pytest.raises((LookupError, ValueError)):
         judges.read_preference(answer)
-
-
-@pytest.mark.parametrize("strength, effect", [(0.0, 0.0), (0.0, 1.5), (0.8, 1.5), (-0.6, -1.0)])
-def test_a_known_effect_of_length_is_taken_out(strength, effect):
-    """Outcomes drawn with a known effect of length: the win rate at equal length is found within its
-    error.
-    """
-    rng = np.random.default_rng(0)
-    n = 4000
-    longer = rng.normal(120, 200, n)  # the system writes more
-    p = 1 / (1 + np.exp(-(strength + effect * np.tanh(longer / longer.std()))))
-    y = (rng.random(n) < p).astype(float)
-    truth = 1 / (1 + math.exp(-strength))
-    assert evaluation.length_controlled(y, longer) == pytest.approx(truth, abs=0.035)
-    if effect:
-        assert abs(y.mean() - truth) > 0.05  # which the raw rate misses
-
-
-def test_length_control_of_one_sided_outcomes_is_finite():
-    assert 0.9 < evaluation.length_controlled([1.0] * 20, list(range(20))) < 1
-    assert evaluation.length_controlled([0.5] * 20, [0.0] * 20) == pytest.approx(0.5)
-    assert evaluation.length_controlled([1.0] * 8 + [0.0] * 2, [50] * 10) == pytest.approx(0.8)
 
 
 def test_paired_difference_and_its_p_value():

@@ -13,6 +13,7 @@ import datasets
 import pytest
 
 import files
+import length_control
 import pipeline
 import prepare_data
 import recipes
@@ -36,6 +37,12 @@ UC_FILE = "train/ultrachat_round_one.json"
 SUMM_FILE, SUMM_TEST = "train/openai_summarize_tldr.jsonl", "test/openai_summarize_tldr_test_300.json"
 HELPFUL, HARMLESS = "test/hh_helpful_test_chosen_300.json", "test/hh_harmless_test_chosen_300.json"
 ALPACA_FILE = "test/alpaca_eval_gpt4_baseline.json"
+GAMED_FILE = "test/alpaca_eval_length_control.csv"
+GAMED = {"index": 0, "preference": 0.25, "std_delta_len": -1.5, "instruction_difficulty": 0.75}
+GAMED |= {"not_gamed_baseline": False, "model": "brief"}
+GAMED_CSV = (
+    "index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n0,0.25,-1.5,0.75,False\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +174,19 @@ def test_alpaca_keeps_every_row_in_its_order(prepare, put, data_dir):
     assert rows_of(data_dir / ALPACA_FILE) == [*rows[:2], {**ALPACA, "instruction": "How?"}]
 
 
+def test_alpaca_s_length_control_keeps_what_is_read(prepare, put, data_dir):
+    """A local df_gamed.csv, alone or beside the questions; length_control.py reads the same of both."""
+    source = put("df_gamed.csv", ",".join(GAMED) + "\n" + 805 * (",".join(map(str, GAMED.values())) + "\n"))
+    prepare("alpaca", "--from", source)
+    assert not (data_dir / ALPACA_FILE).exists()
+    prepare("alpaca", "--from", put("x.json", [ALPACA]), source)
+    assert rows_of(data_dir / ALPACA_FILE) == [ALPACA]
+    assert (data_dir / GAMED_FILE).read_text().startswith(GAMED_CSV)
+    made, given = length_control.read_gamed(data_dir / GAMED_FILE), length_control.read_gamed(source)
+    assert all((a == b).all() for a, b in zip(made, given, strict=True)) and len(made.difficulty) == 805
+    assert f"test/{length_control.FILE}" == GAMED_FILE
+
+
 def test_several_files_are_read_one_after_the_other(prepare, put, data_dir):
     files = [put("b.jsonl", [{"data": ["1", "a"]}]), put("a.json", [{"instruction": "2", "output": "b"}])]
     prepare("uc", "--from", *files)
@@ -201,6 +221,7 @@ def test_every_line_says_path_rows_checksum_and_what_was_skipped(prepare, put, d
         (["hh"], "helpful-base.test.jsonl", [{"chosen": "x"}], "expected chosen and rejected"),
         (["hh"], "helpful-base.test.jsonl", [UNEQUAL], "1 chosen and rejected prompts differ"),
         (["alpaca"], "x.json", [PAIR], "expected dataset, instruction, output and generator"),
+        (["alpaca"], "x.csv", "index,preference\n0,1\n", "expected .* or the columns of df_gamed.csv"),
         (["uc"], "x.jsonl", "", "holds no usable record"),
         (["uc"], "x.json", "", "not valid JSON"),
         (["uc"], "x.json", "[]", "holds no usable record"),
@@ -293,14 +314,15 @@ def hub(monkeypatch):
     def load_dataset(builder, data_files, split, streaming):
         asked.append(data_files.removeprefix("hf://datasets/"))
         assert split == "train" and streaming
-        assert builder == ("parquet" if data_files.endswith(".parquet") else "json")
+        kind = {"parquet": "parquet", "csv": "csv"}.get(data_files.rpartition(".")[2], "json")
+        assert builder == kind
         if "UltraChat" in data_files:
             return iter([{"id": "0", "data": ["Why?", "Because.", "More?"]}] * 120_003)
         if "tldr" in data_files:
             return iter([{"prompt": f"POST: {i}\n\nTL;DR:", "label": f"{i}"} for i in range(400)])
         if "hh-rlhf" in data_files:
             return iter([UNEQUAL, *({k: f"{i}" + v for k, v in HH.items()} for i in range(400))])
-        return iter([ALPACA] * 805)
+        return iter([GAMED] * 1610) if "gamed" in data_files else iter([ALPACA] * 805)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
@@ -319,6 +341,8 @@ def test_everything_from_the_hub(prepare, hub, data_dir, logged):
         assert len(rows_of(data_dir / file)) == 300
     assert {"openbmb/UltraChat/train_[01].jsonl", "Anthropic/hh-rlhf/harmless-base/train.jsonl.gz"} < set(hub)
     assert "tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json" in hub
+    assert "tatsu-lab/alpaca_eval/df_gamed.csv" in hub
+    assert (data_dir / GAMED_FILE).read_text().startswith(GAMED_CSV)
     assert not [name for name in hub if "red-team" in name]
 
     before, asked = {path: files.file_sha256(path) for path in data_dir.rglob("*.json*")}, len(hub)
@@ -338,6 +362,7 @@ def test_the_hub_s_formats_are_read_by_the_real_library(prepare, put, monkeypatc
         for part in ("train", "test"):
             put(f"Anthropic/hh-rlhf/{name}/{part}.jsonl.gz", [HH, UNEQUAL])
     folder = put("tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json", [ALPACA, ALPACA]).parents[2]
+    put("tatsu-lab/alpaca_eval/df_gamed.csv", f"{','.join(GAMED)}\n{','.join(map(str, GAMED.values()))}\n")
     for part in ("train", "test"):
         path = folder / "CarperAI/openai_summarize_tldr/data" / f"{part}-00000-of-00001-e8.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -354,6 +379,7 @@ def test_the_hub_s_formats_are_read_by_the_real_library(prepare, put, monkeypatc
     assert rows_of(data_dir / SUMM_TEST)[0]["instruction"] == "test TL;DR:"
     assert rows_of(data_dir / "train/hh/helpful-online.jsonl") == [HH, UNEQUAL]
     assert len(rows_of(data_dir / HARMLESS)) == 1 and rows_of(data_dir / ALPACA_FILE) == [ALPACA, ALPACA]
+    assert (data_dir / GAMED_FILE).read_text() == GAMED_CSV
 
 
 def test_no_hub_gives_one_line_with_the_file_and_the_command(prepare, monkeypatch, data_dir):
@@ -365,7 +391,7 @@ def test_no_hub_gives_one_line_with_the_file_and_the_command(prepare, monkeypatc
         "uc": "train_[01].jsonl",
         "summ": "data/train-*.parquet data/test-*.parquet",
         "hh": "helpful-base/train.jsonl.gz helpful-online/train.jsonl.gz",
-        "alpaca": "alpaca_eval_gpt4_baseline.json",
+        "alpaca": "alpaca_eval_gpt4_baseline.json df_gamed.csv",
     }.items():
         with pytest.raises(UserError, match="ConnectionError") as error:
             prepare(name)

@@ -15,6 +15,40 @@ from utils import UserError, nearest, pick, pick_dtype, progress, run_entry_poin
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# ---- commit ------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_is_told_with_whether_files_differ_from_it(tmp_path, monkeypatch):
+    """The head of the folder's own checkout; none for a folder inside another's, without one, without git."""
+
+    def git(*arguments):
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *author, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(folder=tmp_path):
+        utils.commit.cache_clear()
+        return utils.commit(folder)
+
+    (tmp_path / "inside").mkdir()
+    assert commit() == ""
+    git("init")
+    assert commit() == ""  # nothing is committed yet
+    (tmp_path / "a.py").write_text("1")
+    git("add", "a.py")
+    git("commit", "-m", "x")
+    head = git("rev-parse", "HEAD")
+    assert len(head) == 40 and commit() == head and commit(tmp_path / "inside") == ""
+    (tmp_path / "a.py").write_text("2")
+    assert commit() == f"{head}+changes"
+    git("commit", "-a", "-m", "y")
+    (tmp_path / "b.py").write_text("3")
+    assert commit() == f"{git('rev-parse', 'HEAD')}+changes" != f"{head}+changes"
+    monkeypatch.setenv("PATH", str(tmp_path / "inside"))
+    assert commit() == ""
+    utils.commit.cache_clear()
+
+
 # ---- hints -------------------------------------------------------------------------------------------------
 
 
