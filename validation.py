@@ -21,6 +21,7 @@ OPEN_INSIDE = ("model.architecture.", "evaluation.tasks.", "evaluation.systems."
 # Types of the keys whose default is null, and keys that may be set to null though their default is not.
 NULL_DEFAULTS = {
     "stages": list,
+    "report": str,
     "datasets": list,
     "n_examples": int,
     "keep_steps": int,

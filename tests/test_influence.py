@@ -109,9 +109,7 @@ def test_drawing_from_the_figures_laws_gives_the_answer_again(models, monkeypatc
     params = CASES["par_kl"]
     generations, _ = recorded(models, params, monkeypatch)
     laws, original = [], influence.next_token_law
-    monkeypatch.setattr(
-        influence, "next_token_law", lambda *given: laws.append(original(*given)) or laws[-1]
-    )
+    monkeypatch.setattr(influence, "next_token_law", lambda *given: laws.append(original(*given)) or laws[-1])
     for row, generation in enumerate(generations):
         laws.clear()
         influence.token_figures(*models, LETTERS, PROMPTS[row], generation.token_ids, params)
