@@ -68,11 +68,11 @@ def short(value: float) -> str:
     return f"{value / size:.6g}{suffix}".replace("-", "−")
 
 
-def figure(title: str, label: str, height: float, shapes: str, legend: str = "") -> str:
+def figure(title: str, label: str, height: float, shapes: str, legend: str = "", width: float = WIDTH) -> str:
     """A drawing with its title above and its legend below. label: the drawing in words."""
     key = f'<p class="key">{legend}</p>' if legend else ""
     return f"""<figure><figcaption>{text(title)}</figcaption>
-<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{text(label)}">{shapes}</svg>
+<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{text(label)}">{shapes}</svg>
 {key}</figure>
 """
 
@@ -214,11 +214,15 @@ def scatter(
             shapes += f'<path class="whisker" d="M{x} {frame.y(point.low)}V{frame.y(point.high)}"/>'
         name = f"{number} {point.label}: {point.x:,.1f}, {point.y:.3f}"
         shapes += f'<circle class="point" cx="{x}" cy="{y}" r="3.5"><title>{text(name)}</title></circle>'
-        place = float(x) + 7, float(y) - 6
-        while any(abs(place[0] - a) < 14 and abs(place[1] - b) < 11 for a, b in taken):
-            place = place[0] + 9, place[1]  # beside the number that stands there already
+        # The number stands beside its point, on the side where there is room, and beside those there already.
+        side = -1 if float(x) > (frame.left + frame.right) / 2 else 1
+        place = float(x) + 8 * side, float(y) - 6
+        while any(abs(place[0] - a) < 12 and abs(place[1] - b) < 11 for a, b in taken):
+            place = place[0] + 9 * side, place[1]
         taken.append(place)
-        shapes += f'<text class="number" x="{place[0]:.1f}" y="{place[1]:.1f}">{number}</text>'
+        shapes += (
+            f'<text class="number" x="{place[0]:.1f}" y="{place[1]:.1f}" text-anchor="middle">{number}</text>'
+        )
         legend += f"<span><b>{number}</b> {text(point.label)}</span>"
     return figure(title, f"{title}: {units[1]} over {units[0]}", 252, shapes, legend)
 
@@ -264,7 +268,7 @@ def histogram(title: str, label: str, values: Sequence[float], high: float, unit
     counts = [0] * bins
     for value in values:
         counts[min(int(bins * value / high), bins - 1)] += 1
-    frame = Frame(0.0, high, 0.0, max(counts), left=4, right=336, top=6, bottom=84)
+    frame = Frame(0.0, high, 0.0, max(counts), left=4, right=216, top=6, bottom=66)
     shapes, width = "", (frame.right - frame.left) / bins
     for place, count in enumerate(counts):
         if count:
@@ -275,7 +279,10 @@ def histogram(title: str, label: str, values: Sequence[float], high: float, unit
             shapes += f'height="{height:.1f}"><title>{edge}</title></rect>'
     mean = sum(values) / len(values)
     x = frame.x(min(mean, high))
-    shapes += f'<path class="grid" d="M{frame.left:g} {frame.bottom:g}H{frame.right:g}"/>{frame.x_axis()}'
+    shapes += (
+        f'<path class="grid" d="M{frame.left:g} {frame.bottom:g}H{frame.right:g}"/>{frame.x_axis(at_most=4)}'
+    )
     shapes += f'<path class="median" d="M{x} {frame.top:g}V{frame.bottom:g}"/>'
-    legend = f"<span>mean {mean:.3f} {text(unit)}</span><span>most {max(values):.3g}</span>"
-    return figure(title, f"{label}: {title}, mean {mean:.3f} over {len(values):,} rows", 104, shapes, legend)
+    legend = f"<span>mean of the rows {mean:.3f}, most {max(values):.3g} {text(unit)}</span>"
+    said = f"{label}: {title}, mean {mean:.3f} over {len(values):,} rows"
+    return figure(title, said, 84, shapes, legend, width=220)

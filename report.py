@@ -137,12 +137,12 @@ def _leaderboard(rows: list[dict]) -> str:
     shown = [key for key in COLUMNS if any(row.get(key) not in (None, "") for row in rows)]
     if not any(row.get("failed") for row in rows):
         shown = [key for key in shown if key != "failed"]
-    common = ""
+    common = []
     for key in ("judge", "reference"):
         # One value for the whole table is said once: the width is better spent on numbers.
         if key in shown and len({row.get(key) for row in rows}) == 1:
             shown.remove(key)
-            common += f'<p class="small">{COLUMNS[key][0]}: {text(rows[0][key])}</p>'
+            common.append(f"{COLUMNS[key][0]}: {text(rows[0][key])}")
     header = meanings = ""
     for key in shown:
         heading, _, meaning = COLUMNS[key]
@@ -151,14 +151,12 @@ def _leaderboard(rows: list[dict]) -> str:
     lines = "\n".join(
         f"<tr>{''.join(_cell(number, row, key) for key in shown)}</tr>" for number, row in enumerate(rows, 1)
     )
-    fallen = [row["system"] for row in rows if (finite(row.get("fallback_fraction")) or 0) > 0.5]
-    warning = f'<p class="warning">{text(", ".join(fallen))}: {MOSTLY_FELL_BACK}.</p>' if fallen else ""
     return f"""<div class="scroll" role="region" aria-labelledby="leaderboard" tabindex="0"><table>
 <caption>One system a line, its number that of the plots; shares run from 0 to 1</caption>
 <thead><tr>{header}</tr></thead><tbody>
 {lines}
 </tbody></table></div>
-{common}{warning}
+<p class="small">{" · ".join(common)}</p>
 <details class="small"><summary>What the columns mean</summary><dl>{meanings}</dl></details>"""
 
 
@@ -171,7 +169,9 @@ def _cell(number: int, row: dict, key: str) -> str:
     value = finite(value) if spec else value
     shown = DASH if value in (None, "") else text(format(value, spec))
     if key == "system":
-        return f'<th scope="row"><span class="small">{number}</span> {shown}</th>'
+        # A long name breaks where its parts meet.
+        name = shown.replace("+", "+<wbr>")
+        return f'<th scope="row"><span class="small">{number}</span>&nbsp;{name}</th>'
     if key in SHARES and value is not None:
         low, high = finite(row.get(f"{key}_low")), finite(row.get(f"{key}_high"))
         interval = "" if low is None or high is None else f" {low:{spec}}{DASH}{high:{spec}}"
@@ -223,9 +223,9 @@ def _plots(report: dict[str, Any]) -> str:
 
 # Of every answer of a pair: key of its figures, title, unit.
 BY_ROW = (
-    ("fallback", "Fell back", "of the tokens"),
-    ("kl", "Mean KL(P_M‖Q)", "nats per token"),
-    ("acceptance", "Acceptance", "of the tokens"),
+    ("fallback", "Fell back", "of its tokens"),
+    ("kl", "Mean KL(P_M‖Q)", "nats a token"),
+    ("acceptance", "Acceptance", "of its tokens"),
 )
 
 

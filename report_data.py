@@ -225,7 +225,7 @@ def influences(figures: dict[str, Any]) -> list[float | str | None]:
 
 def rounded(value: float | None) -> float | None:
     """To the digits that the page shows."""
-    return None if value is None else float(f"{value:.3g}") if abs(value) >= 1e-4 else 0.0
+    return None if value is None else float(f"{value:.3g}")
 
 
 # ---- saved and made again ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@
   const systems = data.systems;
   const pairs = systems.some((system) => system.pair);
   const says = (key) => data.rows.some((row) => row.answers.some((answer) => key in answer.judged));
+  const detailed = data.rows.filter((row) => row.answers.some((answer) => answer.tokens)).length;
   const state = { find: "", system: -1, outcome: "", tokens: "", judged: "", sort: "row" };
   const hidden = new Set();
   const haystacks = [];
@@ -39,8 +40,10 @@
     return element;
   }
 
+  // A long name breaks where its parts meet.
+  const breakable = (name) => name.split(/(?<=\+)/).flatMap((part) => [make("wbr"), part]).slice(1);
   const number = (value, digits = 3) => (value == null ? "–" : value.toFixed(digits).replace("-", "−"));
-  const share = (value) => (value == null ? "–" : value > 0 && value < 0.001 ? "<.001" : value.toFixed(3));
+  const share = (value) => (value === 0 ? "0" : value < 0.001 ? "<.001" : value.toFixed(3));
   const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 
   function outcome(answer) {
@@ -65,6 +68,7 @@
     if (state.outcome && outcome(answer) !== state.outcome) return false;
     if (state.tokens === "changed" && !events?.c) return false;
     if (state.tokens === "fell_back" && !events?.f) return false;
+    if (state.tokens === "figures" && !answer.tokens) return false;
     if (!state.judged) return true;
     const wanted = !state.judged.startsWith("not ");
     const key = state.judged.replace("not ", "");
@@ -185,18 +189,18 @@
     const answer = data.rows[place].answers[at];
     const system = systems[at];
     const kind = outcome(answer);
-    const title = make("h4", {}, make("span", { class: "name" }, make("b", { class: "small" }, String(at + 1)), " "));
-    title.firstChild.append(visible(system.name));
-    title.append(make("span", { class: `badge ${kind}` }, OUTCOMES[kind]));
+    const title = make("h4", {}, make("span", { class: "small" }, String(at + 1)), "\u00a0", ...breakable(system.name));
+    const marks = make("p", { class: "marks" }, make("b", { class: kind }, OUTCOMES[kind]));
     for (const key of ["correct", "aligned"]) {
       if (key in answer.judged) {
         const yes = Boolean(answer.judged[key]);
-        title.append(make("span", { class: `badge ${yes ? "yes" : "no"}` }, yes ? key : `not ${key}`));
+        marks.append(" · ", make("span", { class: yes ? "" : "no" }, yes ? key : `not ${key}`));
       }
     }
-    if (data.reference === system.name) title.append(make("span", { class: "badge" }, "reference"));
+    if (data.reference === system.name) marks.append(" · reference");
     return make(
-      "article", { class: "card" }, title, words(answer, place, at), facts(answer), judgement(answer, place, at),
+      "article", { class: "card" },
+      title, marks, words(answer, place, at), facts(answer), judgement(answer, place, at),
     );
   }
 
@@ -244,6 +248,7 @@
     found.append(select("outcome", "Outcome", outcomes));
     if (pairs) {
       const events = [["", "any"], ["changed", "some changed"], ["fell_back", "some fell back"]];
+      if (detailed) events.push(["figures", "with figures"]);
       found.append(select("tokens", "Tokens", events));
     }
     const keys = ["correct", "aligned", "both"].filter(says);
@@ -278,15 +283,17 @@
     const found = make("div", { class: "legend small" });
     const line = make("p", {}, "Tokens of a pair: ");
     for (const [event, meaning] of Object.entries(EVENTS)) {
-      line.append(make("span", { class: event }, meaning), "  ");
+      line.append(make("span", { class: event }, meaning), event === "fell_back" ? "." : ", ");
     }
     found.append(line);
-    if (data.rows.some((row) => row.answers.some((answer) => answer.tokens))) {
+    if (detailed) {
       const scale = make("p", {}, "Aligner's influence, log p − log P_M in nats: ");
       const steps = [["down4", "≤ −3"], ["down3", "−1.5"], ["down2", "−0.5"], ["down1", "−0.1"], ["", "0"]];
       steps.push(["up1", "0.1"], ["up2", "0.5"], ["up3", "1.5"], ["up4", "≥ 3"]);
       for (const [mark, words] of steps) scale.append(make("span", { class: `swatch ${mark}` }, words));
-      const meant = "p is the pair's law, P_M the proposal's own at its settings. Point at a token, tap it, or walk with ← and →.";
+      const meant =
+        `p is the pair's law, P_M the proposal's own at its settings. ${detailed} of ${plural(data.rows.length, "row")} ` +
+        "have such figures: point at a token, tap it, or walk with ← and →.";
       found.append(scale, make("p", {}, meant));
     }
     for (const system of systems) {

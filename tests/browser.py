@@ -10,7 +10,10 @@ import subprocess
 import time
 from pathlib import Path
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
+)
 KEYS = {"/": 191, "Escape": 27, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, "Enter": 13}
 
 
@@ -26,10 +29,20 @@ class Browser:
             os.dup2(os.dup(to_write), 4)
 
         command = [CHROMIUM, "--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--disable-gpu"]
-        command += [f"--user-data-dir={folder}", "--no-first-run", "--disable-dev-shm-usage", *flags, "about:blank"]
+        command += [
+            f"--user-data-dir={folder}",
+            "--no-first-run",
+            "--disable-dev-shm-usage",
+            *flags,
+            "about:blank",
+        ]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(
-            command, pass_fds=(3, 4, to_read, to_write), preexec_fn=third_and_fourth, start_new_session=True, **quiet
+            command,
+            pass_fds=(3, 4, to_read, to_write),
+            preexec_fn=third_and_fourth,
+            start_new_session=True,
+            **quiet,
         )
         os.close(to_read)
         os.close(to_write)
@@ -40,6 +53,7 @@ class Browser:
         self.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def message(self) -> dict:
         while b"\0" not in self.buffer:
