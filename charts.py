@@ -1,7 +1,8 @@
 """Charts as SVG text: curves, points with intervals, boxes, histograms.
 
-Each function gives a <figure> with its own legend and a sentence for who cannot see it. Colours and fonts come from
-report_page/charts.css (`STYLE`), so that a page has both colour schemes; nothing here is fetched or scripted.
+Each function gives a <figure> with its own legend and a sentence for who cannot see it. Its looks come from
+report_page/charts.css (`STYLE`), whose colours the page's own style sheet names (--ink, --blue and so on), so
+that it has both schemes; nothing here is fetched or scripted.
 """
 
 import html
@@ -236,7 +237,9 @@ def quantile(ranked: Sequence[float], share: float) -> float:
 
 
 def boxes(title: str, rows: Sequence[tuple[int, str, Sequence[float]]], unit: str) -> str:
-    """Quartiles, median, mean and the middle 90 % of each row's values. rows: number (0: none), label, values."""
+    """Quartiles, median, mean and the middle 90 % of each row's values. rows: number (0: none), label,
+    values.
+    """
     ranked = [sorted(values) for _, _, values in rows]
     frame = Frame(
         *spread([quantile(v, share) for v in ranked for share in (0.05, 0.95)]),

@@ -2,8 +2,8 @@
 
     prompt and answer as token ids -> both models' logits at all positions -> par.next_token_law -> figures
 
-The plain loop draws from the same laws one position at a time, so the figures are its own up to the rounding of
-a longer forward. Whether a token fell back is not decided again here: decoding recorded it.
+The plain loop draws from the same laws one position at a time, so the figures are its own up to the rounding
+of a longer forward. Whether a token fell back is not decided again here: decoding recorded it.
 """
 
 import math

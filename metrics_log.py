@@ -1,5 +1,5 @@
-"""What a run says while it trains: metrics.csv with every step, the console and wandb every few seconds; what an
-evaluation sends to wandb.
+"""What a run says while it trains: metrics.csv with every step, the console and wandb every few seconds; and
+what an evaluation sends to wandb.
 """
 
 import csv
@@ -151,8 +151,8 @@ ARTIFACTS = (
 
 
 def log_evaluation(settings, name: str, folder: Path, report: dict[str, Any]) -> None:
-    """Sends an evaluation to wandb as a run of its own: the leaderboard and the figures of every answer, which
-    the report's plots are made of, as tables, the page, and the result files in `folder` as an artifact.
+    """Sends an evaluation to wandb as a run of its own: as tables the leaderboard and the figures of every
+    answer, which the report's plots are made of; the page; the result files in `folder` as an artifact.
 
     settings: the `wandb` keys. report: what `report_data.save` returned.
     """
@@ -182,7 +182,7 @@ def log_evaluation(settings, name: str, folder: Path, report: dict[str, Any]) ->
     keys = ["row", "system", "length", "preference", "fallback_fraction", "mean_kl", "acceptance"]
     run.log(
         {
-            "leaderboard": wandb.Table(columns=columns, data=board),
+            "leaderboard": wandb.Table(columns=columns, data=board, allow_mixed_types=True),
             "answers": wandb.Table(columns=keys, data=figures),
             "report": wandb.Html(str(folder / "report.html"), inject=False),
         }

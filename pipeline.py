@@ -3,8 +3,8 @@ overrides).
 
     generate (answers of every system) -> influence (figures of some tokens) -> judge -> leaderboard -> report
 
-Each step is left alone where it is done. `python pipeline.py report=FOLDER` makes a report again from what was
-saved beside it.
+Each step is left alone where it is done. `python pipeline.py report=FOLDER` makes a report again from what
+was saved beside it.
 """
 
 import csv

@@ -1,9 +1,9 @@
 """One self-contained HTML page per evaluation: leaderboard, plots, training curves, a browser of all answers.
 
 Nothing is fetched. What can be seen without a script is HTML and SVG drawn here; the browser of answers is
-report_page/report.js over the answers embedded as JSON. A model may write markup, so whatever comes from data passes
-`charts.text` or a number format, or is JSON that the script puts into text nodes only; the page's policy lets no
-other style, script or address in.
+report_page/report.js over the answers embedded as JSON. A model may write markup, so whatever comes from data
+passes `charts.text` or a number format, or is JSON that the script puts into text nodes only; the page's
+policy lets no other style, script or address in.
 """
 
 import base64
@@ -304,9 +304,9 @@ def _answers(report: dict[str, Any]) -> str:
         f"<li>{text(system['name'])}: {text(system['folder'])}/output.json</li>" for system in systems
     )
     data = embedded({key: report[key] for key in ("reference", "systems", "rows")})
-    return f"""<noscript><p class="warning">Here stands a browser of all {len(rows):,} prompts with the answers of
-{len(systems)} systems, their judgements and, token by token, what the aligner changed. It needs scripts, which are
-off; the answers themselves lie beside this page.</p><ul class="small">{files}</ul></noscript>
+    return f"""<noscript><p class="warning">Here stands a browser of all {len(rows):,} prompts with the
+answers of {len(systems)} systems, their judgements and, token by token, what the aligner changed. It needs
+scripts, which are off; the answers themselves lie beside this page.</p><ul class="small">{files}</ul></noscript>
 <div id="browser"></div>
 <script type="application/json" id="data">{data}</script>
 <script>{SCRIPT}</script>

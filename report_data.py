@@ -1,9 +1,9 @@
 """What an evaluation's report is made of: gathered once, saved as report.json, made into files from there.
 
-    answers, judgements, figures of tokens, metrics.csv -> report.json -> report.html, leaderboard.md, leaderboard.tex
+    answers, judgements, figures of tokens, metrics.csv -> report.json -> report.html, leaderboard.md and .tex
 
-Because the page is always made from the saved file, `python pipeline.py report=FOLDER` gives the same bytes again
-without models or answers.
+Because the page is always made from the saved file, `python pipeline.py report=FOLDER` gives the same bytes
+again without models or answers.
 """
 
 import csv
@@ -166,8 +166,8 @@ def note_on(system: System, answers: list[dict], figures: dict[int, dict], n: in
     if not figures and n:
         if any("token_ids" not in answer for answer in answers):
             return (
-                "no influence per token: these answers were kept without their token ids; generate them again "
-                "(overwrite=true)"
+                "no influence per token: these answers were kept without their token ids; generate them "
+                "again (overwrite=true)"
             )
         return "no influence per token: run evaluation.steps=[influence,report]"
     if system.params.sample_mode == "snis" and figures:
@@ -253,8 +253,8 @@ def save(folder: Path, gathered: dict[str, Any]) -> dict[str, Any]:
 
 
 def rebuild(path: Path) -> dict[str, Any]:
-    """Makes report.html, leaderboard.md and leaderboard.tex from the report.json in a folder, and returns what
-    it holds.
+    """Makes report.html, leaderboard.md and leaderboard.tex from the report.json in a folder; returns what it
+    holds.
 
     path: the folder, or a file in it. Raises UserError where there is none, or it is not what was written.
     """

@@ -180,9 +180,7 @@
     const hash = `#row-${row.id}/${at + 1}`;
     const link = make("a", { href: hash }, "link to this judgement");
     const head = judged.failed !== undefined ? "judgement failed" : `preference ${number(judged.preference)}`;
-    const found = make("details", { class: "judgement" }, make("summary", {}, head), list, file, link);
-    found.id = hash.slice(1);
-    return found;
+    return make("details", { class: "judgement" }, make("summary", {}, head), list, file, link);
   }
 
   function card(place, at) {
@@ -207,8 +205,9 @@
   function rowElement(place) {
     const row = data.rows[place];
     const title = make("h3", {}, make("a", { href: `#row-${row.id}` }, `Row ${row.id}`));
-    const long = row.prompt.length > 600;
-    const prompt = make("p", { class: "words prompt", dir: "auto", tabindex: long ? "0" : null }, row.prompt);
+    const long = row.prompt.length > 300;
+    const style = `words prompt${long ? " long" : ""}`;
+    const prompt = make("p", { class: style, dir: "auto", tabindex: long ? "0" : null }, row.prompt);
     const cards = make("div", { class: "cards" });
     if (row.reference !== null) {
       const name = data.reference === "output" ? "Reference" : "In the test file";

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -57,6 +58,7 @@ class Browser:
 
     def message(self) -> dict:
         while b"\0" not in self.buffer:
+            assert select.select([self.read], [], [], 30)[0], "the browser says nothing"
             piece = os.read(self.read, 1 << 20)
             assert piece, "the browser ended"
             self.buffer += piece
@@ -87,14 +89,17 @@ class Browser:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.send("Emulation.setDeviceMetricsOverride", **size)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.send("Page.navigate", url="about:blank")
-        self.events.clear()
+        self.load("about:blank")
         begin = time.monotonic()
+        self.load(address)
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        return time.monotonic() - begin
+
+    def load(self, address: str) -> None:
+        self.events.clear()
         self.send("Page.navigate", url=address)
         while "Page.loadEventFired" not in self.events:
             self.note(self.message())
-        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        return time.monotonic() - begin
 
     def run(self, expression: str):
         """The value of an expression in the page, awaited where it is a promise."""

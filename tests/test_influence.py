@@ -1,4 +1,4 @@
-"""Figures of finished answers: those of the plain loop's own laws, kept in a file that goes on and is reused."""
+"""Figures of finished answers: those of the plain loop's own laws, in a file that goes on and is reused."""
 
 import json
 import math
@@ -105,7 +105,7 @@ def check_candidates(found, law, own, token, fixed):
 
 
 def test_drawing_from_the_figures_laws_gives_the_answer_again(models, monkeypatch):
-    """With the row's noise the teacher-forced laws choose the very tokens: they are those that decoding used."""
+    """With the row's noise the laws choose the very tokens: they are those that decoding used."""
     params = CASES["par_kl"]
     generations, _ = recorded(models, params, monkeypatch)
     laws, original = [], influence.next_token_law
