@@ -306,7 +306,8 @@ def _answers(report: dict[str, Any]) -> str:
     data = embedded({key: report[key] for key in ("reference", "systems", "rows")})
     return f"""<noscript><p class="warning">Here stands a browser of all {len(rows):,} prompts with the
 answers of {len(systems)} systems, their judgements and, token by token, what the aligner changed. It needs
-scripts, which are off; the answers themselves lie beside this page.</p><ul class="small">{files}</ul></noscript>
+scripts, which are off; the answers themselves lie beside this page.</p>
+<ul class="small">{files}</ul></noscript>
 <div id="browser"></div>
 <script type="application/json" id="data">{data}</script>
 <script>{SCRIPT}</script>
