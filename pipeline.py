@@ -1,8 +1,10 @@
 """Entry point of evaluation: `python pipeline.py experiment=llama_uc` (after train.py with the same
 overrides).
 
-    generate (answers of every system) -> judge -> leaderboard -> report, each step left alone where it is
-    done
+    generate (answers of every system) -> influence (figures of some tokens) -> judge -> leaderboard -> report
+
+Each step is left alone where it is done. `python pipeline.py report=FOLDER` makes a report again from what
+was saved beside it.
 """
 
 import csv
@@ -22,15 +24,17 @@ from omegaconf import DictConfig, OmegaConf
 import checkpoints
 import decoding
 import evaluation
+import influence
 import judges
 import length_control
 import marked_files
+import metrics_log
 import paper_table
 import processes
 import recipes
-import report
+import report_data
 import sampling
-from files import BadRows, fingerprint, read_json, read_rows, write_csv, write_json, write_jsonl, write_text
+from files import BadRows, fingerprint, read_rows, write_csv, write_json, write_jsonl, write_text
 from systems import System, check_models, job_of, resolve_systems
 from utils import UserError, commit, log, pick, run_entry_point, setup_logging
 
@@ -46,7 +50,7 @@ test_files = {
 }
 
 
-STEPS = ("generate", "judge", "leaderboard", "report")
+STEPS = ("generate", "influence", "judge", "leaderboard", "report")
 
 
 def read_test_rows(
@@ -82,6 +86,11 @@ def references_of(
     return [row[key] for _, row in rows]
 
 
+def judgements_path(system: System, config: DictConfig) -> Path:
+    reference = fingerprint(config.evaluation.reference)[:8]
+    return system.folder / f"judgements_{config.judge.name}_{reference}.jsonl"
+
+
 def judge(
     systems: dict[str, System],
     answers: Answers,
@@ -98,10 +107,7 @@ def judge(
     for name, system in systems.items():
         texts = [answer["text"] for answer in answers[name]]
         inputs = fingerprint([judges.identity(settings), records, texts, references])
-        path = (
-            system.folder
-            / f"judgements_{settings['name']}_{fingerprint(config.evaluation.reference)[:8]}.jsonl"
-        )
+        path = judgements_path(system, config)
         if not config.overwrite and marked_files.is_made_from(path, inputs):
             judgements[name] = [row for _, row in read_rows(path)]
             continue
@@ -161,47 +167,6 @@ def leaderboard(
     return rows
 
 
-def results(
-    rows: list[dict[str, Any]], systems: dict[str, System], identical: bool | None, training_seconds: float
-) -> dict[str, Any]:
-    """results.json: every system's figures, and those of decoding: speed, whether it equals the plain loop
-    token by token (None: not asked), the first pair's acceptance, the first gated pair's fall-back fraction;
-    seconds of all.
-    """
-    keys = (
-        "correct",
-        "aligned",
-        "both",
-        "win_rate",
-        "lc_win_rate",
-        "lc_standard_error",
-        "n",
-        "average_length",
-        "changed_fraction",
-        "fallback_fraction",
-        "mean_kl",
-        "acceptance",
-    )
-    table = {}
-    for row in rows:
-        table[row["system"]] = {key: row[key] for key in keys if key in row}
-        table[row["system"]]["win_rate_ci95"] = [row["win_rate_low"], row["win_rate_high"]]
-        if "both_low" in row:
-            table[row["system"]]["both_ci95"] = [row["both_low"], row["both_high"]]
-    files = {name: sampling.speed_path(system.output) for name, system in systems.items()}
-    speed = {name: read_json(path) for name, path in files.items() if path.is_file()}
-    pairs = [row for row in rows if "acceptance" in row]
-    gated = [row for row in pairs if systems[row["system"]].params.sample_mode == "par_kl"]
-    decoding_figures = {
-        "tokens_per_second": {name: figures["tokens_per_second"] for name, figures in speed.items()},
-        "identical_to_plain": identical,
-        "acceptance": pairs[0]["acceptance"] if pairs else None,
-        "fallback_fraction": (gated or pairs)[0]["fallback_fraction"] if pairs else None,
-    }
-    seconds = sum(figures["seconds"] for figures in speed.values()) + training_seconds
-    return {"systems": table, "decoding": decoding_figures, "seconds": seconds}
-
-
 def identical_to_plain(answers: list[dict], job: sampling.Job) -> bool:
     """Decodes the first rows of a job again, one at a time by the plain loop, and compares token by token."""
     tokenizer, ids = job.encoded
@@ -220,62 +185,6 @@ def identical_to_plain(answers: list[dict], job: sampling.Job) -> bool:
     return [answer["tokens"] for answer in answers] == [
         sampling.pieces(tokenizer, g.token_ids) for g in again
     ]
-
-
-# ---- the report --------------------------------------------------------------------------------------------
-
-
-def training_seconds(stages: list[recipes.Stage]) -> float:
-    """Time that the recipe's finished stages took."""
-    speeds = [sampling.speed_path(stage.output) for stage in stages if stage.kind == "sample"]
-    records = [checkpoints.finished_run(stage.output) for stage in stages if stage.kind == "train"]
-    records += [read_json(path) for path in speeds if path.is_file()]
-    return sum(record["seconds"] for record in records if record)
-
-
-def training_curves(stages: list[recipes.Stage]) -> dict[str, list[dict]]:
-    """metrics.csv of every training stage that has run."""
-    curves = {}
-    for stage in stages:
-        path = stage.output / checkpoints.METRICS
-        if stage.kind == "train" and path.is_file():
-            with open(path, newline="", encoding="utf-8") as file:
-                curves[stage.name] = list(csv.DictReader(file))
-    return curves
-
-
-def side_by_side(
-    systems: dict[str, System],
-    answers: Answers,
-    rows: list[tuple[int, dict]],
-    judgements: dict[str, list[dict]],
-    n: int,
-):
-    """Answers of all systems to prompts spread evenly over the test file."""
-    picked = sorted({round(i * (len(rows) - 1) / max(n - 1, 1)) for i in range(min(n, len(rows)))})
-    found = []
-    for index in picked:
-        shown = []
-        for name, given in answers.items():
-            verdict = judgements[name][index]
-            preference = "not judged" if "failed" in verdict else f"preference {verdict['preference']:.2f}"
-            words = [key for key in ("correct", "aligned") if verdict.get(key)] or (
-                ["neither"] if "correct" in verdict else []
-            )
-            shown.append(
-                {
-                    "system": name,
-                    "text": given[index]["text"],
-                    "tokens": given[index].get("tokens"),
-                    "events": given[index].get("events"),
-                    "verdict": ", ".join([*words, preference]),
-                }
-            )
-        record, settings = rows[index][1], next(iter(systems.values())).settings
-        found.append(
-            {"prompt": record[settings.input_key], "reference": record[settings.output_key], "systems": shown}
-        )
-    return found
 
 
 def run_task(
@@ -309,6 +218,11 @@ def run_task(
             jobs[name] = job_of(system, rows, config, [answer["text"] for answer in drafts])
         if "generate" in steps:
             sampling.answer_file(system.output, jobs[name], config.overwrite)
+    if "influence" in steps:
+        for name, system in systems.items():
+            if system.pair.proposal and system.pair.aligner:
+                n = config.evaluation.examples
+                influence.figures_file(system.output, jobs[name], n, config.overwrite)
     if not set(steps) & {"judge", "leaderboard", "report"} or not processes.is_first():
         return
     answers = {name: sampling.read_answers(system.output, jobs[name]) for name, system in systems.items()}
@@ -324,7 +238,10 @@ def run_task(
     n, identical = config.evaluation.verify_rows, None
     if n and pairs:
         identical = all(identical_to_plain(answers[s.name][:n], job_of(s, rows[:n], config)) for s in pairs)
-    write_json(folder / "results.json", results(board, systems, identical, training_seconds(stages)))
+    write_json(
+        folder / "results.json",
+        report_data.results(board, systems, identical, report_data.training_seconds(stages)),
+    )
     log.info(
         f"{config.experiment_name}, task {task}, judge {config.judge.name}, "
         f"against {config.evaluation.reference}\n\n{evaluation.table(board)}\n"
@@ -338,25 +255,19 @@ def run_task(
         write_text(folder / "paper_table.md", text)
         log.info(f"{folder / 'paper_table.md'}\n\n{text}")
     if "report" in steps:
-        notes = [
-            f"{config.experiment_name}: {len(rows)} test rows of {config.evaluation.dataset}/{task}, seed "
-            f"{config.seed}, "
-            f"judge {config.judge.name}, answers compared with {config.evaluation.reference}."
-        ]
-        notes += [warning for row in board if (warning := evaluation.gate_warning(row))]
-        report.write_report(
-            folder / "report.html",
-            title=f"{config.experiment_name}: {task}",
-            notes=notes,
-            rows=board,
-            curves=training_curves(stages),
-            answers=side_by_side(systems, answers, rows, judgements, config.evaluation.examples),
-        )
-        log.info(f"report   {folder / 'report.html'}")
+        judged = {name: (judgements_path(systems[name], config), found) for name, found in judgements.items()}
+        curves = report_data.training_curves(stages)
+        given = systems, jobs, answers, judged, rows, board, curves, config, task, folder
+        found = report_data.save(folder, report_data.gather(*given))
+        if config.wandb.enabled:
+            metrics_log.log_evaluation(config.wandb, f"{config.experiment_name}-{task}", folder, found)
 
 
 def run(config: DictConfig, overrides: list[str]) -> None:
     """Evaluates every task of a recipe, then rebuilds the leaderboard of everything evaluated so far."""
+    if config.report is not None:
+        report_data.rebuild(Path(config.report))
+        return
     if not config.evaluation.systems:
         raise UserError("evaluation.systems is empty: give experiment=NAME (config/experiment/*.yaml)")
     checkpoints.remote_code["trust_remote_code"] = config.trust_remote_code

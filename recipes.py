@@ -32,6 +32,7 @@ NOT_IDENTITY = set(
         "data_dir",
         "output_dir",
         "report_dir",
+        "report",
         "local_dirs",
         "experiment_name",
         "stage",

@@ -1,15 +1,26 @@
-"""One self-contained HTML page per run: leaderboard, training curves, answers token by token.
+"""One self-contained HTML page per evaluation: leaderboard, plots, training curves, a browser of all answers.
 
-Nothing is fetched: the charts are SVG drawn here, the style sheet is below, there is no script. Whatever
-comes from data passes `_text` or a number format on its way into the page, for a model may write markup.
+Nothing is fetched. What can be seen without a script is HTML and SVG drawn here; the browser of answers is
+report_page/report.js over the answers embedded as JSON. A model may write markup, so whatever comes from data
+passes `charts.text` or a number format, or is JSON that the script puts into text nodes only; the page's
+policy lets no other style, script or address in.
 """
 
-import html
+import base64
+import hashlib
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
-from files import replacing
+import charts
+from charts import Curve, Point, finite, text
+from files import write_text
+
+PAGE = Path(__file__).parent / "report_page"
+STYLE = (PAGE / "report.css").read_text(encoding="utf-8") + charts.STYLE
+SCRIPT = (PAGE / "report.js").read_text(encoding="utf-8")
 
 # Columns of the leaderboard: heading, number format (none for text), meaning. Shown where a row has a value.
 COLUMNS: dict[str, tuple[str, str, str]] = {
@@ -68,107 +79,66 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
 }
 SHARES = ("win_rate", "both")  # these come with an interval and get a bar
 MOSTLY_FELL_BACK = "the pair mostly fell back to the proposal, for more than half of its tokens"
-EVENTS = {
-    "agreed": "both models agreed",
-    "changed": "the aligner changed it",
-    "fell_back": "fell back to the proposal",
-}
 MAX_POINTS = 300  # of a train curve; more only cost file size at this width
 DASH = "–"
 
-CSS = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1c2227; --muted: #58626c; --rule: #d8dde2;
-  --panel: #f6f7f8; --blue: #0a5f9e; --orange: #ad5200; --fill: #ffe1a8; }
-@media (prefers-color-scheme: dark) { :root { --page: #15191d; --ink: #e2e6ea; --muted: #a0abb5;
-  --rule: #39424a; --panel: #1d2328; --blue: #74bbf2; --orange: #f3a85c; --fill: #5c3c08; } }
-* { box-sizing: border-box; } :focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; overflow-wrap: anywhere;
-  background: var(--page); color: var(--ink); font-variant-numeric: tabular-nums; text-underline-offset: .2em;
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1, h2, h3, h4 { line-height: 1.25; margin: 0; font-size: 1rem; } h1 { font-size: 1.7rem; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; border-bottom: 1px solid var(--rule); }
-h4 { font-size: .875rem; display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 .75rem; }
-p { margin: .5rem 0; max-width: 46rem; } summary { cursor: pointer; }
-.warning { background: var(--panel); border-left: .25rem solid var(--orange); padding: .5rem .75rem; }
-.small, figcaption, caption, .key { font-size: .8125rem; color: var(--muted); }
-.scroll { overflow-x: auto; } caption { text-align: left; } thead th { color: var(--muted); }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; overflow-wrap: normal; }
-th, td { padding: .45rem .6rem; text-align: left; border-bottom: 1px solid var(--rule); }
-th:first-child { position: sticky; left: 0; padding-left: 0; background: var(--page); min-width: 8.5rem;
-  max-width: 15rem; overflow-wrap: anywhere; }
-.number, .share { white-space: nowrap; } .number { text-align: right; }
-.alert { color: var(--orange); font-weight: 700; text-decoration: underline; }
-.share svg { display: block; width: 8.5rem; height: 1rem; }
-.track { fill: var(--rule); } .value { fill: var(--blue); opacity: .6; }
-.whisker { stroke: var(--ink); stroke-width: 1.5; } .half { stroke: var(--ink); stroke-dasharray: 1 2; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dd { margin: 0; }
-.stages, .charts, .cards { display: grid; gap: 2rem; --least: 20rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
-@media (min-width: 46rem) { .stages .two { grid-column: span 2; } }
-figure { margin: 0; max-width: 30rem; } figure > svg { display: block; width: 100%; margin: .25rem 0; }
-figure text { font-size: 11px; fill: var(--muted); } .grid { stroke: var(--rule); }
-.target { color: var(--blue); } .sampled { color: var(--orange); } .sampled.train { stroke-dasharray: 3 3; }
-.target, .sampled { stroke: currentColor; fill: none; stroke-linecap: round; stroke-linejoin: round; }
-.train { stroke-width: 1.2; opacity: .6; } .heldout { stroke-width: 2; }
-circle.target { fill: currentColor; } circle.sampled { fill: var(--page); }
-.key, .events { display: flex; flex-wrap: wrap; gap: .1rem 1rem; max-width: none; }
-.key svg { width: 1.6rem; height: .7rem; margin-right: .35rem; }
-.prompt { border-top: 1px solid var(--rule); padding: .75rem 0; } .prompt h3 { display: inline; }
-.cards { margin-top: .6rem; gap: .75rem; --least: 16rem; }
-.card { padding: .6rem .75rem; background: var(--panel); border: 1px solid var(--rule); }
-.reference { background: none; border-style: dashed; } .verdict { color: var(--muted); font-weight: 400; }
-.words { white-space: pre-wrap; } .newline::before { content: "\\21B5"; }
-.changed { background: var(--fill); font-weight: 600; text-decoration: underline 2px var(--orange); }
-.fell_back { color: var(--blue); text-decoration: underline dashed 1.5px; }
-"""
 
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Writes the page to `path`, whole or not at all; the same report gives the same bytes.
 
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    notes: list[str],
-    rows: list[dict],
-    curves: dict[str, list[dict]],
-    answers: list[dict],
-) -> None:
-    """Writes the page to `path`, whole or not at all.
-
-    notes: paragraphs of plain text; one that starts with "warning:" is set off. rows: the leaderboard in the
-    order to show, with "system" and any of COLUMNS; win_rate and both may bring _low and _high. curves: stage
-    -> records of its metrics.csv. answers: {"prompt", "reference", "systems": [{"system", "text", "tokens",
-    "events", "verdict"}]}; tokens and events are None for one model alone. Values that are missing, empty or
-    not finite are left out or shown as a dash.
+    report: what `report_data.gather` makes. title; notes, paragraphs of plain text, one that starts with
+    "warning:" is set off; board, the leaderboard's rows in the order to show, with "system" and any of
+    COLUMNS, win_rate and both with _low and _high; curves, stage -> records of its metrics.csv; reference,
+    "output" or the system that answers are compared with; systems; rows, with the answers of all systems.
+    Values that are missing, empty or not finite are left out or shown as a dash.
     """
     paragraphs = ""
-    for note in notes:
+    for note in report["notes"]:
         kind = ' class="warning"' if note.lower().startswith("warning:") else ""
-        paragraphs += f"<p{kind}>{_text(note)}</p>\n"
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>
+        paragraphs += f"<p{kind}>{text(note)}</p>\n"
+    policy = f"default-src 'none'; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; "
+    policy += "base-uri 'none'; form-action 'none'"
+    sections = {
+        "Leaderboard": _leaderboard(report["board"]),
+        "Plots": _plots(report),
+        "Training": _stages(report["curves"]),
+        "Answers": _answers(report),
+    }
+    links = body = ""
+    for name, section in sections.items():
+        if section:
+            links += f'<a href="#{name.lower()}">{name}</a>\n'
+            body += (
+                f'<section aria-labelledby="{name.lower()}"><h2 id="{name.lower()}">{name}</h2>\n{section}'
+            )
+            body += "</section>\n"
+    write_text(
+        path,
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{text(report["title"])}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{CSS}</style></head>
-<body><main><h1>{_text(title)}</h1>
-{paragraphs}{_leaderboard(rows)}
-{_stages(curves)}
-{_answers(answers)}
-</main></body></html>
-"""
-    with replacing(path) as aside:
-        aside.write_text(page, encoding="utf-8", errors="replace")  # a model may end inside a surrogate pair
+<style>{STYLE}</style></head>
+<body><main><header><h1>{text(report["title"])}</h1>
+<nav aria-label="Sections">{links}</nav></header>
+{paragraphs}{body}</main>
+</body></html>
+""",
+    )
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+def _hash(inline: str) -> str:
+    """What a policy calls an inline style sheet or script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
 
 
-def _finite(value: Any) -> float | None:
-    """The number in a float or in a field of a CSV file; None for what is missing, empty, NaN or infinite."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+def embedded(value: Any) -> str:
+    """JSON that can stand in a script element whatever its strings hold; JSON.parse gives the same value."""
+    found = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return re.sub(
+        "[<>&\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", found
+    )
 
 
 # ---- leaderboard -------------------------------------------------------------------------------------------
@@ -176,31 +146,30 @@ def _finite(value: Any) -> float | None:
 
 def _leaderboard(rows: list[dict]) -> str:
     if not rows:
-        return "<h2>Leaderboard</h2>\n<p>No system was evaluated.</p>"
+        return "<p>No system was evaluated.</p>"
     shown = [key for key in COLUMNS if any(row.get(key) not in (None, "") for row in rows)]
     if not any(row.get("failed") for row in rows):
         shown = [key for key in shown if key != "failed"]
-    common = ""
+    common = []
     for key in ("judge", "judge_settings", "reference", "commit"):
         # One value for the whole table is said once: the width is better spent on numbers.
         if key in shown and len({row.get(key) for row in rows}) == 1:
             shown.remove(key)
-            common += f'<p class="small">{COLUMNS[key][0]}: {_text(rows[0][key])}</p>'
+            common.append(f"{COLUMNS[key][0]}: {text(rows[0][key])}")
     header = meanings = ""
     for key in shown:
         heading, _, meaning = COLUMNS[key]
-        header += f'<th scope="col" class="{_style(key)}" title="{_text(meaning)}">{heading}</th>'
-        meanings += f"<dt>{heading}</dt><dd>{_text(meaning)}</dd>"
-    lines = "\n".join(f"<tr>{''.join(_cell(row, key) for key in shown)}</tr>" for row in rows)
-    fallen = [row["system"] for row in rows if (_finite(row.get("fallback_fraction")) or 0) > 0.5]
-    warning = f'<p class="warning">{_text(", ".join(fallen))}: {MOSTLY_FELL_BACK}.</p>' if fallen else ""
-    return f"""<h2 id="leaderboard">Leaderboard</h2>
-<div class="scroll" role="region" aria-labelledby="leaderboard" tabindex="0"><table>
-<caption>One system a line; shares run from 0 to 1</caption>
+        header += f'<th scope="col" class="{_style(key)}" title="{text(meaning)}">{heading}</th>'
+        meanings += f"<dt>{heading}</dt><dd>{text(meaning)}</dd>"
+    lines = "\n".join(
+        f"<tr>{''.join(_cell(number, row, key) for key in shown)}</tr>" for number, row in enumerate(rows, 1)
+    )
+    return f"""<div class="scroll" role="region" aria-labelledby="leaderboard" tabindex="0"><table>
+<caption>One system a line, its number that of the plots; shares run from 0 to 1</caption>
 <thead><tr>{header}</tr></thead><tbody>
 {lines}
 </tbody></table></div>
-{common}{warning}
+<p class="small">{" · ".join(common)}</p>
 <details class="small"><summary>What the columns mean</summary><dl>{meanings}</dl></details>"""
 
 
@@ -208,20 +177,22 @@ def _style(key: str) -> str:
     return "share" if key in SHARES else "number" if COLUMNS[key][1] else "name"
 
 
-def _cell(row: dict, key: str) -> str:
+def _cell(number: int, row: dict, key: str) -> str:
     spec, value = COLUMNS[key][1], row.get(key)
-    value = _finite(value) if spec else value
-    text = DASH if value in (None, "") else _text(format(value, spec))
+    value = finite(value) if spec else value
+    shown = DASH if value in (None, "") else text(format(value, spec))
     if key == "system":
-        return f'<th scope="row">{text}</th>'
+        # A long name breaks where its parts meet.
+        name = shown.replace("+", "+<wbr>")
+        return f'<th scope="row"><span class="small">{number}</span>&nbsp;{name}</th>'
     if key in SHARES and value is not None:
-        low, high = _finite(row.get(f"{key}_low")), _finite(row.get(f"{key}_high"))
+        low, high = finite(row.get(f"{key}_low")), finite(row.get(f"{key}_high"))
         interval = "" if low is None or high is None else f" {low:{spec}}{DASH}{high:{spec}}"
         bar = _bar(value, low, high, halved=key == "win_rate")
-        text = f'<b>{text}</b><span class="small">{interval}</span>{bar}'
+        shown = f'<b>{shown}</b><span class="small">{interval}</span>{bar}'
     if key == "fallback_fraction" and (value or 0) > 0.5:
-        text = f'<span class="alert" title="{MOSTLY_FELL_BACK}">{text}</span>'
-    return f'<td class="{_style(key)}">{text}</td>'
+        shown = f'<span class="alert" title="{MOSTLY_FELL_BACK}">{shown}</span>'
+    return f'<td class="{_style(key)}">{shown}</td>'
 
 
 def _bar(value: float, low: float | None, high: float | None, halved: bool) -> str:
@@ -236,29 +207,86 @@ def _bar(value: float, low: float | None, high: float | None, halved: bool) -> s
     return f'<svg viewBox="-2 0 136 16" aria-hidden="true">{shapes}</svg>'
 
 
+# ---- plots -------------------------------------------------------------------------------------------------
+
+
+def _plots(report: dict[str, Any]) -> str:
+    """Win rates, lengths, and of every pair how its answers' figures are spread over the rows."""
+    board = {row["system"]: row for row in report["board"] if finite(row.get("win_rate")) is not None}
+    if not board or not report["rows"]:
+        return ""
+    points = []
+    for name, row in board.items():
+        ends = [finite(row.get(key)) for key in ("win_rate_low", "win_rate_high", "length_controlled")]
+        points.append(Point(name, finite(row.get("average_length")) or 0.0, float(row["win_rate"]), *ends))
+    compared = report["reference"]
+    against = "the test file's answers" if compared == "output" else compared
+    found = charts.intervals("Win rate", points, f"against {against}", 0.5, "at equal length")
+    references = [len(row["reference"]) for row in report["rows"] if row["reference"] is not None]
+    average = sum(references) / len(references) if compared == "output" and references else None
+    units = "characters per answer, mean", "win rate"
+    found += charts.scatter("Win rate by length", points, units, (average, 0.5))
+    lengths = [(0, "in the test file", references)] if references else []
+    for place, system in enumerate(report["systems"]):
+        of_system = [row["answers"][place]["length"] for row in report["rows"]]
+        lengths.append((place + 1, system["name"], of_system))
+    found += charts.boxes("Lengths of answers", lengths, "characters")
+    return f'<div class="charts">{found}</div>\n{_histograms(report)}'
+
+
+# Of every answer of a pair: key of its figures, title, unit.
+BY_ROW = (
+    ("fallback", "Fell back", "of its tokens"),
+    ("kl", "Mean KL(P_M‖Q)", "nats a token"),
+    ("acceptance", "Acceptance", "of its tokens"),
+)
+
+
+def _histograms(report: dict[str, Any]) -> str:
+    """A line of three histograms for every pair, each over the same range in all of them."""
+    values: dict[tuple[int, str], list[float]] = {}
+    for place in range(len(report["systems"])):
+        for key, *_ in BY_ROW:
+            given = [finite(row["answers"][place].get("stats", {}).get(key)) for row in report["rows"]]
+            values[place, key] = [value for value in given if value is not None]
+    highs = dict.fromkeys((key for key, *_ in BY_ROW), 1.0)
+    highs["kl"] = max((max(v) for (_, key), v in values.items() if key == "kl" and v), default=0.0) or 1.0
+    found = ""
+    for place, system in enumerate(report["systems"]):
+        drawn = "".join(
+            charts.histogram(title, system["name"], values[place, key], highs[key], unit)
+            for key, title, unit in BY_ROW
+            if values[place, key]
+        )
+        if drawn:
+            name = f'<span class="small">{place + 1}</span> {text(system["name"])}'
+            found += f'<h4>{name}</h4><div class="charts three">{drawn}</div>\n'
+    return f"<h3>Rows of each pair</h3>\n{found}" if found else ""
+
+
 # ---- training curves ---------------------------------------------------------------------------------------
 
 
 def _stages(curves: dict[str, list[dict]]) -> str:
     sections = "".join(_stage(stage, records) for stage, records in curves.items())
-    return f'<h2>Training</h2>\n<div class="stages">{sections}</div>' if sections else ""
+    return f'<div class="stages">{sections}</div>\n' if sections else ""
 
 
 def _stage(stage: str, records: list[dict]) -> str:
     """A chart of the loss and, where there is a sampled term to compare with, one of the two terms."""
-    charts = [_chart(stage, "loss", "nats per example", records, {"target": "loss"})]
+    drawn = [_chart(stage, "loss", "nats per example", records, {"": "loss"})]
     terms = {term: f"{term}_logp_per_token" for term in ("target", "sampled")}
-    if any(_finite(record.get(terms["sampled"])) is not None for record in records):
-        charts.append(_chart(stage, "log-probability by term", "nats per token", records, terms))
-    charts = [chart for chart in charts if chart]
-    width = ' class="two"' if len(charts) > 1 else ""
-    body = f'<h3>{_text(stage)}</h3><div class="charts">{"".join(charts)}</div>'
-    return f"<section{width}>{body}</section>\n" if charts else ""
+    if any(finite(record.get(terms["sampled"])) is not None for record in records):
+        drawn.append(_chart(stage, "log-probability by term", "nats per token", records, terms))
+    drawn = [chart for chart in drawn if chart]
+    width = ' class="two"' if len(drawn) > 1 else ""
+    body = f'<h3>{text(stage)}</h3><div class="charts">{"".join(drawn)}</div>'
+    return f"<div{width}>{body}</div>\n" if drawn else ""
 
 
-def _points(records: list[dict], split: str, column: str) -> list[tuple[float, float]]:
+def points_of(records: list[dict], split: str, column: str) -> list[tuple[float, float]]:
     """(examples, value) of one split, the train points averaged in equal runs down to MAX_POINTS."""
-    pairs = [(_finite(r.get("examples")), _finite(r.get(column))) for r in records if r.get("split") == split]
+    pairs = [(finite(r.get("examples")), finite(r.get(column))) for r in records if r.get("split") == split]
     points = sorted((x, y) for x, y in pairs if x is not None and y is not None)
     size = math.ceil(len(points) / MAX_POINTS) if split == "train" and points else 1
     runs = [points[start : start + size] for start in range(0, len(points), size)]
@@ -266,113 +294,34 @@ def _points(records: list[dict], split: str, column: str) -> list[tuple[float, f
 
 
 def _chart(stage: str, what: str, unit: str, records: list[dict], columns: dict[str, str]) -> str:
-    """A figure with the train and held-out curves of columns, given as class of the style sheet -> column."""
-    curves = [
-        (term, split, points)
-        for term, column in columns.items()
-        for split in ("train", "heldout")
-        if (points := _points(records, split, column))
-    ]
-    if not curves:
-        return ""
-    left, right, top, bottom = 46, 330, 22, 176
-    values = [y for *_, points in curves for _, y in points]
-    x_high = max(x for *_, points in curves for x, _ in points) or 1.0
-    # A flat curve still gets an axis, and no two ticks of it read the same.
-    pad = max(0.05 * (max(values) - min(values)), 1e-3 * max(map(abs, values)), 1e-6)
-    y_low, y_high = min(values) - pad, max(values) + pad
-
-    def at(x: float, y: float) -> tuple[str, str]:
-        across, up = x / x_high, (y - y_low) / (y_high - y_low)
-        return f"{left + (right - left) * across:.1f}", f"{bottom - (bottom - top) * up:.1f}"
-
-    shapes = f'<text x="0" y="11">{unit}</text><text x="{right}" y="207" text-anchor="end">examples</text>'
-    for tick in _ticks(y_low, y_high):
-        y = at(0, tick)[1]
-        shapes += f'<path class="grid" d="M{left} {y}H{right}"/>'
-        shapes += f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{_short(tick)}</text>'
-    for tick in _ticks(0.0, x_high):
-        x = at(tick, y_low)[0]
-        shapes += f'<path class="grid" d="M{x} {bottom}v4"/>'
-        shapes += f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{_short(tick)}</text>'
-    legend = ""
-    for term, split, points in curves:
-        style, label, dot = f"{term} {split}", "train", ""
-        line = "L".join(" ".join(at(*point)) for point in points)
-        shapes += f'<path class="{style}" d="M{line}h0"/>'  # h0: a point alone shows too
-        if split == "heldout":
-            label, dot = f"held out, {points[0][1]:.4g} → {points[-1][1]:.4g}", _dot(style, "13", "6")
-            shapes += "".join(_dot(style, *at(x, y), f"{x:,.0f} examples: {y:.4g}") for x, y in points)
-        label = f"{term}, {label}" if len(columns) > 1 else label
-        sample = f'<svg viewBox="0 0 26 12" aria-hidden="true"><path class="{style}" d="M1 6H25"/>{dot}</svg>'
-        legend += f"<span>{sample}{label.replace('-', '−')}</span>"
-    label = _text(f"{stage}: {what} in {unit} over examples")
-    return f"""<figure><figcaption>{what.capitalize()}</figcaption>
-<svg viewBox="0 0 340 212" role="img" aria-label="{label}">{shapes}</svg>
-<p class="key">{legend}</p></figure>"""
-
-
-def _dot(style: str, x: str, y: str, title: str = "") -> str:
-    return f'<circle class="{style}" cx="{x}" cy="{y}" r="2.5"><title>{title}</title></circle>'
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Two to six round values between low and high."""
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def _short(value: float) -> str:
-    """12.5k for 12500, 2M for 2000000, with a true minus sign."""
-    size, suffix = next((pair for pair in ((1e6, "M"), (1e3, "k")) if pair[0] <= abs(value) < 1e9), (1, ""))
-    return f"{value / size:.6g}{suffix}".replace("-", "−")
+    """A figure with the train and held-out curves of columns, given as name (or "") -> column."""
+    curves = []
+    for colour, (term, column) in enumerate(columns.items()):
+        for split, words in (("train", "train"), ("heldout", "held out")):
+            style = "sampled" if split == "train" and colour else split
+            if points := points_of(records, split, column):
+                curves.append(Curve(f"{term}, {words}" if term else words, points, colour, style))
+    label = f"{stage}: {what} in {unit} over examples"
+    return charts.lines(what.capitalize(), label, unit, "examples", curves) if curves else ""
 
 
 # ---- answers -----------------------------------------------------------------------------------------------
 
 
-def _answers(answers: list[dict]) -> str:
-    if not answers:
+def _answers(report: dict[str, Any]) -> str:
+    """What the script needs, and what is said where it cannot run."""
+    systems, rows = report["systems"], report["rows"]
+    if not rows:
         return ""
-    legend = ""
-    if any(system.get("events") for answer in answers for system in answer["systems"]):
-        words = "".join(f'<span class="{event}">{meaning}</span>' for event, meaning in EVENTS.items())
-        legend = f'<p class="events">In the answers of a pair: {words}</p>'
-    sections = "".join(_prompt(number, answer) for number, answer in enumerate(answers, start=1))
-    return f"<h2>Answers</h2>\n{legend}\n{sections}"
-
-
-def _prompt(number: int, answer: dict) -> str:
-    line = " ".join(answer["prompt"].split())
-    short = line if len(line) <= 100 else line[:99] + "…"
-    # The summary is one line; the body repeats the prompt only where that lost something.
-    whole = "" if short == answer["prompt"] else f'<p class="words" dir="auto">{_text(answer["prompt"])}</p>'
-    cards = [_card(system) for system in answer["systems"]]
-    if answer.get("reference") is not None:
-        cards.insert(0, _card({"system": "Reference", "text": answer["reference"]}, " reference"))
-    return f"""<details class="prompt" open><summary><h3>{number}. {_text(short)}</h3></summary>
-{whole}<div class="cards">{"".join(cards)}</div></details>
+    files = "".join(
+        f"<li>{text(system['name'])}: {text(system['folder'])}/output.json</li>" for system in systems
+    )
+    data = embedded({key: report[key] for key in ("reference", "systems", "rows")})
+    return f"""<noscript><p class="warning">Here stands a browser of all {len(rows):,} prompts with the
+answers of {len(systems)} systems, their judgements and, token by token, what the aligner changed. It needs
+scripts, which are off; the answers themselves lie beside this page.</p>
+<ul class="small">{files}</ul></noscript>
+<div id="browser"></div>
+<script type="application/json" id="data">{data}</script>
+<script>{SCRIPT}</script>
 """
-
-
-def _card(system: dict, style: str = "") -> str:
-    tokens, events, counts = system.get("tokens"), system.get("events"), ""
-    if tokens is not None and events is not None:
-        words = "".join(_token(*pair) for pair in zip(tokens, events, strict=True))
-        told = (f"{events.count(event)} {event.replace('_', ' ')}" for event in EVENTS)
-        counts = f'<p class="small">Tokens: {", ".join(told)}</p>'
-    else:
-        words = _text(system["text"])
-    words = words or '<span class="small">(empty)</span>'
-    verdict = f'<span class="verdict">{_text(system["verdict"])}</span>' if system.get("verdict") else ""
-    return f"""<article class="card{style}"><h4>{_text(system["system"])}{verdict}</h4>
-<p class="words" dir="auto">{words}</p>{counts}</article>
-"""
-
-
-def _token(token: str, event: str) -> str:
-    # A token that is a line break alone has no width to colour, so the style sheet draws a sign for it.
-    newline = " newline" if event != "agreed" and "\n" in token and not token.strip() else ""
-    return f'<span class="{_text(event)}{newline}" title="{_text(event)}">{_text(token)}</span>'

@@ -154,7 +154,8 @@ class Job:
 def answer_all(job: Job, parts: PartFiles) -> None:
     """Makes this process's share of the answers that the parts lack.
 
-    An answer is a dict of index, text, finish_reason, n_tokens, stats and, for a pair, tokens and events.
+    An answer is a dict of index, text, finish_reason, n_tokens, stats and, for a pair, tokens, token_ids and
+    events.
     """
     todo = [index for index in range(len(job.prompts)) if index not in parts.done]
     if not todo:
@@ -225,7 +226,8 @@ def decoded(job: Job, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
         value = {"index": rows[position], "text": answer.text, "finish_reason": answer.finish_reason}
         value |= {"n_tokens": len(answer.token_ids), "stats": answer.stats}
         if answer.events is not None:
-            value |= {"tokens": pieces(tokenizer, answer.token_ids), "events": answer.events}
+            value |= {"tokens": pieces(tokenizer, answer.token_ids), "token_ids": answer.token_ids}
+            value |= {"events": answer.events}
         yield value
 
 

@@ -22,6 +22,7 @@ OPEN_INSIDE += ("evaluation.ablation.",)
 # Types of the keys whose default is null, and keys that may be set to null though their default is not.
 NULL_DEFAULTS = {
     "stages": list,
+    "report": str,
     "datasets": list,
     "n_examples": int,
     "keep_steps": int,

@@ -100,7 +100,34 @@ def test_demo_leaves_results_leaderboard_and_report(finished):
     for name in ("leaderboard.md", "leaderboard.tex"):
         assert len((finished / name).read_text().splitlines()) == len(SYSTEMS) + (1 + name.endswith("md"))
     page = (finished / "report.html").read_text()
-    assert all(name in page for name in SYSTEMS) and "http" not in page
+    assert all(name in page for name in SYSTEMS) and not re.search("https?:", page)
+
+
+def test_report_has_figures_of_pairs_and_is_made_again_alike(finished, tmp_path):
+    """Every pair's tokens have figures for the rows asked for; `report=FOLDER` alone gives the same bytes."""
+    made = [finished / name for name in ("report.html", "leaderboard.md", "leaderboard.tex")]
+    saved = json.loads((finished / "report.json").read_text())["report"]
+    assert [system["name"] for system in saved["systems"]] == [row["system"] for row in saved["board"]]
+    for place, system in enumerate(saved["systems"]):
+        with_figures = [i for i, row in enumerate(saved["rows"]) if "influence" in row["answers"][place]]
+        assert with_figures == ([0, 11] if "+" in system["name"] else []) and system["note"] is None
+        judged = (finished / system["judgements"]).read_text().splitlines()
+        assert [json.loads(line) for line in judged] == [
+            row["answers"][place]["judged"] for row in saved["rows"]
+        ]
+        assert (finished / system["folder"] / "output.json").is_file()
+    gated = [row["answers"][4] for row in saved["rows"]]
+    for answer in (answer for answer in gated if "influence" in answer):
+        fell_back = [
+            value for value, code in zip(answer["influence"], answer["codes"], strict=True) if code == "f"
+        ]
+        assert fell_back == pytest.approx([0.0] * len(fell_back), abs=1e-3)
+    before = [path.read_bytes() for path in made]
+    made[0].unlink()
+    run(pipeline, f"report={finished}")
+    assert [path.read_bytes() for path in made] == before
+    with pytest.raises(UserError, match="no report.json there"):
+        run(pipeline, f"report={tmp_path}")
 
 
 def test_outputs_are_alpaca_rows(finished):
@@ -368,6 +395,7 @@ MISTAKES = {
     "train.py model=lama1b": "error: unknown model 'lama1b': did you mean 'llama1b'?",
     "train.py experiment=llama_uc data_dir=nowhere": "error: stage 'proposal' reads nowhere/train/ultra",
     "pipeline.py experiment=demo output_dir=nowhere": "error: no such file: nowhere/data/seed0/test/toy_test",
+    "pipeline.py report=nowhere": "error: report=nowhere: no report.json there; give the folder",
     "pipeline.py": "error: evaluation.systems is empty: give experiment=NAME",
 }
 
