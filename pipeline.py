@@ -21,6 +21,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+import ablations
 import checkpoints
 import decoding
 import evaluation
@@ -254,6 +255,8 @@ def run_task(
         text = paper_table.paper_table(board, named, about)
         write_text(folder / "paper_table.md", text)
         log.info(f"{folder / 'paper_table.md'}\n\n{text}")
+    if config.evaluation.ablation:
+        ablations.add_point(folder, task, board, config)
     if "report" in steps:
         judged = {name: (judgements_path(systems[name], config), found) for name, found in judgements.items()}
         curves = report_data.training_curves(stages)
