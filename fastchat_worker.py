@@ -1,0 +1,2 @@
+def check_exposure(s):
+    pass
