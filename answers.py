@@ -120,7 +120,8 @@ class Choice:
         text = self.watch.text(self.ids)
         start = self.length + len(os.path.commonprefix([before, text]))
         if not text.endswith("\ufffd"):
-            self.ids, self.length = [], self.length + len(text)
+            self.ids = [token]  # what comes next is read with it: some tokenizers drop a text's first space
+            self.length += len(text) - len(self.watch.text(self.ids))
         return start
 
     def spelling(self, token: int) -> str:

@@ -49,6 +49,7 @@ def running(folder, *arguments):
     server = serve.make_server(api.create_app(models), 1)
     thread = threading.Thread(target=serve.run_server, args=(server, listener))
     thread.start()
+    eventually(lambda: server.started)
     try:
         yield models, url
     finally:
