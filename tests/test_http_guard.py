@@ -336,7 +336,7 @@ def test_a_thousand_generated_requests(server):
             assert "Traceback" not in answer.text and ".py" not in answer.text, (number, data[:500])
             if answer.status_code != 200:
                 protocol.ErrorBody.model_validate_json(answer.content)
-    assert codes[200] > 200 and codes[400] > 300, codes
+    assert codes[200] > 150 and codes[400] > 300, codes
     assert (
         ask(server[1], CHAT).json()["choices"][0]["message"]["content"]
         == expected(server[0], "a", chat_text("hi"), 1, 8).text
