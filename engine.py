@@ -1,27 +1,37 @@
 """One frozen proposal serves requests for many aligners: a thread that decodes, listeners that are told.
 
-    submit -> waiting -> rounds of drafting and verifying -> Piece, Piece, ..., Done
+    submit -> waiting -> rows (a line and positions each) -> rounds -> Piece, Piece, ..., Done
 
-This first form decodes one request at a time.
+Rows come and go between rounds (`rounds.py`): those of different aligners and settings share the proposal's
+forward. An answer's tokens are those that `decoding.generate` gives for that request alone with its seed and
+row id, since its noise depends on those and the position only.
+
+Memory is decided by `max_tokens`: the proposal and each aligner have a pool of so many positions, allocated
+once (`pool.py`), and a request enters when its prompt and the longest answer it may get fit into what is
+free; until then it waits, and all that came later behind it. A long prompt is read in pieces, one per round,
+beside what the others decode; short prompts that came later are read beside it.
 """
 
-import itertools
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from par import Noise, PARParams, next_token_law, seen_mask
-from plain_loop import Row, StopWatch, eos_token_ids
+from par import PARParams, signed
+from plain_loop import FELL_BACK, Row, ShownText, StopWatch, eos_token_ids
+from pool import open_pool
+from rounds import Failed, Job, Member, Rounds
 from slots import has_slots
-from speculation import decode_rows
+from speculation import DraftLength
 
 log = logging.getLogger("ram")
+SPAN = 10  # seconds that the speed in the figures is of
 
 
 class EngineError(Exception):
@@ -79,9 +89,10 @@ class TokenLogprobs(NamedTuple):
 class Piece(NamedTuple):
     """The next tokens of an answer.
 
-    text: what they add that is safe to show; all pieces' texts together are the answer's text, all token ids
-    its ids (the closing EOS and the tokens of a stop string included). Tokens whose text may still become
-    another character or a stop string wait for the next piece. logprobs: one per token, None where not asked.
+    text: what they add that is safe to show. All pieces of an answer that was not broken off make its text,
+    and its token ids, the closing EOS and the tokens of a stop string included. Tokens whose text may still
+    become another character or a stop string wait for the next piece. logprobs: one per token, None where not
+    asked.
     """
 
     token_ids: tuple[int, ...]
@@ -106,46 +117,28 @@ class Done(NamedTuple):
 Listener = Callable[[Piece | Done], None]
 
 
+@dataclass(eq=False)
 class Ticket:
-    """A request that was taken."""
+    """A request that was taken; the rest is the engine's."""
 
-    numbers = itertools.count()
-
-    def __init__(self, request: Request, listener: Listener, model) -> None:
-        self.number, self.request, self.listener, self.model = next(self.numbers), request, listener, model
-        self.cancelled = False
-
-
-class ShownText:
-    """The text of a growing answer, as far as it may be shown."""
-
-    def __init__(self, watch: StopWatch) -> None:
-        self.watch, self.shown = watch, ""
-
-    def more(self, row: Row) -> str:
-        """What may be shown that was not yet."""
-        text = self.watch.text(row.shown_ids)
-        if row.finish is not None:
-            stopped = self.watch.cut(text)
-            text = text if stopped is None else stopped
-        else:
-            text = text.rstrip("\ufffd")  # the beginning of a character
-            starts = (s[:n] for s in self.watch.stop for n in range(1, len(s)))
-            text = text[: len(text) - max((len(s) for s in starts if text.endswith(s)), default=0)]
-            if not text.startswith(self.shown):  # some tokenizers take a character back until it is whole
-                return ""
-        new = text[len(self.shown) :]
-        self.shown += new
-        return new
+    request: Request
+    listener: Listener
+    member: Member | None  # of the aligner, as it was when the request came
+    cancelled: bool = False
+    job: Job | None = None
+    shown: ShownText | None = None
+    sent: int = 0  # tokens that the listener has heard of
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of those it has not
 
 
 class Engine:
     """Decodes requests in a thread of its own.
 
-    max_rows: requests decoded at once. max_tokens: positions of prompts and answers that may be held at once.
-    max_waiting: requests that may wait beyond those. Listeners are called from the engine's thread and must
-    not block; one that raises loses its request. Raises ValueError for a model that keeps no keys and values
-    by position, or lacks rows for the tokenizer.
+    max_rows: requests decoded at once. max_tokens: positions of prompts and answers that are held at once.
+    max_waiting: requests that may wait beyond those. max_read: tokens of prompts read in one round; others
+    wait so long for their next tokens. Listeners are called from the engine's thread and must not block; one
+    that raises loses its request. Raises ValueError for a model that keeps no keys and values by position, or
+    lacks rows for the tokenizer.
     """
 
     def __init__(
@@ -157,26 +150,33 @@ class Engine:
         max_rows: int = 16,
         max_tokens: int = 16384,
         max_waiting: int = 256,
+        max_read: int = 256,
     ) -> None:
-        self.proposal, self.tokenizer, self.vocab = proposal, tokenizer, len(tokenizer)
+        self.tokenizer, self.vocab = tokenizer, len(tokenizer)
         self.max_rows, self.max_tokens, self.max_waiting = max_rows, max_tokens, max_waiting
-        self.check(proposal)
-        self.aligners: dict[str, Any] = {}
-        for name, model in aligners.items():
-            self.add_aligner(name, model)
+        self.max_read, self.columns = max_read, min(max_tokens, positions_of(proposal) or max_tokens)
+        self.proposal = self.open(proposal, proposal)
+        self.rounds, self.length = Rounds(self.proposal, self.vocab, max_rows), DraftLength()
+        self.aligners: dict[str, Member] = {}
         self.lock = threading.Condition()
         self.waiting: deque[Ticket] = deque()
-        self.closing, self.counts, self.started = False, Counter(), time.monotonic()
-        self.rows = 0
+        self.running: list[Ticket] = []  # the engine's thread's own, first come first
+        self.closing, self.counts, self.recent = False, Counter(), deque()
+        for name, model in aligners.items():
+            self.add_aligner(name, model)
         self.thread = threading.Thread(target=self.work, name="engine", daemon=True)
         self.thread.start()
 
-    def check(self, model) -> None:
+    def open(self, model, *pair) -> Member:
         if not has_slots(model) or model.config.vocab_size < self.vocab:
             raise ValueError(
                 f"{type(model).__name__} cannot be served: expected a transformers decoder without a sliding "
                 f"window or a state, with at least the tokenizer's {self.vocab} vocabulary rows"
             )
+        pool = open_pool(model, self.max_tokens, self.max_rows, self.columns, self.vocab)
+        return Member(model, pool, eos_token_ids(self.tokenizer, *pair))
+
+    # ---- what any thread may call -------------------------------------------------------------------------
 
     def submit(self, request: Request, listener: Listener) -> Ticket:
         """Takes a request; its listener hears Pieces and, whatever happens, one Done.
@@ -186,89 +186,239 @@ class Engine:
         with self.lock:
             if self.closing:
                 raise Closed("the server is shutting down")
-            model = self.proposal
+            member = None
             if request.aligner is not None:
-                if request.aligner not in self.aligners:
+                member = self.aligners.get(request.aligner)
+                if member is None:
                     known = ", ".join(sorted(self.aligners)) or "none"
                     raise UnknownAligner(f"unknown aligner {request.aligner!r}; known: {known}")
-                model = self.aligners[request.aligner]
-            self.check_request(request, model)
+            self.check(request, member)
             if len(self.waiting) >= self.max_waiting:
                 raise Busy(f"{len(self.waiting)} requests wait already; try again later")
-            ticket = Ticket(request, listener, model)
+            ticket = Ticket(request, listener, member)
             self.waiting.append(ticket)
             self.counts["requests"] += 1
+            self.counts[f"aligner {request.aligner}"] += 1
             self.lock.notify_all()
         return ticket
 
-    def check_request(self, request: Request, model) -> None:
-        ids = request.prompt_ids
+    def check(self, request: Request, member: Member | None) -> None:
+        ids, new = request.prompt_ids, request.max_new_tokens
         if not ids or min(ids) < 0 or max(ids) >= self.vocab:
             raise BadRequest(f"the prompt must have tokens, with ids from 0 to {self.vocab - 1}")
-        if request.max_new_tokens < 1:
-            raise BadRequest(f"max_new_tokens={request.max_new_tokens}: expected at least 1")
-        limits = [getattr(m.config, "max_position_embeddings", None) for m in (self.proposal, model)]
-        limit = min([each for each in limits if each is not None] + [self.max_tokens])
-        if len(ids) + request.max_new_tokens > limit:
+        if new < 1:
+            raise BadRequest(f"max_new_tokens={new}: expected at least 1")
+        limit = min(self.columns, (member and positions_of(member.model)) or self.columns)
+        if len(ids) + new > limit:
             raise TooLong(
-                f"{len(ids)} tokens of the prompt and {request.max_new_tokens} of the answer are more than "
-                f"{limit}"
+                f"the prompt has {len(ids)} tokens and the answer may have {new}: together more than {limit}"
             )
 
     def cancel(self, ticket: Ticket) -> None:
-        """Ends a request with Done("cancelled"); one that has ended stays as it ended."""
-        ticket.cancelled = True
+        """Ends a request with Done("cancelled") before its next round, where it has not ended yet."""
+        with self.lock:
+            ticket.cancelled = True
+            self.lock.notify_all()
 
     def add_aligner(self, name: str, model) -> None:
-        """Serves an aligner from now on; one of the same name is replaced for requests yet to come."""
-        self.check(model)
-        self.aligners[name] = model
+        """Serves an aligner from now on; one of the same name is replaced for requests yet to come.
+
+        Raises ValueError as the constructor does.
+        """
+        member = self.open(model, self.proposal.model, model)
+        with self.lock:
+            self.aligners[name] = member
 
     def remove_aligner(self, name: str) -> None:
         """Refuses further requests for an aligner; those taken are finished. Raises UnknownAligner."""
-        if self.aligners.pop(name, None) is None:
-            raise UnknownAligner(f"unknown aligner {name!r}")
+        with self.lock:
+            if self.aligners.pop(name, None) is None:
+                raise UnknownAligner(f"unknown aligner {name!r}")
 
     def figures(self) -> dict[str, Any]:
-        """What was served and what is going on."""
-        seconds = time.monotonic() - self.started
+        """What was served since the start, and what is going on.
+
+        tokens_per_second: of the last SPAN seconds. acceptance: of drafts for pairs. prefix_hits: requests
+        that took over what was read of a prompt, and how many of the proposal's tokens. bytes: weights by
+        model, and the pools.
+        """
+        with self.lock:
+            counts, recent, now = Counter(self.counts), list(self.recent), time.monotonic()
+            members = {"proposal": self.proposal, **{f"aligner {k}": v for k, v in self.aligners.items()}}
+            waiting, running = len(self.waiting), len(self.running)
+        drafted = max(counts["drafted"], 1)
         return {
-            "requests": self.counts["requests"],
-            "finished": {reason: self.counts[reason] for reason in ("stop", "length", "cancelled", "error")},
-            "prompt_tokens": self.counts["prompt_tokens"],
-            "completion_tokens": self.counts["tokens"],
-            "tokens_per_second": self.counts["tokens"] / seconds,
-            "waiting": len(self.waiting),
-            "rows": self.rows,
-            "aligners": sorted(self.aligners),
+            "requests": counts["requests"],
+            "finished": {reason: counts[reason] for reason in ("stop", "length", "cancelled", "error")},
+            "by_aligner": {name[8:]: counts[name] for name in members if name != "proposal"},
+            "prompt_tokens": counts["prompt_tokens"],
+            "completion_tokens": counts["tokens"],
+            "tokens_per_second": sum(count for at, count in recent if at > now - SPAN) / SPAN,
+            "waiting": waiting,
+            "rows": running,
+            "rounds": counts["rounds"],
+            "acceptance": counts["accepted"] / drafted,
+            "fallback_fraction": counts["fell_back"] / drafted,
+            "prefix_hits": {"requests": counts["hits"], "tokens": counts["hit_tokens"]},
+            "bytes": {
+                "weights": {name: weight_bytes(member.model) for name, member in members.items()},
+                "pools": {name: member.pool.bytes for name, member in members.items()},
+            },
         }
 
     def close(self, wait: bool = True) -> None:
-        """Takes no more requests; ends when all are finished, or (wait=False) cancels them."""
+        """Takes no more requests; returns when all taken are finished, or (wait=False) are cancelled."""
         with self.lock:
             self.closing = True
-            self.cut = not wait
+            if not wait:
+                for ticket in [*self.waiting, *self.running]:
+                    ticket.cancelled = True
             self.lock.notify_all()
         self.thread.join()
 
+    # ---- the engine's thread ------------------------------------------------------------------------------
+
+    @torch.inference_mode()
     def work(self) -> None:
         while True:
             with self.lock:
-                self.lock.wait_for(lambda: self.waiting or self.closing)
-                if not self.waiting:
+                self.lock.wait_for(lambda: self.waiting or self.running or self.closing)
+                if not (self.waiting or self.running):
                     return
-                ticket, self.rows = self.waiting.popleft(), 1
+                gone = [ticket for ticket in self.waiting if ticket.cancelled]
+                for ticket in gone:
+                    self.waiting.remove(ticket)
+            for ticket in gone + [ticket for ticket in self.running if ticket.cancelled]:
+                self.end(ticket, "cancelled")
+            self.admit()
+            if self.running:
+                self.step()
+
+    def admit(self) -> None:
+        """Lets requests in while there is room, in the order in which they came."""
+        while self.waiting and self.rounds.free:
+            ticket = self.waiting[0]
             try:
-                done = self.decode(ticket)
+                entered = self.enter(ticket)
             except Exception as error:
-                log.exception("a request failed")
-                n = len(ticket.request.prompt_ids)
-                done = Done("error", n, 0, {}, f"decoding failed: {type(error).__name__}")
-            self.counts[done.finish_reason] += 1
-            self.counts["prompt_tokens"] += done.n_prompt
-            self.counts["tokens"] += done.n_completion
-            self.rows = 0
-            self.tell(ticket, done)
+                log.exception("a request could not be started")
+                entered, ticket.cancelled = True, True
+                self.end(ticket, "error", error)
+            if not entered:
+                return
+            with self.lock:
+                self.waiting.remove(ticket)
+
+    def enter(self, ticket: Ticket) -> bool:
+        request, pair = ticket.request, ticket.member is not None
+        drafter = ticket.member or next(iter(self.aligners.values()), None)
+        limit = drafter and positions_of(drafter.model)
+        if limit and limit < len(request.prompt_ids) + request.max_new_tokens:
+            drafter = None
+        watch = StopWatch(self.tokenizer, request.stop)
+        ticket.job = Job(
+            row=Row(0, pair),
+            tokens=list(request.prompt_ids),
+            params=request.params,
+            pair=pair,
+            drafter=drafter,
+            watch=watch,
+            max_new_tokens=request.max_new_tokens,
+            seed=signed(request.seed),
+            row_id=request.row_id,
+            eos=(ticket.member or self.proposal).eos,
+            wants=request.logprobs,
+        )
+        if not self.rounds.enter(ticket.job):
+            ticket.job = None
+            return False
+        ticket.shown = ShownText(watch)
+        self.running.append(ticket)
+        found = ticket.job.holds[self.proposal].read
+        self.counts["prompt_tokens"] += len(request.prompt_ids)
+        self.counts["hits"] += found > 0
+        self.counts["hit_tokens"] += found
+        return True
+
+    def plan(self) -> tuple[list[Job], list[tuple[Job, int]]]:
+        """Who decodes in the next round, and of which prompts only a part is read.
+
+        The oldest prompt has half of what a round reads for sure; short ones come first in the rest.
+        """
+        jobs = [ticket.job for ticket in self.running]
+        decode, new = [job for job in jobs if job.row.ids], [job for job in jobs if not job.row.ids]
+        room = self.max_read
+        mine = min(new[0].unread, max(room // 2, 1)) if new else 0
+        room -= mine
+        for job in sorted(new[1:], key=lambda job: job.unread):
+            if job.unread > room:
+                break
+            decode.append(job)
+            room -= job.unread
+        if not new:
+            return decode, []
+        if new[0].unread <= mine + room:
+            return [*decode, new[0]], []
+        return decode, [(new[0], mine + room)]
+
+    def step(self) -> None:
+        """One round, and what it gives to the listeners."""
+        jobs, chunks = self.plan()
+        beside = sum(job.unread for job in jobs if not job.row.ids) + sum(count for _, count in chunks)
+        tickets = {ticket.job: ticket for ticket in self.running}
+        before = sum(len(job.row.ids) for job in jobs)
+        try:
+            took = self.rounds.run(jobs, self.length.choose(len(jobs), beside), chunks)
+        except Failed as error:
+            log.exception("rows could not go on")
+            for job in error.jobs:
+                self.end(tickets[job], "error", error)
+        except Exception as error:
+            log.exception("a round failed")
+            for job in [*jobs, *(job for job, _ in chunks)]:
+                self.end(tickets[job], "error", error)
+        else:
+            self.length.learn(took.agreed, took.compared)
+            if took.tokens:
+                self.length.clock_tokens(bucket(took.tokens), took.step, took.verify)
+        now, new = time.monotonic(), sum(len(job.row.ids) for job in jobs) - before
+        with self.lock:
+            self.counts["rounds"] += 1
+            self.counts["tokens"] += new
+            self.recent.append((now, new))
+            while self.recent[0][0] < now - SPAN:
+                self.recent.popleft()
+        for job in jobs:
+            if job.holds:
+                self.tell_more(tickets[job])
+
+    def tell_more(self, ticket: Ticket) -> None:
+        """Gives a listener what may be shown, and the end where the row has ended."""
+        job, row = ticket.job, ticket.job.row
+        ticket.logprobs += [TokenLogprobs(own, tuple(top)) for own, top in job.logprobs]
+        job.logprobs = []
+        text = ticket.shown.more(row.shown_ids, row.finish is not None)
+        ids = tuple(row.ids[ticket.sent :])
+        if text or (row.finish and ids):
+            known = None if job.wants is None else tuple(ticket.logprobs)
+            ticket.sent, ticket.logprobs = len(row.ids), []
+            self.tell(ticket, Piece(ids, text, known))
+        if row.finish is not None:
+            self.end(ticket, row.finish)
+
+    def end(self, ticket: Ticket, reason: str, error: Exception | None = None) -> None:
+        """Takes a request's place back and tells its listener."""
+        job, stats, count = ticket.job, {}, 0
+        if job is not None:
+            self.rounds.leave(job)
+            self.running.remove(ticket)
+            row, stats, count = job.row, job.row.stats, len(job.row.ids)
+            self.counts["accepted"] += row.accepted
+            self.counts["drafted"] += stats["drafted"]
+            self.counts["fell_back"] += (row.events or []).count(FELL_BACK)
+        self.counts[reason] += 1
+        what = None if error is None else f"decoding failed: {error}".split("\n")[0]
+        self.tell(ticket, Done(reason, len(ticket.request.prompt_ids), count, stats, what))
 
     def tell(self, ticket: Ticket, event: Piece | Done) -> None:
         try:
@@ -277,52 +427,15 @@ class Engine:
             log.exception("a listener failed: its request is cancelled")
             ticket.cancelled = True
 
-    def decode(self, ticket: Ticket) -> Done:
-        request, sent = ticket.request, 0
-        aligner = ticket.model if request.aligner is not None else None
-        watch = StopWatch(self.tokenizer, request.stop)
-        shown = ShownText(watch)
-        rounds = decode_rows(
-            self.proposal,
-            aligner,
-            self.tokenizer,
-            [request.prompt_ids],
-            request.params,
-            max_new_tokens=request.max_new_tokens,
-            seed=request.seed,
-            row_ids=[request.row_id],
-            stop=request.stop,
-        )
-        for (row,) in rounds:
-            if ticket.cancelled or self.closing and self.cut:
-                break
-            text = shown.more(row)
-            if text or row.finish is not None:
-                ids = tuple(row.ids[sent:])
-                known = None if request.logprobs is None else self.logprobs(request, aligner, row.ids, sent)
-                self.tell(ticket, Piece(ids, text, known))
-                sent = len(row.ids)
-        stats = row.generation(watch).stats
-        return Done(row.finish or "cancelled", len(request.prompt_ids), len(row.ids), stats)
 
-    @torch.inference_mode()
-    def logprobs(self, request: Request, aligner, ids: list[int], sent: int) -> tuple[TokenLogprobs, ...]:
-        found = []
-        for step in range(sent, len(ids)):
-            context = torch.tensor([[*request.prompt_ids, *ids[:step]]])
-            models = (self.proposal, aligner)
-            z_p, z_q = (m and m(context, use_cache=False).logits[:, -1, : self.vocab] for m in models)
-            candidates = None
-            if aligner is not None and request.params.sample_mode == "snis":
-                nucleus = next_token_law(z_p, None, request.params).logprobs
-                at = torch.tensor([[request.row_id]]), torch.tensor([[step]])
-                streams = range(1, request.params.n_candidates + 1)
-                noises = [Noise(request.seed, *at, self.vocab, j) for j in streams]
-                candidates = torch.stack([noise.draw(nucleus) for noise in noises], dim=-1)
-            seen, eos = seen_mask(context, self.vocab), eos_token_ids(self.tokenizer, *models)
-            law = next_token_law(z_p, z_q, request.params, seen, eos, candidates).logprobs[0]
-            best = law.topk(min(request.logprobs, self.vocab))
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            top = tuple((token, value) for token, value in pairs if value > float("-inf"))
-            found.append(TokenLogprobs(float(law[ids[step]]), top))
-        return tuple(found)
+def positions_of(model) -> int | None:
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def weight_bytes(model) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def bucket(tokens: int) -> int:
+    """Counts of tokens that are near each other, as one."""
+    return round(2 ** (round(3 * math.log2(tokens)) / 3))
