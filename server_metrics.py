@@ -2,14 +2,22 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import psutil
 import torch
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-COUNTED = {"requests", "finished", "prompt_tokens", "completion_tokens"}  # of the engine's figures
+COUNTED = {
+    "requests",
+    "finished",
+    "by_aligner",
+    "prompt_tokens",
+    "completion_tokens",
+    "rounds",
+    "prefix_hits",
+}
 
 
 class Metrics:
@@ -43,16 +51,12 @@ class Metrics:
             lines.append(f'ram_http_request_seconds_count{{route="{route}"}} {times[route]}')
         lines += _family("ram_http_running", "gauge", "requests being answered", [("", self.running)])
         for key, value in figures.items():
-            counted = key in COUNTED
-            name, kind = f"ram_{key}_total" if counted else f"ram_{key}", "counter" if counted else "gauge"
-            if isinstance(value, dict):
-                samples = [(f'kind="{inner}"', number) for inner, number in value.items()]
-            elif isinstance(value, list):
-                samples = [("", len(value))]
-            else:
-                samples = [("", value)]
-            samples = [(labels, float(number)) for labels, number in samples if _is_number(number)]
-            if samples:
+            if samples := list(_samples(value)):
+                counted = key in COUNTED
+                name, kind = (
+                    f"ram_{key}_total" if counted else f"ram_{key}",
+                    "counter" if counted else "gauge",
+                )
                 lines += _family(name, kind, f"the engine's {key.replace('_', ' ')}", samples)
         memory = [("", psutil.Process().memory_info().rss)]
         lines += _family("process_resident_memory_bytes", "gauge", "memory of this process", memory)
@@ -65,8 +69,13 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+def _samples(value: Any, labels: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a figure with their labels: kind, and name below it."""
+    if isinstance(value, int | float):
+        yield labels, float(value)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _samples(inner, f'{labels},name="{key}"' if labels else f'kind="{key}"')
 
 
 def _family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over a pipe (its DevTools protocol: JSON texts that end with a zero byte)."""
+"""A headless Chromium, spoken to over a pipe: its DevTools protocol, JSON texts that end with a zero byte."""
 
 import base64
 import json

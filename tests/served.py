@@ -1,6 +1,7 @@
 """A server over tiny models in this process, and what its answers should be."""
 
 import contextlib
+import functools
 import threading
 import time
 
@@ -8,6 +9,7 @@ import httpx
 from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
 import api
+import checkpoints
 import decoding
 import prompts
 import serve
@@ -60,9 +62,15 @@ def running(folder, *arguments):
         assert not thread.is_alive()
 
 
+@functools.cache
+def load(path):
+    return checkpoints.load_model(path, "float32")
+
+
 def expected(models, name, text, seed, new, row=0, stop=("\n\nHuman",), **changed):
     """What `decoding.generate` says: the answer that the server must give."""
-    pair = models.engine.proposal, models.engine.aligners.get(name)
+    paths = [models.proposal, None if name in (None, "proposal") else models.served[name].path]
+    pair = [path and load(path) for path in paths]
     law = models.law(changed)
     settings = {"max_new_tokens": new, "seed": seed, "row_ids": [row], "stop": stop}
     return decoding.generate(*pair, TOKENIZER, [text], law, **settings)[0]
