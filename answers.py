@@ -274,3 +274,7 @@ def too_slow(seconds: float) -> ApiError:
 def to_json(value: Any) -> str:
     """ASCII alone: some clients take U+2028 and its like for the end of an event's line."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def answer_json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(body), status, headers, "application/json")

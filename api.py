@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import protocol
-from answers import Answer, EventStream, Gone, Running, to_json, too_slow, while_connected
+from answers import Answer, EventStream, Gone, Running, answer_json, too_slow, while_connected
 from engine import Busy, Closed, EngineError, TooLong, UnknownAligner
 from http_guard import HUNG_UP, Guard
 from protocol import AlignerRequest, ApiError, ChatRequest, Common, CompletionRequest
@@ -55,10 +55,6 @@ class JsonRoute(APIRoute):
             return await handle(JsonRequest(request.scope, request.receive))
 
         return parsed
-
-
-def answer_json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(to_json(body), status, headers, "application/json")
 
 
 def create_app(models: Models):

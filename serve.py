@@ -28,7 +28,7 @@ from serve_settings import Settings
 from serving import Models
 from utils import UserError, log, nearest, run_entry_point, setup_logging
 
-MODES = ("serve", "chat", "worker")
+MODES = ("serve", "chat", "worker", "fastchat")
 
 
 class Server(uvicorn.Server):
@@ -130,6 +130,9 @@ def main(arguments: Sequence[str]) -> None:
         return
     if mode not in MODES:
         raise UserError(f"{mode!r}: expected key=value or one of {nearest(mode, MODES)}")
+    if mode == "fastchat":
+        fastchat_worker.run_fastchat(rest)
+        return
     settings = serve_settings.compose(rest)
     if mode == "chat":
         chat.run(Models(settings))

@@ -155,7 +155,12 @@ class Models:
 
         turns: as in `prompts.render_dialogue`.
         """
-        text = prompts.render_dialogue(turns, self.settings.config.template, system)
+        return self.encode_cut(
+            prompts.render_dialogue(turns, self.settings.config.template, system), new_tokens, add_bos
+        )
+
+    def encode_cut(self, text: str, new_tokens: int, add_bos: bool) -> list[int]:
+        """`encode_dialogue` of a dialogue that is text already."""
         room = self.max_length - new_tokens
         with self.lock:
             if (found := len(encode(self.tokenizer, [text])[0])) > max(MOST_CUT * room, 4096):
