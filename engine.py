@@ -156,7 +156,12 @@ class Engine:
         self.max_rows, self.max_tokens, self.max_waiting = max_rows, max_tokens, max_waiting
         self.max_read, self.columns = max_read, min(max_tokens, positions_of(proposal) or max_tokens)
         self.proposal = self.open(proposal, proposal)
-        self.rounds, self.length = Rounds(self.proposal, self.vocab, max_rows), DraftLength()
+        self.rounds = Rounds(self.proposal, self.vocab, max_rows)
+        self.lengths = {True: DraftLength(), False: DraftLength()}  # of drafts for pairs, for the proposal
+        self.lengths[False].draft, self.lengths[False].verify = (
+            self.lengths[True].draft,
+            self.lengths[True].verify,
+        )
         self.aligners: dict[str, Member] = {}
         self.lock = threading.Condition()
         self.waiting: deque[Ticket] = deque()
@@ -364,11 +369,11 @@ class Engine:
     def step(self) -> None:
         """One round, and what it gives to the listeners."""
         jobs, chunks = self.plan()
-        beside = sum(job.unread for job in jobs if not job.row.ids) + sum(count for _, count in chunks)
+        widths = self.widths(jobs, sum(count for _, count in chunks))
         tickets = {ticket.job: ticket for ticket in self.running}
         before = sum(len(job.row.ids) for job in jobs)
         try:
-            took = self.rounds.run(jobs, self.length.choose(len(jobs), beside), chunks)
+            took = self.rounds.run(jobs, widths, chunks)
         except Failed as error:
             log.exception("rows could not go on")
             for job in error.jobs:
@@ -378,9 +383,10 @@ class Engine:
             for job in [*jobs, *(job for job, _ in chunks)]:
                 self.end(tickets[job], "error", error)
         else:
-            self.length.learn(took.agreed, took.compared)
+            for pair, (compared, agreed) in took.kept.items():
+                self.lengths[pair].learn(agreed, compared)
             if took.tokens:
-                self.length.clock_tokens(bucket(took.tokens), took.step, took.verify)
+                self.lengths[True].clock_tokens(bucket(took.tokens), took.step, took.verify)
         now, new = time.monotonic(), sum(len(job.row.ids) for job in jobs) - before
         with self.lock:
             self.counts["rounds"] += 1
@@ -391,6 +397,22 @@ class Engine:
         for job in jobs:
             if job.holds:
                 self.tell_more(tickets[job])
+
+    def widths(self, jobs: list[Job], read: int) -> dict[bool, int]:
+        """How many tokens the next round may give each row, by whether a pair decodes it; read: tokens of
+        prompts beside.
+
+        Where all have just come there is no draft: their first tokens are there the sooner.
+        """
+        found, pairs = {True: 1, False: 1}, sum(job.pair for job in jobs)
+        if not any(job.row.ids for job in jobs):
+            return found
+        read += sum(job.unread for job in jobs if not job.row.ids)
+        if pairs:
+            found[True] = self.lengths[True].choose(pairs, read + len(jobs) - pairs)
+        if len(jobs) > pairs:
+            found[False] = self.lengths[False].choose(len(jobs) - pairs, read + pairs * found[True])
+        return found
 
     def tell_more(self, ticket: Ticket) -> None:
         """Gives a listener what may be shown, and the end where the row has ended."""
