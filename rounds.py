@@ -194,7 +194,8 @@ class Rounds:
         for member in filter(None, (self.proposal, job.drafter)):
             hold = member.pool.admit(job.line, job.tokens, count)
             if hold is None:
-                self._let_go(job)
+                for other, taken in job.holds.items():
+                    other.pool.give_back(taken.positions)
                 return False
             job.holds[member] = hold
         self.free.pop()
@@ -206,11 +207,7 @@ class Rounds:
 
     def leave(self, job: Job) -> None:
         """Takes a job's line back; what it has read stays for others."""
-        self._let_go(job)
         self.free.append(job.line)
-
-    @staticmethod
-    def _let_go(job: Job) -> None:
         for member, hold in job.holds.items():
             member.pool.release(hold)
         job.holds = {}
@@ -226,11 +223,9 @@ class Rounds:
         frames = []
         for pair, drafted in ((True, True), (False, True), (False, False)):
             wide = widths[pair]
-            mine = [
-                j
-                for j in jobs
-                if j.pair == pair and (pair or (j.drafter is not None and wide > 1)) == drafted
-            ]
+            mine = [job for job in jobs if job.pair == pair]
+            if not pair:
+                mine = [job for job in mine if (job.drafter is not None and wide > 1) == drafted]
             if mine:
                 mine.sort(key=lambda job: job.drafter and (hash(job.drafter.pool.kind), id(job.drafter)))
                 wide = min(wide, max(job.max_new_tokens - len(job.row.ids) for job in mine)) if drafted else 1
@@ -365,9 +360,11 @@ class Rounds:
         job.logprobs = job.logprobs[: len(new)]
         if job.penalised:
             self.seen[job.line, torch.tensor(new, device=self.device)] = True
-        for member in (self.proposal, job.drafter) if frame.drafts else (self.proposal,):
+        for member, count in ((self.proposal, frame.width), (job.drafter, frame.count)):
+            if not count:
+                continue
             hold = job.holds[member]
-            hold.read = min(length - 1 + frame.width, len(job.tokens) - 1)
+            hold.read = min(length - 1 + count, len(job.tokens) - 1)
             member.pool.note(hold)
         return tried
 

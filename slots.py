@@ -252,8 +252,8 @@ class LlamaForward:
 
 
 class JointForward(LlamaForward):
-    """Several models of one shape in one forward, each for some of the tokens: only what multiplies by weights
-    is done model by model.
+    """Several models of one shape in one forward, each for some of the tokens: only products with weights are
+    computed model by model.
     """
 
     def __init__(self, members: Sequence[LlamaForward], counts: Sequence[int]) -> None:
