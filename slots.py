@@ -213,11 +213,11 @@ class LlamaForward:
         cos, sin = self.cos[positions], self.sin[positions]
         for layer, (before, qkv, norms, output, between, gates, down) in enumerate(self.layers):
             found = self.linear(self.normed(x, before), qkv).view(len(x), -1, size)
-            qk = found[:, :rotated]
+            qk = turned = found[:, :rotated]
             if norms is not None:
                 qk = F.rms_norm(qk, (size,), None, self.eps) * norms
             swapped = torch.cat([qk[..., half:], qk[..., :half]], dim=-1)
-            torch.addcmul(qk * cos, swapped, sin, out=found[:, :rotated])
+            torch.addcmul(qk * cos, swapped, sin, out=turned)
             x = self.add_linear(x, attend(layer, found), output)
             gate, up = self.linear(self.normed(x, between), gates).chunk(2, dim=-1)
             x = self.add_linear(x, F.silu(gate).mul_(up), down)
