@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import protocol
-from answers import Answer, EventStream, Gone, Running, answer_json, too_slow, while_connected
 from engine import Busy, Closed, EngineError, TooLong, UnknownAligner
 from http_guard import HUNG_UP, Guard
+from openai_answers import Answer, EventStream, Gone, Running, answer_json, too_slow, while_connected
 from protocol import AlignerRequest, ApiError, ChatRequest, Common, CompletionRequest
 from server_metrics import CONTENT_TYPE, Metrics
 from serving import Models, Served

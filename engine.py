@@ -17,104 +17,37 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from par import PARParams, signed
+from answers import (
+    BadRequest,
+    Busy,
+    Closed,
+    Done,
+    EngineError,
+    Listener,
+    Piece,
+    Request,
+    TokenLogprobs,
+    TooLong,
+    UnknownAligner,
+)
+from par import signed
 from plain_loop import FELL_BACK, Row, ShownText, StopWatch, eos_token_ids
 from pool import open_pool
 from rounds import Failed, Job, Member, Rounds
 from slots import has_slots
 from speculation import DraftLength
 
+__all__ = [
+    "BadRequest", "Busy", "Closed", "Done", "Engine", "EngineError", "Listener", "Piece", "Request", "Ticket",
+    "TokenLogprobs", "TooLong", "UnknownAligner",
+]  # fmt: skip
 log = logging.getLogger("ram")
 SPAN = 10  # seconds that the speed in the figures is of
-
-
-class EngineError(Exception):
-    """A request that the engine does not take; the text is for whoever sent it."""
-
-
-class Busy(EngineError):
-    """As many requests wait as may: try again later."""
-
-
-class Closed(EngineError):
-    """The engine takes no more requests."""
-
-
-class UnknownAligner(EngineError):
-    """No aligner has this name."""
-
-
-class TooLong(EngineError):
-    """Prompt and answer need more positions than a model or the engine holds."""
-
-
-class BadRequest(EngineError):
-    """A request that means nothing: no prompt, no tokens wanted, ids that the vocabulary lacks."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to decode: a prompt by one pair, or by the proposal alone (aligner None).
-
-    seed, row_id: whose noise the answer draws; equal ones give equal answers whatever else is decoded. stop:
-    strings that end the answer. logprobs: how many candidates of the law to give with each token; None gives
-    no log-probabilities at all, 0 the token's own.
-    """
-
-    prompt_ids: tuple[int, ...]
-    aligner: str | None
-    params: PARParams
-    max_new_tokens: int
-    seed: int = 0
-    row_id: int = 0
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-
-
-class TokenLogprobs(NamedTuple):
-    """A token's log-probability in nats under the law it was drawn from, and the likeliest tokens' (id, log
-    p), best first; tokens that the law excludes are not among them.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-class Piece(NamedTuple):
-    """The next tokens of an answer.
-
-    text: what they add that is safe to show. All pieces of an answer that was not broken off make its text,
-    and its token ids, the closing EOS and the tokens of a stop string included. Tokens whose text may still
-    become another character or a stop string wait for the next piece. logprobs: one per token, None where not
-    asked.
-    """
-
-    token_ids: tuple[int, ...]
-    text: str
-    logprobs: tuple[TokenLogprobs, ...] | None
-
-
-class Done(NamedTuple):
-    """The end of a request, whatever the end.
-
-    finish_reason: stop, length, cancelled or error. n_prompt, n_completion: tokens. stats: as in
-    `plain_loop.Generation`. error: a text for the client where the reason is error, else None.
-    """
-
-    finish_reason: str
-    n_prompt: int
-    n_completion: int
-    stats: dict[str, float]
-    error: str | None = None
-
-
-Listener = Callable[[Piece | Done], None]
 
 
 @dataclass(eq=False)
@@ -156,7 +89,12 @@ class Engine:
         self.max_rows, self.max_tokens, self.max_waiting = max_rows, max_tokens, max_waiting
         self.max_read, self.columns = max_read, min(max_tokens, positions_of(proposal) or max_tokens)
         self.proposal = self.open(proposal, proposal)
-        self.rounds, self.length = Rounds(self.proposal, self.vocab, max_rows), DraftLength()
+        self.rounds = Rounds(self.proposal, self.vocab, max_rows)
+        self.lengths = {True: DraftLength(), False: DraftLength()}  # of drafts for pairs, for the proposal
+        self.lengths[False].draft, self.lengths[False].verify = (
+            self.lengths[True].draft,
+            self.lengths[True].verify,
+        )
         self.aligners: dict[str, Member] = {}
         self.lock = threading.Condition()
         self.waiting: deque[Ticket] = deque()
@@ -364,11 +302,11 @@ class Engine:
     def step(self) -> None:
         """One round, and what it gives to the listeners."""
         jobs, chunks = self.plan()
-        beside = sum(job.unread for job in jobs if not job.row.ids) + sum(count for _, count in chunks)
+        widths = self.widths(jobs, sum(count for _, count in chunks))
         tickets = {ticket.job: ticket for ticket in self.running}
         before = sum(len(job.row.ids) for job in jobs)
         try:
-            took = self.rounds.run(jobs, self.length.choose(len(jobs), beside), chunks)
+            took = self.rounds.run(jobs, widths, chunks)
         except Failed as error:
             log.exception("rows could not go on")
             for job in error.jobs:
@@ -378,9 +316,10 @@ class Engine:
             for job in [*jobs, *(job for job, _ in chunks)]:
                 self.end(tickets[job], "error", error)
         else:
-            self.length.learn(took.agreed, took.compared)
+            for pair, (compared, agreed) in took.kept.items():
+                self.lengths[pair].learn(agreed, compared)
             if took.tokens:
-                self.length.clock_tokens(bucket(took.tokens), took.step, took.verify)
+                self.lengths[True].clock_tokens(bucket(took.tokens), took.step, took.verify)
         now, new = time.monotonic(), sum(len(job.row.ids) for job in jobs) - before
         with self.lock:
             self.counts["rounds"] += 1
@@ -391,6 +330,22 @@ class Engine:
         for job in jobs:
             if job.holds:
                 self.tell_more(tickets[job])
+
+    def widths(self, jobs: list[Job], read: int) -> dict[bool, int]:
+        """How many tokens the next round may give each row, by whether a pair decodes it; read: tokens of
+        prompts beside.
+
+        Where all have just come there is no draft: their first tokens are there the sooner.
+        """
+        found, pairs = {True: 1, False: 1}, sum(job.pair for job in jobs)
+        if not any(job.row.ids for job in jobs):
+            return found
+        read += sum(job.unread for job in jobs if not job.row.ids)
+        if pairs:
+            found[True] = self.lengths[True].choose(pairs, read + len(jobs) - pairs)
+        if len(jobs) > pairs:
+            found[False] = self.lengths[False].choose(len(jobs) - pairs, read + pairs * found[True])
+        return found
 
     def tell_more(self, ticket: Ticket) -> None:
         """Gives a listener what may be shown, and the end where the row has ended."""

@@ -29,9 +29,9 @@ from starlette.routing import Route
 
 import engine
 import prompts
-from answers import Gone, Running, answer_json, to_json, while_connected
 from engine import Busy, Done, EngineError, TooLong, UnknownAligner
 from http_guard import HUNG_UP, Guard
+from openai_answers import Gone, Running, answer_json, to_json, while_connected
 from par import PARParams
 from protocol import LAW_OF_ONE, ApiError
 from serve_settings import Settings, is_loopback

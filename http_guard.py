@@ -10,7 +10,7 @@ import re
 import time
 from urllib.parse import urlsplit
 
-from answers import to_json
+from openai_answers import to_json
 from protocol import ApiError
 from serve_settings import Settings, is_loopback
 from server_metrics import Metrics

@@ -415,7 +415,9 @@ class Noise:
             return tokens.gather(-1, gumbel_argmax(ranked, noise).unsqueeze(-1)).squeeze(-1)
         if self.whole is None:
             self.whole = gumbel_noise(*self.where, self.vocab_size, self.stream)
-        return gumbel_argmax(logprobs, self.whole[rows, columns].flatten(0, -2))
+        whole = self.whole if rows is ALL else self.whole[rows]
+        whole = whole.flatten(0, 1) if columns is ALL else whole[:, columns]
+        return gumbel_argmax(logprobs, whole)
 
     def stream_of(self, stream: int, rows=ALL, columns=ALL) -> "Noise":
         """Another stream's noise at some of the positions."""

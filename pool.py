@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import Cache, DynamicLayer
 
-from slots import LlamaForward, is_plain_llama
+from slots import JointForward, LlamaForward, is_plain_llama
 
 BLOCK = 16  # tokens; shorter beginnings are not looked for
 
@@ -50,8 +50,12 @@ class Part(NamedTuple):
 class Pool:
     """The positions of a model's keys and values, and who has them.
 
-    size: positions. lines: rows at once. columns: tokens of the longest row.
+    size: positions. lines: rows at once. columns: tokens of the longest row. Of a kind of pools `steps` takes
+    rows of several together.
     """
+
+    kind: tuple
+    steps: "type[Steps] | type[DenseSteps]"
 
     def __init__(self, size: int, lines: int, columns: int, device: torch.device) -> None:
         self.size, self.columns, self.device = size, columns, device
@@ -133,9 +137,6 @@ class Pool:
         tensors = (each for layer in self.stored for each in (layer if isinstance(layer, tuple) else [layer]))
         return sum(each.numel() * each.element_size() for each in tensors)
 
-    def steps(self, lines: torch.Tensor, seen: int) -> "Steps":
-        return Steps(self, lines, seen)
-
     def where(self, part: Part) -> torch.Tensor:
         """(R * T,) positions of the new tokens."""
         return self.table[part.lines.unsqueeze(1), part.places].flatten()
@@ -188,14 +189,19 @@ def open_pool(model, size: int, lines: int, columns: int, vocab_size: int) -> "L
 class Steps:
     """Steps of a token each for some rows of a pool."""
 
-    def __init__(self, pool: Pool, lines: torch.Tensor, seen: int) -> None:
-        """seen: no step sees more places."""
-        self.pool, self.lines, self.seen = pool, lines.to(pool.device), seen
+    def __init__(self, pools: "Sequence[TransformersPool]", lines: Sequence[torch.Tensor], seen: int) -> None:
+        """lines: (R,) of each pool's rows; seen: no step sees more places."""
+        self.given, self.seen = list(zip(pools, lines, strict=True)), seen
 
     def step(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Logits (R, V) of the rows' next tokens; ids, places: (R,)."""
-        part = Part(ids.unsqueeze(1), places.unsqueeze(1), self.lines, self.seen, None)
-        return self.pool([part])[0][:, 0]
+        counts = [len(lines) for _, lines in self.given]
+        ids, places = (each.unsqueeze(1).split(counts) for each in (ids, places))
+        parts = [
+            (pool, Part(mine, at, lines, self.seen, None))
+            for (pool, lines), mine, at in zip(self.given, ids, places, strict=True)
+        ]
+        return cat([pool([part])[0][:, 0] for pool, part in parts])
 
     def close(self) -> None:
         """After the last step."""
@@ -209,6 +215,7 @@ class TransformersPool(Pool):
         self.model, self.vocab_size, self.cache = model, vocab_size, _PoolCache(self)
         limit = getattr(model.config, "max_position_embeddings", None)
         self.last = min(columns, limit or columns) - 1
+        self.kind, self.steps = (type(self), id(self)), Steps
 
     def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
         """Logits (R, C, V) of each part's wanted tokens; keys and values of all are kept."""
@@ -256,6 +263,7 @@ class LlamaPool(Pool):
     def __init__(self, model, size: int, lines: int, columns: int, vocab_size: int) -> None:
         super().__init__(size, lines, columns, model.device)
         self.run = run = LlamaForward(model, columns, vocab_size)
+        self.kind, self.steps = run.kind, DenseSteps
         shape = (size + 1, 2 * run.kv_heads, run.size)
         self.stored = [run.embedding.new_zeros(shape) for _ in run.layers]
 
@@ -285,27 +293,38 @@ class LlamaPool(Pool):
         found = logits.split([rows * count for rows, count in shapes])
         return [each.view(*shape, logits.shape[-1]) for each, shape in zip(found, shapes, strict=True)]
 
-    def steps(self, lines: torch.Tensor, seen: int) -> "DenseSteps":
-        return DenseSteps(self, lines, seen)
 
+class DenseSteps:
+    """Steps of a token each for some rows of pools of one kind: what they see is brought together once, and
+    goes back to the pools after the last step.
+    """
 
-class DenseSteps(Steps):
-    """What the rows see is brought together once, and goes back to the pool after the last step."""
-
-    def __init__(self, pool: LlamaPool, lines: torch.Tensor, seen: int) -> None:
-        super().__init__(pool, lines, seen)
+    def __init__(self, pools: Sequence[LlamaPool], lines: Sequence[torch.Tensor], seen: int) -> None:
+        """lines: (R,) of each pool's rows; seen: no step sees more places."""
+        self.pools, self.device, self.seen = pools, pools[0].device, seen
+        self.lines = [each.to(self.device) for each in lines]
+        self.counts = [len(each) for each in lines]
+        runs = [pool.run for pool in pools]
+        self.run = runs[0] if len(runs) == 1 else JointForward(runs, self.counts)
+        at = [pool.table[mine, : seen + 1] for pool, mine in zip(pools, self.lines, strict=True)]
+        for pool, each in zip(pools, at, strict=True):
+            each[:, seen] = pool.size  # what nobody reads
+        layers = zip(*(pool.stored for pool in pools), strict=True)
+        pairs = [list(zip(layer, at, strict=True)) for layer in layers]
+        self.dense = [
+            cat([stored.index_select(0, each.flatten()) for stored, each in pair]) for pair in pairs
+        ]
+        self.starts = torch.arange(sum(self.counts), device=self.device) * (seen + 1)
         self.done: list[tuple[torch.Tensor, torch.Tensor]] = []
-        at = torch.cat([pool.table[self.lines, :seen], pool.table[self.lines, -1:]], dim=1)
-        self.dense = [stored[at.flatten()] for stored in pool.stored]
-        self.starts = torch.arange(len(lines), device=pool.device) * (seen + 1)
 
     def step(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        run, rows = self.pool.run, len(ids)
-        ids, places = ids.to(self.pool.device), places.to(self.pool.device)
+        """Logits (R, V) of the rows' next tokens; ids, places: (R,)."""
+        run, rows = self.run, len(ids)
+        ids, places = ids.to(self.device), places.to(self.device)
         columns = places.clamp(max=self.seen)
         where = self.starts + columns
         self.done.append((places, where))
-        mask = torch.arange(self.seen + 1, device=ids.device) <= columns.unsqueeze(1)
+        mask = torch.arange(self.seen + 1, device=self.device) <= columns.unsqueeze(1)
         bias = run.bias(mask.view(rows, 1, 1, -1))
 
         def attend(layer, found):
@@ -317,7 +336,9 @@ class DenseSteps(Steps):
         return run(ids, places, attend)
 
     def close(self) -> None:
-        places, where = (torch.stack(each, dim=1) for each in zip(*self.done, strict=True))
-        to = self.pool.table[self.lines.unsqueeze(1), places].flatten()
-        for stored, dense in zip(self.pool.stored, self.dense, strict=True):
-            stored.index_copy_(0, to, dense[where.flatten()])
+        """Gives the pools the steps' keys and values."""
+        given = (torch.stack(each, dim=1).split(self.counts) for each in zip(*self.done, strict=True))
+        for pool, lines, places, where in zip(self.pools, self.lines, *given, strict=True):
+            to, where = pool.table[lines.unsqueeze(1), places].flatten(), where.flatten()
+            for stored, dense in zip(pool.stored, self.dense, strict=True):
+                stored.index_copy_(0, to, dense.index_select(0, where))

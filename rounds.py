@@ -7,6 +7,7 @@ settings: so all rows share the first, and rows of equal settings the second, wh
 """
 
 import contextlib
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -75,14 +76,14 @@ class Failed(Exception):
 
 class Took(NamedTuple):
     """What a round took: tokens of the proposal's forward, seconds of a draft (None where none followed
-    another) and of the forward and the laws, drafts that were compared and that were kept.
+    another) and of the forward and the laws; how many drafts were compared and how many kept, by whether they
+    were for pairs.
     """
 
     tokens: int
     step: float | None
     verify: float
-    compared: int
-    agreed: int
+    kept: dict[bool, list[int]]
 
 
 class _Group(NamedTuple):
@@ -98,6 +99,7 @@ class _Frame:
 
     def __init__(self, jobs: list[Job], width: int, columns: int, vocab: int, seen, device) -> None:
         self.jobs, self.width, self.device = jobs, width, device
+        self.count = width if jobs[0].pair else width - 1  # drafts
         numbers = [
             (job.line, len(job.tokens), job.end, job.tokens[-1], len(job.row.ids), job.row_id, job.seed)
             for job in jobs
@@ -192,7 +194,8 @@ class Rounds:
         for member in filter(None, (self.proposal, job.drafter)):
             hold = member.pool.admit(job.line, job.tokens, count)
             if hold is None:
-                self._let_go(job)
+                for other, taken in job.holds.items():
+                    other.pool.give_back(taken.positions)
                 return False
             job.holds[member] = hold
         self.free.pop()
@@ -204,31 +207,35 @@ class Rounds:
 
     def leave(self, job: Job) -> None:
         """Takes a job's line back; what it has read stays for others."""
-        self._let_go(job)
         self.free.append(job.line)
-
-    @staticmethod
-    def _let_go(job: Job) -> None:
         for member, hold in job.holds.items():
             member.pool.release(hold)
         job.holds = {}
 
     @torch.inference_mode()
-    def run(self, jobs: Sequence[Job], width: int, chunks: Sequence[tuple[Job, int]] = ()) -> Took:
-        """Decodes up to `width` tokens for each of the jobs, and reads so many tokens of other jobs' prompts.
+    def run(self, jobs: Sequence[Job], widths, chunks: Sequence[tuple[Job, int]] = ()) -> Took:
+        """Decodes some tokens for each of the jobs, and reads so many tokens of other jobs' prompts.
+
+        widths: at most how many tokens, by whether a pair decodes (True) or the proposal alone (False).
 
         Raises Failed where an aligner or a law fails for some.
         """
-        width = min(width, max((job.max_new_tokens - len(job.row.ids) for job in jobs), default=1))
-        drafted = [job for job in jobs if job.drafter and (job.pair or width > 1)]
-        alone = [job for job in jobs if job not in drafted]
-        drafted.sort(key=lambda job: id(job.drafter))
-        frames = [
-            _Frame(mine, count, self.columns, self.vocab, self.seen, self.device)
-            for mine, count in ((drafted, width), (alone, 1))
-            if mine
-        ]
-        step = self.draft(frames[0] if drafted else None, chunks)
+        frames = []
+        for pair, drafted in ((True, True), (False, True), (False, False)):
+            wide = widths[pair]
+            mine = [job for job in jobs if job.pair == pair]
+            if not pair:
+                mine = [job for job in mine if (job.drafter is not None and wide > 1) == drafted]
+            if mine:
+                mine.sort(key=lambda job: job.drafter and (hash(job.drafter.pool.kind), id(job.drafter)))
+                wide = min(wide, max(job.max_new_tokens - len(job.row.ids) for job in mine)) if drafted else 1
+                frames.append(_Frame(mine, wide, self.columns, self.vocab, self.seen, self.device))
+        for member in {job.drafter: None for job, _ in chunks if job.drafter}:
+            with blamed([job for job, _ in chunks if job.drafter is member]):
+                parts = self.chunk(member, chunks)
+                if parts:
+                    member.pool(parts)
+        steps = [self.draft(frame) for frame in frames if frame.count]
         start = time.perf_counter()
         parts, orders = [], []
         for frame in frames:
@@ -236,7 +243,7 @@ class Rounds:
             parts, orders = parts + mine, [*orders, (len(mine), order)]
         more = self.chunk(self.proposal, chunks)
         logits = iter(self.proposal.pool(parts + more) if parts + more else ())
-        compared, agreed, failed = 0, 0, None
+        kept, failed = {True: [0, 0], False: [0, 0]}, None
         for job, count in chunks:
             for hold in job.holds.values():
                 hold.read += min(count, hold.unread)
@@ -249,51 +256,48 @@ class Rounds:
                     failed = Failed(group.jobs, error)
                     continue
                 for job, of_row in zip(group.jobs, found, strict=True):
-                    tried, kept = self.accept(job, of_row, frame)
-                    compared, agreed = compared + tried, agreed + kept
+                    for i, count in enumerate(self.accept(job, of_row, frame)):
+                        kept[job.pair][i] += count
         if failed:
             raise failed
         tokens = sum(part.ids.numel() for part in parts + more)
-        return Took(tokens, step, time.perf_counter() - start, compared, agreed)
+        step = next((seconds for seconds in steps if seconds is not None), None)
+        return Took(tokens, step, time.perf_counter() - start, kept)
 
-    def draft(self, frame: _Frame | None, chunks) -> float | None:
-        """Lets each aligner draft for its rows, and read some of the prompts.
+    def draft(self, frame: _Frame) -> float | None:
+        """Lets each aligner draft for its rows.
 
-        A pair's law needs its aligner's logits at all W positions, so there are W drafts. Returns the seconds
-        of one that followed another.
+        A pair's law needs its aligner's logits at all W positions, so there are W drafts; the last one for a
+        proposal alone would be in vain. Returns the seconds of one that followed another.
         """
-        spans, steps = {}, {}
-        for index, job in enumerate(frame.jobs if frame else ()):
-            spans.setdefault(job.drafter, [index, index])[1] = index + 1
-        for job, _ in chunks:
-            if job.drafter:
-                spans.setdefault(job.drafter, None)
-        found, start = [], None
-        for member, span in spans.items():
-            jobs = frame.jobs[slice(*span)] if span else []
-            with blamed(member, jobs, chunks):
-                parts, order = self.parts(member, jobs, frame.last[slice(*span), :0]) if span else ([], None)
-                more = self.chunk(member, chunks)
-                logits = member.pool(parts + more) if parts + more else []
-                if span:
-                    found.append(arranged(logits[: len(parts)], order)[:, 0].to(self.device))
-        if frame is None:
+        spans, found = [], []
+        for member, mine in itertools.groupby(frame.jobs, key=lambda job: job.drafter):
+            start = spans[-1][1].stop if spans else 0
+            spans.append((member, slice(start, start + len(list(mine)))))
+            jobs = frame.jobs[spans[-1][1]]
+            with blamed(jobs):
+                parts, order = self.parts(member, jobs, frame.last[spans[-1][1], :0])
+                found.append(arranged(member.pool(parts), order)[:, 0].to(self.device))
+        ids, steps, count = frame.draw_drafts(cat(found)), [], frame.count
+        if count == 1:
             return None
-        ids = frame.draw_drafts(cat(found))
-        for column in range(1, frame.width):
-            start, found = start or time.perf_counter(), []
-            for member, span in spans.items():
-                if not span:
-                    continue
-                mine = slice(*span)
-                with blamed(member, frame.jobs[mine], chunks):
-                    if member not in steps:
-                        steps[member] = member.pool.steps(frame.lines[mine], frame.longest)
-                    found.append(steps[member].step(ids[mine], frame.places[mine, column]).to(self.device))
+        start = time.perf_counter()
+        for _, same in itertools.groupby(spans, key=lambda span: span[0].pool.kind):
+            members, parts = zip(*same, strict=True)
+            whole = slice(parts[0].start, parts[-1].stop)
+            with blamed(frame.jobs[whole]):
+                lines = [frame.lines[part] for part in parts]
+                pools = [member.pool for member in members]
+                steps.append((pools[0].steps(pools, lines, frame.longest), whole))
+        for column in range(1, count):
+            found = []
+            for step, whole in steps:
+                with blamed(frame.jobs[whole]):
+                    found.append(step.step(ids[whole], frame.places[whole, column]).to(self.device))
             ids = frame.draw_drafts(cat(found))
-        for each in steps.values():
-            each.close()
-        return (time.perf_counter() - start) / (frame.width - 1) if start else None
+        for step, _ in steps:
+            step.close()
+        return (time.perf_counter() - start) / (count - 1)
 
     def parts(self, member: Member, jobs: Sequence[Job], drafts: torch.Tensor):
         """Parts for what a model has not read of each row, its last token and the drafts (R, D): rows that
@@ -356,9 +360,11 @@ class Rounds:
         job.logprobs = job.logprobs[: len(new)]
         if job.penalised:
             self.seen[job.line, torch.tensor(new, device=self.device)] = True
-        for member in (self.proposal, job.drafter) if frame.drafts else (self.proposal,):
+        for member, count in ((self.proposal, frame.width), (job.drafter, frame.count)):
+            if not count:
+                continue
             hold = job.holds[member]
-            hold.read = min(length - 1 + frame.width, len(job.tokens) - 1)
+            hold.read = min(length - 1 + count, len(job.tokens) - 1)
             member.pool.note(hold)
         return tried
 
@@ -370,9 +376,9 @@ def arranged(logits: list[torch.Tensor], order: torch.Tensor | None) -> torch.Te
 
 
 @contextlib.contextmanager
-def blamed(member: Member, jobs: Sequence[Job], chunks: Sequence[tuple[Job, int]]):
-    """What fails inside is an aligner's fault: Failed with all of its rows."""
+def blamed(jobs: Sequence[Job]):
+    """What fails inside is their aligner's fault."""
     try:
         yield
     except Exception as error:
-        raise Failed([*jobs, *(job for job, _ in chunks if job.drafter is member)], error) from error
+        raise Failed(list(jobs), error) from error

@@ -180,6 +180,10 @@ class LlamaForward:
         cos, sin = (each[0].unsqueeze(1) for each in base.rotary_emb(self.embedding[:1], positions))
         # (x1, x2) turns into (x1 cos - x2 sin, x2 cos + x1 sin): the sign goes into the table.
         self.cos, self.sin = cos, torch.cat([-sin[..., : self.size // 2], sin[..., self.size // 2 :]], dim=-1)
+        shapes = (*(weight.shape for weight in (self.embedding, self.head[0])), columns, len(self.layers))
+        kind = (self.heads, self.kv_heads, self.eps, str(getattr(config, "rope_parameters", None)))
+        # Models of equal kind can share a forward.
+        self.kind = (type(model), model.dtype, model.device, *shapes, *kind, config.intermediate_size)
 
     def _layer(self, layer) -> tuple:
         attention, mlp = layer.self_attn, layer.mlp
@@ -204,21 +208,33 @@ class LlamaForward:
         what the queries hear (N, H * D). wanted: hidden states (N, hidden) -> (M, hidden).
         """
         size, half, rotated = self.size, self.size // 2, self.heads + self.kv_heads
-        x = F.embedding(ids, self.embedding)
+        x = self.embed(ids)
         positions = places.clamp(max=self.columns - 1)
         cos, sin = self.cos[positions], self.sin[positions]
         for layer, (before, qkv, norms, output, between, gates, down) in enumerate(self.layers):
-            found = linear(F.rms_norm(x, self.hidden, before, self.eps), *qkv).view(len(x), -1, size)
-            qk = found[:, :rotated]
+            found = self.linear(self.normed(x, before), qkv).view(len(x), -1, size)
+            qk = turned = found[:, :rotated]
             if norms is not None:
                 qk = F.rms_norm(qk, (size,), None, self.eps) * norms
             swapped = torch.cat([qk[..., half:], qk[..., :half]], dim=-1)
-            torch.addcmul(qk * cos, swapped, sin, out=found[:, :rotated])
-            x = add_linear(x, attend(layer, found), *output)
-            gate, up = linear(F.rms_norm(x, self.hidden, between, self.eps), *gates).chunk(2, dim=-1)
-            x = add_linear(x, F.silu(gate).mul_(up), *down)
+            torch.addcmul(qk * cos, swapped, sin, out=turned)
+            x = self.add_linear(x, attend(layer, found), output)
+            gate, up = self.linear(self.normed(x, between), gates).chunk(2, dim=-1)
+            x = self.add_linear(x, F.silu(gate).mul_(up), down)
         x = x if wanted is None else wanted(x)
-        return linear(F.rms_norm(x, self.hidden, self.norm, self.eps), *self.head)
+        return self.linear(self.normed(x, self.norm), self.head)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.embedding)
+
+    def normed(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.hidden, gain, self.eps)
+
+    def linear(self, x: torch.Tensor, weights: tuple) -> torch.Tensor:
+        return linear(x, *weights)
+
+    def add_linear(self, x: torch.Tensor, y: torch.Tensor, weights: tuple) -> torch.Tensor:
+        return add_linear(x, y, *weights)
 
     def hear(self, queries, keys, values, bias) -> torch.Tensor:
         """Attention of R rows: queries (R, T, H, D), keys and values (R, S, KV, D) -> (R * T, H * D)."""
@@ -233,6 +249,45 @@ class LlamaForward:
 
     def bias(self, mask: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(mask, dtype=self.embedding.dtype).masked_fill_(~mask, float("-inf"))
+
+
+class JointForward(LlamaForward):
+    """Several models of one shape in one forward, each for some of the tokens: only products with weights are
+    computed model by model.
+    """
+
+    def __init__(self, members: Sequence[LlamaForward], counts: Sequence[int]) -> None:
+        """counts: how many tokens are whose, in this order."""
+        first = members[0]
+        self.counts, self.embeddings = list(counts), [member.embedding for member in members]
+        for name in ("columns", "heads", "kv_heads", "size", "eps", "hidden", "cos", "sin", "embedding"):
+            setattr(self, name, getattr(first, name))
+        self.norm, self.head = self._spread([m.norm for m in members]), [m.head for m in members]
+        self.layers = []
+        for layers in zip(*(member.layers for member in members), strict=True):
+            before, qkv, norms, output, between, gates, down = zip(*layers, strict=True)
+            norms = None if norms[0] is None else self._spread(norms)
+            before, between = self._spread(before), self._spread(between)
+            self.layers.append((before, qkv, norms, output, between, gates, down))
+
+    def _spread(self, gains: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(N, ...) each token's."""
+        pairs = zip(gains, self.counts, strict=True)
+        return torch.cat([gain.expand(count, *gain.shape) for gain, count in pairs])
+
+    def embed(self, ids):
+        pairs = zip(ids.split(self.counts), self.embeddings, strict=True)
+        return torch.cat([F.embedding(mine, weight) for mine, weight in pairs])
+
+    def normed(self, x, gain):
+        return F.rms_norm(x, self.hidden, None, self.eps) * gain
+
+    def linear(self, x, weights):
+        return torch.cat([linear(each, *w) for each, w in zip(x.split(self.counts), weights, strict=True)])
+
+    def add_linear(self, x, y, weights):
+        parts = zip(x.split(self.counts), y.split(self.counts), weights, strict=True)
+        return torch.cat([add_linear(mine, other, *w) for mine, other, w in parts])
 
 
 class LlamaSlots(Slots):
