@@ -75,7 +75,7 @@ def test_marks():
     assert chat.bracketed(pieces) == "one [two] three / four 日本"
     lines = chat.wrapped(pieces, 8)
     plain = [line.replace(chat.REVERSED, "").replace(chat.PLAIN, "") for line in lines]
-    assert plain == ["one two ", "three   ", "four 日 ", "本      "]
+    assert plain == ["one two ", "three   ", "four    ", "日本    "]
     assert lines[0] == f"one {chat.REVERSED}two{chat.PLAIN} "
     assert chat.printable("a\x1b[2Jb\n") == "a\ufffd[2Jb\n"
 
@@ -100,8 +100,8 @@ def test_over_a_pipe(models):
     done = subprocess.run(command(models), input="/aligner b\n/compre\n", **run)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(
-        "(talking to b; there are: proposal, a, b)\nunknown command '/compre': did you mean '/compare'? Known: "
-        "/aligner, /compare, /help, /quit, /reset\n"
+        "(talking to b; there are: proposal, a, b)\n"
+        "unknown command '/compre': did you mean '/compare'? Known: /aligner, /compare, /help, /quit, /reset\n"
     )
 
 
