@@ -237,9 +237,14 @@ def create_worker(models: Models) -> Guard:
         "count_token": count_token,
         "model_details": details,
     }
+
+    async def refused(request: Request, error: ApiError) -> Response:
+        return answer_json(error.body(), error.status)
+
     routes = [Route(f"/{name}", handler, methods=["POST"]) for name, handler in endpoints.items()]
     open_to_all = dataclasses.replace(models.settings, key=None, admin_key=None)
-    return Guard(Starlette(routes=routes), open_to_all, Metrics())
+    app = Starlette(routes=routes, exception_handlers={ApiError: refused})
+    return Guard(app, open_to_all, Metrics())
 
 
 async def read(request: Request) -> dict[str, Any]:

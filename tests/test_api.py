@@ -2,12 +2,12 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
 import pytest
 from served import TOKENIZER, ask, chat_text, expected, running, save_models
 
 import protocol
 
+openai = pytest.importorskip("openai")
 HELLO = [{"role": "user", "content": "hello"}]
 
 

@@ -101,7 +101,8 @@ def test_over_a_pipe(models):
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(
         "(talking to b; there are: proposal, a, b)\n"
-        "unknown command '/compre': did you mean '/compare'? Known: /aligner, /compare, /help, /quit, /reset\n"
+        "unknown command '/compre': did you mean '/compare'? "
+        "Known: /aligner, /compare, /help, /quit, /reset\n"
     )
 
 

@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
-import openai
 import pytest
 from served import chat_text, eventually, expected, save_models, settings
 
@@ -99,7 +98,7 @@ def test_stream_grows_into_the_generated_text(worker, name):
 
 
 def test_settings_of_a_request(worker):
-    """FastChat's temperature is the aligner's, and the proposal's where it answers alone; stop strings cut."""
+    """FastChat's temperature is the aligner's, and the proposal's where that answers alone; stops cut."""
     law = {"temperature": 0.4, "top_p": 0.9, "repetition_penalty": 1.1, "top_k": -1}
     text = "Q: A:"
     request = {"prompt": text, "max_new_tokens": 20, "echo": False, "stop": None, "seed": 3, **law}
@@ -170,6 +169,7 @@ def test_registers_again_where_it_was_forgotten(folder, monkeypatch):
 @pytest.mark.slow
 def test_fastchats_own_servers(folder, tmp_path):
     """Its controller and its OpenAI server in front of a worker: models, answers whole and streamed."""
+    openai = pytest.importorskip("openai")
     ports = []
     for _ in range(2):
         with socket.socket() as found:
@@ -189,13 +189,10 @@ def test_fastchats_own_servers(folder, tmp_path):
             controller,
         ],
     ]
-    log = open(tmp_path / "log", "w")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "serve.py", "fastchat", *each], cwd=ROOT, env=env, stdout=log, stderr=log
-        )
-        for each in commands
-    ]
+    with open(tmp_path / "log", "w") as log:
+        process = {"cwd": ROOT, "env": env, "stdout": log, "stderr": log}
+        script = [sys.executable, "serve.py", "fastchat"]
+        started = [subprocess.Popen([*script, *each], **process) for each in commands]
     try:
         with working(folder, "seed=5", f"worker.controller={controller}") as (models, _):
             client = openai.OpenAI(base_url=f"{front}/v1", api_key="none", max_retries=0)
@@ -226,4 +223,3 @@ def test_fastchats_own_servers(folder, tmp_path):
         for process in started:
             process.kill()
             process.wait()
-        log.close()
