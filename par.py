@@ -16,6 +16,7 @@ import torch
 
 NEG_INF = float("-inf")
 IGNORE_INDEX = -100
+ALL = slice(None)  # all rows, all columns
 LARGE_VOCABULARY = 4096  # from here on a CPU ranks, and draws noise for, no more tokens than it needs
 
 
@@ -335,12 +336,13 @@ def token_logprobs(
 # token) alone.
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """A seed as an int64."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-_GOLDEN, _MIX_1, _MIX_2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_GOLDEN, _MIX_1, _MIX_2 = (signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def _mix64(x: torch.Tensor) -> torch.Tensor:
@@ -351,7 +353,7 @@ def _mix64(x: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel_noise(
-    seed: int,
+    seed: int | torch.Tensor,
     row_ids: torch.Tensor,
     positions: torch.Tensor,
     vocab_size: int,
@@ -361,12 +363,12 @@ def gumbel_noise(
     """Standard Gumbel noise (..., V) in float64, the same for a (seed, row, position, stream, token) wherever
     it is drawn.
 
-    row_ids, positions: (...) int64; position counts generated tokens, so prompt length and padding never
-    enter. stream 0 draws the token; streams 1..n draw the candidates of snis. tokens: (..., S) ids, where
-    only their noise is wanted: (..., S).
+    seed: one for all, or (...) int64. row_ids, positions: (...) int64; position counts generated tokens, so
+    prompt length and padding never enter. stream 0 draws the token; streams 1..n draw the candidates of snis.
+    tokens: (..., S) ids, where only their noise is wanted: (..., S).
     """
     device = row_ids.device
-    key = torch.full_like(row_ids, _signed(seed))
+    key = seed if isinstance(seed, torch.Tensor) else torch.full_like(row_ids, signed(seed))
     for part in (row_ids, positions, torch.full_like(row_ids, stream)):
         key = _mix64(key + _GOLDEN) ^ _mix64(part * _GOLDEN + _MIX_1)
     if tokens is None:
@@ -389,24 +391,37 @@ class Noise:
     """
 
     def __init__(
-        self, seed: int, row_ids: torch.Tensor, positions: torch.Tensor, vocab_size: int, stream: int = 0
+        self,
+        seed: int | torch.Tensor,
+        row_ids: torch.Tensor,
+        positions: torch.Tensor,
+        vocab_size: int,
+        stream: int = 0,
     ) -> None:
-        """row_ids, positions: (R, W)."""
+        """row_ids, positions, and seed where rows have their own: (R, W)."""
+        if not isinstance(seed, torch.Tensor):
+            seed = torch.full_like(row_ids, signed(seed))
         self.where, self.vocab_size, self.stream = (seed, row_ids, positions), vocab_size, stream
         self.sparse = row_ids.device.type == "cpu" and vocab_size >= LARGE_VOCABULARY
         self.whole = None if self.sparse else gumbel_noise(*self.where, vocab_size, stream)
 
-    def draw(self, logprobs: torch.Tensor, column: int | None = None) -> torch.Tensor:
-        """One token per law: laws (R, V) of a column's positions, or (R * W, V) of all. (R,) or (R * W,)"""
-        seed, row_ids, positions = self.where
-        if column is not None:
-            row_ids, positions = row_ids[:, column], positions[:, column]
+    def draw(self, logprobs: torch.Tensor, rows=ALL, columns=ALL) -> torch.Tensor:
+        """One token per law (N, V), given row by row; of some rows and columns only. (N,)"""
         support = int((logprobs > NEG_INF).sum(dim=-1).max()) if self.sparse else self.vocab_size
         if 4 * support <= self.vocab_size:
             ranked, tokens = torch.topk(logprobs, support, dim=-1)
-            noise = gumbel_noise(seed, row_ids.flatten(), positions.flatten(), 0, self.stream, tokens)
+            where = (each.flatten() for each in self._where(rows, columns))
+            noise = gumbel_noise(*where, 0, self.stream, tokens)
             return tokens.gather(-1, gumbel_argmax(ranked, noise).unsqueeze(-1)).squeeze(-1)
         if self.whole is None:
             self.whole = gumbel_noise(*self.where, self.vocab_size, self.stream)
-        noise = self.whole.flatten(0, 1) if column is None else self.whole[:, column]
-        return gumbel_argmax(logprobs, noise)
+        whole = self.whole if rows is ALL else self.whole[rows]
+        whole = whole.flatten(0, 1) if columns is ALL else whole[:, columns]
+        return gumbel_argmax(logprobs, whole)
+
+    def stream_of(self, stream: int, rows=ALL, columns=ALL) -> "Noise":
+        """Another stream's noise at some of the positions."""
+        return Noise(*self._where(rows, columns), self.vocab_size, stream)
+
+    def _where(self, rows, columns) -> list[torch.Tensor]:
+        return [each[rows, columns] for each in self.where]

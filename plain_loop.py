@@ -83,6 +83,32 @@ class StopWatch:
         return bool(self.stop) and self.cut(self.text(token_ids[-self.window :])) is not None
 
 
+class ShownText:
+    """The text of a growing answer, as far as it may be shown."""
+
+    def __init__(self, watch: StopWatch) -> None:
+        self.watch, self.shown, self.pending = watch, "", ""
+        self.start = self.end = 0  # tokens before `end` have given text, read together from `start` on
+
+    def more(self, ids: list[int], finished: bool) -> str:
+        """What may be shown that was not yet; ids: all that the text is made of."""
+        if finished:
+            text = self.watch.text(ids)
+            stopped = self.watch.cut(text)
+            new = (text if stopped is None else stopped)[len(self.shown) :]
+        else:
+            before, text = self.watch.text(ids[self.start : self.end]), self.watch.text(ids[self.start :])
+            if text.startswith(before) and not text.endswith("\ufffd"):  # the last character is whole
+                self.pending += text[len(before) :]
+                self.start, self.end = self.end, len(ids)
+            starts = (s[:n] for s in self.watch.stop for n in range(1, len(s)))
+            held = max((len(s) for s in starts if self.pending.endswith(s)), default=0)
+            new = self.pending[: len(self.pending) - held]
+            self.pending = self.pending[len(new) :]
+        self.shown += new
+        return new
+
+
 class Row:
     """The output of one row while it grows."""
 
@@ -98,12 +124,11 @@ class Row:
         """What the text is made of: all but the token that ended the answer."""
         return self.ids[:-1] if self.ended_by_token else self.ids
 
-    def generation(self, watch: StopWatch) -> Generation:
-        text = watch.text(self.shown_ids)
-        stopped = watch.cut(text)
+    @property
+    def stats(self) -> dict[str, float]:
         n, pair = len(self.ids), self.events is not None
         fallen = self.events.count(FELL_BACK) if pair else 0
-        stats = {
+        return {
             "proposal_forwards": self.proposal_forwards,
             "aligner_forwards": self.aligner_forwards,
             "drafted": n * pair,
@@ -111,7 +136,12 @@ class Row:
             "fallback_fraction": fallen / n if n else 0.0,
             "mean_kl": self.kl_sum / n if n else 0.0,
         }
-        return Generation(self.ids, text if stopped is None else stopped, self.finish, stats, self.events)
+
+    def generation(self, watch: StopWatch) -> Generation:
+        text = watch.text(self.shown_ids)
+        stopped = watch.cut(text)
+        shown = text if stopped is None else stopped
+        return Generation(self.ids, shown, self.finish, self.stats, self.events)
 
 
 def eos_token_ids(tokenizer, *models) -> tuple[int, ...]:

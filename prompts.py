@@ -5,7 +5,7 @@ imported inside the functions, so that decoding and training run where it is not
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 
 from utils import UserError, nearest
@@ -50,13 +50,27 @@ def conversation_template(name: str = TEMPLATE):
 
 def render(instruction: str, template: str = TEMPLATE, system: str | None = None) -> str:
     """One instruction as a single-turn prompt; `ram` gives "\\n\\nHuman: …\\n\\nAssistant: "."""
+    return render_dialogue([(True, instruction)], template, system)
+
+
+def render_dialogue(
+    turns: Sequence[tuple[bool, str]], template: str = TEMPLATE, system: str | None = None
+) -> str:
+    """A dialogue up to the answer that is asked for; turns: (whether the user speaks, what is said)."""
     conversation = conversation_template(template)
     if system is not None:
         conversation.set_system_message(system)
-    # FastChat takes an empty message for a turn that is still open: stand in for it.
-    conversation.append_message(conversation.roles[0], instruction or "\0")
+    for user, text in turns:
+        # FastChat takes an empty message for a turn that is still open: stand in for it.
+        conversation.append_message(conversation.roles[0 if user else 1], text or "\0")
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt().replace("\0", "")
+
+
+def template_stops(name: str = TEMPLATE) -> list[str]:
+    """The strings at which answers in a template end."""
+    stop = conversation_template(name).stop_str
+    return [stop] if isinstance(stop, str) else list(stop or [])
 
 
 def corrector(prompt: str, answer: str, request: str = CORRECTION) -> str:
@@ -86,11 +100,16 @@ def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) ->
     if count_tokens(prompt) <= max_tokens:
         return prompt
     turns = [turn for turn in _TURN.split(prompt) if turn]
-    while len(turns) > 1:
-        turns = turns[1:]
-        if count_tokens("".join(turns)) <= max_tokens:
-            return "".join(turns)
-    text = turns[0]
+    first, last = 1, len(turns) - 1  # by halves: the oldest turn that a dialogue which fits can begin with
+    while first < last:
+        middle = (first + last) // 2
+        if count_tokens("".join(turns[middle:])) <= max_tokens:
+            last = middle
+        else:
+            first = middle + 1
+    if len(turns) > 1 and count_tokens("".join(turns[last:])) <= max_tokens:
+        return "".join(turns[last:])
+    text = turns[-1]
     head = text[: opening.end()] if (opening := _OPENING.search(text)) else ""
     tail = text[closing.start() :] if (closing := _CLOSING.search(text, len(head))) else ""
     body = text[len(head) : len(text) - len(tail)]

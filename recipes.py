@@ -106,12 +106,12 @@ class Stage:
 # ---- composing ---------------------------------------------------------------------------------------------
 
 
-def compose(overrides: Sequence[str]) -> DictConfig:
+def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
     """The configuration that `python train.py OVERRIDES` sees; raises UserError for an unknown key or
-    choice.
+    choice. name: the file of config/ to begin with.
     """
     try:
-        return _compose(overrides)
+        return _compose(overrides, name)
     except Exception as error:
         package = type(error).__module__.split(".")[0]
         if package == "yaml":
@@ -120,7 +120,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
         if package not in ("hydra", "omegaconf", "antlr4"):
             raise
-        raise UserError(_explain(overrides, error)) from None
+        raise UserError(_explain(overrides, error, name)) from None
 
 
 def preflight(arguments: Sequence[str]) -> list[str]:
@@ -179,24 +179,24 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
+def _compose(overrides: Sequence[str], name: str) -> DictConfig:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
     if GlobalHydra.instance().is_initialized():  # inside @hydra.main
-        return hydra.compose("config", overrides=list(overrides))
+        return hydra.compose(name, overrides=list(overrides))
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return hydra.compose("config", overrides=list(overrides))
+        return hydra.compose(name, overrides=list(overrides))
 
 
-def _explain(overrides: Sequence[str], error: Exception) -> str:
+def _explain(overrides: Sequence[str], error: Exception, name: str) -> str:
     """Names the one override that cannot be used, with the nearest known key or choice."""
     groups: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            return f"{override!r}: expected key=value, e.g. lr=1e-6"
-        if key.lstrip("+") in GROUPS:
+            return f"{override!r}: expected key=value, e.g. seed=1"
+        if name == "config" and key.lstrip("+") in GROUPS:
             choices = {path.stem for path in (CONFIG_DIR / key.lstrip("+")).glob("*.yaml")}
             if value not in choices:
                 return f"unknown {key} {value!r}: {nearest(value, choices)}"
@@ -204,14 +204,14 @@ def _explain(overrides: Sequence[str], error: Exception) -> str:
     for override in overrides:
         key = key_of(override)
         try:
-            _compose([*groups, override])
+            _compose([*groups, override], name)
         except Exception:
             try:
-                known = leaves(_compose(groups))
+                known = leaves(_compose(groups, name))
             except Exception:  # the files themselves do not fit together
                 break
             if key not in known:
-                return f"unknown key {key!r}: {nearest(key, known) or 'config/config.yaml lists them all'}"
+                return f"unknown key {key!r}: {nearest(key, known) or f'config/{name}.yaml lists them all'}"
             return f"{override}: not a value that {key} can take; quote text with special characters"
     return str(error).strip().splitlines()[0]
 

@@ -160,29 +160,30 @@ class TransformersSlots(Slots):
         return logits.gather(1, (wanted[0] - first).unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
 
 
-class LlamaSlots(Slots):
-    """Pre-norm layers of rotary attention and a gated MLP (Llama: arXiv 2302.13971, section 2.2).
+class LlamaForward:
+    """Pre-norm layers of rotary attention and a gated MLP (Llama: arXiv 2302.13971, section 2.2), over a flat
+    list of tokens; where keys and values lie is for the caller to say.
 
     Weights that read the same input are joined: query, key and value; gate and up.
     """
 
-    def __init__(self, model, slots: int, columns: int, vocab_size: int) -> None:
-        super().__init__(model, slots, columns, vocab_size)
+    def __init__(self, model, columns: int, vocab_size: int) -> None:
         config, base = model.config, model.model
+        self.model, self.columns, self.vocab_size = model, columns, vocab_size
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.size = base.layers[0].self_attn.head_dim
         self.eps, self.hidden = config.rms_norm_eps, (config.hidden_size,)
         self.embedding, self.norm = base.embed_tokens.weight, base.norm.weight
         self.head = model.lm_head.weight[:vocab_size], _cut(model.lm_head.bias, vocab_size)
         self.layers = [self._layer(layer) for layer in base.layers]
-        positions = torch.arange(columns, device=self.device).unsqueeze(0)
+        positions = torch.arange(columns, device=model.device).unsqueeze(0)
         cos, sin = (each[0].unsqueeze(1) for each in base.rotary_emb(self.embedding[:1], positions))
         # (x1, x2) turns into (x1 cos - x2 sin, x2 cos + x1 sin): the sign goes into the table.
         self.cos, self.sin = cos, torch.cat([-sin[..., : self.size // 2], sin[..., self.size // 2 :]], dim=-1)
-        shape = (slots, columns + 1, self.kv_heads, self.size)
-        self.stored = [
-            (self.embedding.new_zeros(shape), self.embedding.new_zeros(shape)) for _ in self.layers
-        ]
+        shapes = (*(weight.shape for weight in (self.embedding, self.head[0])), columns, len(self.layers))
+        kind = (self.heads, self.kv_heads, self.eps, str(getattr(config, "rope_parameters", None)))
+        # Models of equal kind can share a forward.
+        self.kind = (type(model), model.dtype, model.device, *shapes, *kind, config.intermediate_size)
 
     def _layer(self, layer) -> tuple:
         attention, mlp = layer.self_attn, layer.mlp
@@ -200,49 +201,125 @@ class LlamaSlots(Slots):
             (mlp.down_proj.weight, mlp.down_proj.bias),
         )
 
-    def forward(self, ids, places, mask, lines=None, wanted=None):
-        (rows, count), size, half = ids.shape, self.size, self.size // 2
-        rotated, turned = self.heads + self.kv_heads, self.heads * self.size
-        x = F.embedding(ids.flatten(), self.embedding)
-        positions = places.flatten().clamp(max=self.columns - 1)
+    def __call__(self, ids, places, attend, wanted=None) -> torch.Tensor:
+        """Logits (N, V) of N tokens, or (M, V) of those that are wanted.
+
+        ids, places: (N,). attend: (layer, queries, keys and values of the new tokens (N, H + 2 KV, D)) ->
+        what the queries hear (N, H * D). wanted: hidden states (N, hidden) -> (M, hidden).
+        """
+        size, half, rotated = self.size, self.size // 2, self.heads + self.kv_heads
+        x = self.embed(ids)
+        positions = places.clamp(max=self.columns - 1)
         cos, sin = self.cos[positions], self.sin[positions]
-        starts = (self.all_lines[:rows] if lines is None else lines) * (self.columns + 1)
-        where = (starts.unsqueeze(1) + places).flatten()
-        seen = mask.shape[-1]
-        bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, float("-inf"))
-        for (before, qkv, norms, output, between, gates, down), stored in zip(
-            self.layers, self.stored, strict=True
-        ):
-            found = linear(F.rms_norm(x, self.hidden, before, self.eps), *qkv)
-            found = found.view(rows * count, -1, size)
-            qk = found[:, :rotated]
+        for layer, (before, qkv, norms, output, between, gates, down) in enumerate(self.layers):
+            found = self.linear(self.normed(x, before), qkv).view(len(x), -1, size)
+            qk = turned = found[:, :rotated]
             if norms is not None:
                 qk = F.rms_norm(qk, (size,), None, self.eps) * norms
             swapped = torch.cat([qk[..., half:], qk[..., :half]], dim=-1)
-            qk = torch.addcmul(qk * cos, swapped, sin)
-            keys, values = stored
-            keys.view(-1, self.kv_heads, size).index_copy_(0, where, qk[:, self.heads :])
-            values.view(-1, self.kv_heads, size).index_copy_(0, where, found[:, rotated:])
-            keys, values = keys[:, :seen], values[:, :seen]
-            if lines is not None:
-                keys, values = keys[lines], values[lines]
-            query = qk[:, : self.heads].view(rows, count, self.heads, size)
-            heard = F.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                keys.transpose(1, 2),
-                values.transpose(1, 2),
-                attn_mask=bias,
-                enable_gqa=self.heads != self.kv_heads,
-            )
-            x = add_linear(x, heard.transpose(1, 2).reshape(rows * count, turned), *output)
-            gate, up = linear(F.rms_norm(x, self.hidden, between, self.eps), *gates).chunk(2, dim=-1)
-            x = add_linear(x, F.silu(gate).mul_(up), *down)
-        if wanted is not None:
-            x = x.view(rows, count, -1)
-            x = x.gather(1, wanted[0].unsqueeze(-1).expand(-1, -1, x.shape[-1])).flatten(0, 1)
-        return linear(F.rms_norm(x, self.hidden, self.norm, self.eps), *self.head).view(
-            rows, -1, self.vocab_size
+            torch.addcmul(qk * cos, swapped, sin, out=turned)
+            x = self.add_linear(x, attend(layer, found), output)
+            gate, up = self.linear(self.normed(x, between), gates).chunk(2, dim=-1)
+            x = self.add_linear(x, F.silu(gate).mul_(up), down)
+        x = x if wanted is None else wanted(x)
+        return self.linear(self.normed(x, self.norm), self.head)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.embedding)
+
+    def normed(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.hidden, gain, self.eps)
+
+    def linear(self, x: torch.Tensor, weights: tuple) -> torch.Tensor:
+        return linear(x, *weights)
+
+    def add_linear(self, x: torch.Tensor, y: torch.Tensor, weights: tuple) -> torch.Tensor:
+        return add_linear(x, y, *weights)
+
+    def hear(self, queries, keys, values, bias) -> torch.Tensor:
+        """Attention of R rows: queries (R, T, H, D), keys and values (R, S, KV, D) -> (R * T, H * D)."""
+        heard = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=bias,
+            enable_gqa=self.heads != self.kv_heads,
         )
+        return heard.transpose(1, 2).reshape(-1, self.heads * self.size)
+
+    def bias(self, mask: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(mask, dtype=self.embedding.dtype).masked_fill_(~mask, float("-inf"))
+
+
+class JointForward(LlamaForward):
+    """Several models of one shape in one forward, each for some of the tokens: only products with weights are
+    computed model by model.
+    """
+
+    def __init__(self, members: Sequence[LlamaForward], counts: Sequence[int]) -> None:
+        """counts: how many tokens are whose, in this order."""
+        first = members[0]
+        self.counts, self.embeddings = list(counts), [member.embedding for member in members]
+        for name in ("columns", "heads", "kv_heads", "size", "eps", "hidden", "cos", "sin", "embedding"):
+            setattr(self, name, getattr(first, name))
+        self.norm, self.head = self._spread([m.norm for m in members]), [m.head for m in members]
+        self.layers = []
+        for layers in zip(*(member.layers for member in members), strict=True):
+            before, qkv, norms, output, between, gates, down = zip(*layers, strict=True)
+            norms = None if norms[0] is None else self._spread(norms)
+            before, between = self._spread(before), self._spread(between)
+            self.layers.append((before, qkv, norms, output, between, gates, down))
+
+    def _spread(self, gains: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(N, ...) each token's."""
+        pairs = zip(gains, self.counts, strict=True)
+        return torch.cat([gain.expand(count, *gain.shape) for gain, count in pairs])
+
+    def embed(self, ids):
+        pairs = zip(ids.split(self.counts), self.embeddings, strict=True)
+        return torch.cat([F.embedding(mine, weight) for mine, weight in pairs])
+
+    def normed(self, x, gain):
+        return F.rms_norm(x, self.hidden, None, self.eps) * gain
+
+    def linear(self, x, weights):
+        return torch.cat([linear(each, *w) for each, w in zip(x.split(self.counts), weights, strict=True)])
+
+    def add_linear(self, x, y, weights):
+        parts = zip(x.split(self.counts), y.split(self.counts), weights, strict=True)
+        return torch.cat([add_linear(mine, other, *w) for mine, other, w in parts])
+
+
+class LlamaSlots(Slots):
+    """`LlamaForward` over slots."""
+
+    def __init__(self, model, slots: int, columns: int, vocab_size: int) -> None:
+        super().__init__(model, slots, columns, vocab_size)
+        self.run = LlamaForward(model, columns, vocab_size)
+        shape = (slots, columns + 1, self.run.kv_heads, self.run.size)
+        zeros = self.run.embedding.new_zeros
+        self.stored = [(zeros(shape), zeros(shape)) for _ in self.run.layers]
+
+    def forward(self, ids, places, mask, lines=None, wanted=None):
+        (rows, count), run = ids.shape, self.run
+        starts = (self.all_lines[:rows] if lines is None else lines) * (self.columns + 1)
+        where, bias, seen = (starts.unsqueeze(1) + places).flatten(), run.bias(mask), mask.shape[-1]
+
+        def attend(layer, found):
+            queries, *new = found.split([run.heads, run.kv_heads, run.kv_heads], dim=1)
+            heard = []
+            for stored, states in zip(self.stored[layer], new, strict=True):
+                stored.view(-1, run.kv_heads, run.size).index_copy_(0, where, states)
+                stored = stored[:, :seen]
+                heard.append(stored if lines is None else stored[lines])
+            return run.hear(queries.view(rows, count, run.heads, run.size), *heard, bias)
+
+        def pick(x):
+            x = x.view(rows, count, -1)
+            return x.gather(1, wanted[0].unsqueeze(-1).expand(-1, -1, x.shape[-1])).flatten(0, 1)
+
+        logits = run(ids.flatten(), places.flatten(), attend, None if wanted is None else pick)
+        return logits.view(rows, -1, self.vocab_size)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from par import Noise, PARParams, next_token_law, seen_mask, warp
+from par import ALL, Noise, PARParams, next_token_law, seen_mask, warp
 from plain_loop import Row, StopWatch, append_token, eos_token_ids, wide
 from slots import Slots, open_slots
 
@@ -41,7 +41,8 @@ class DraftLength:
         self.agreed, self.compared, self.draft = 1.0, 2.0, deque(maxlen=9)
         self.verify: dict[int, deque] = defaultdict(lambda: deque(maxlen=5))
 
-    def choose(self) -> int:
+    def choose(self, rows: int = 1, beside: int = 0) -> int:
+        """The width of the next round; see `best`."""
         if self.fixed is not None:
             return self.fixed
         self.rounds += 1
@@ -50,10 +51,12 @@ class DraftLength:
             return self.TRIALS[again % len(self.TRIALS)]
         if again == 0:
             return self.TRIALS[turn % len(self.TRIALS)]
-        return self.best()
+        return self.best(rows, beside)
 
-    def best(self) -> int:
-        """The width that pays most by what is known."""
+    def best(self, rows: int = 1, beside: int = 0) -> int:
+        """The width that pays most by what is known; where verifying is clocked by tokens, for so many rows
+        and so many tokens beside theirs.
+        """
         if self.fixed is not None or not self.draft:
             return self.fixed or self.TRIALS[-1]
         rate = min(self.agreed / self.compared, 0.999)
@@ -61,7 +64,7 @@ class DraftLength:
         known = sorted((width, min(times)) for width, times in self.verify.items())
 
         def kept_per_second(width: int) -> float:
-            return (1 - rate**width) / (1 - rate) / (width * step + _between(known, width))
+            return (1 - rate**width) / (1 - rate) / (width * step + _between(known, rows * width + beside))
 
         return max(WIDTHS, key=kept_per_second)
 
@@ -71,8 +74,12 @@ class DraftLength:
 
     def clock(self, width: int, draft: float, verify: float) -> None:
         """draft, verify: seconds of a round in which no prompt was read."""
-        self.draft.append(draft / width)
-        self.verify[width].append(verify)
+        self.clock_tokens(width, draft / width, verify)
+
+    def clock_tokens(self, tokens: int, step: float | None, verify: float) -> None:
+        """step: seconds of one draft, where there was one; verify: of a forward over so many tokens."""
+        self.draft += [] if step is None else [step]
+        self.verify[tokens].append(verify)
 
 
 def _between(known: list[tuple[int, float]], width: int) -> float:
@@ -166,6 +173,48 @@ def fetch(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: part.to(found[key].dtype) for key, part in zip(found, parts, strict=True)}
 
 
+def draft_law(logits: torch.Tensor, params: PARParams, seen, eos: Sequence[int], for_proposal: bool):
+    """The law (R, V) that drafts are drawn from, from the drafter's logits, for a pair or an aligner alone,
+    or for the proposal alone.
+    """
+    if for_proposal:
+        return next_token_law(logits, None, params, seen, eos).logprobs
+    return warp(wide(logits), params, seen)
+
+
+def draw_laws(z_p, z_q, params: PARParams, seen, eos: Sequence[int], noise: Noise, *at):
+    """The laws of some rows' positions from both models' logits (N, V), either None, and what they draw.
+
+    Returns the log-probabilities (N, V), and by name (N,): token; of a pair also fell_back, kl and
+    as_proposal. noise: of rows and columns; at: which of them these are, all by default.
+    """
+    candidates, pair = None, z_p is not None and z_q is not None
+    if pair and params.sample_mode == "snis":
+        nucleus = next_token_law(z_p, None, params).logprobs
+        others = (noise.stream_of(stream, *at) for stream in range(1, params.n_candidates + 1))
+        candidates = torch.stack([each.draw(nucleus) for each in others], dim=-1)
+    law = next_token_law(z_p, z_q, params, seen, eos, candidates)
+    token = noise.draw(law.logprobs, *at)
+    found = {"token": token}
+    if pair:
+        as_proposal = noise.draw(law.proposal_logprobs, *at) == token
+        found |= {"fell_back": law.fell_back, "kl": law.kl, "as_proposal": as_proposal}
+    return law.logprobs, found
+
+
+def grow(row: Row, mine: dict[str, list], count: int, ends, watch, max_new_tokens: int) -> tuple[int, int]:
+    """Gives a row its `count` new tokens up to an end; what follows an end inside a draft is dropped.
+
+    mine: what is known of each token. Returns how many drafts were compared, and how many could be kept.
+    """
+    for i in range(count):
+        if row.finish is None:
+            append_token(row, mine, i, ends, watch, last=len(row.ids) + 1 == max_new_tokens)
+    tried = mine["as_draft"][:count]
+    wasted = row.finish is not None and bool(tried and tried[-1])  # nothing beyond an end can be kept
+    return len(tried), sum(tried) - wasted
+
+
 class _Loop:
     """What stays the same from round to round; `decode_rows` says what the arguments are."""
 
@@ -251,18 +300,14 @@ class _Loop:
                 found = found[:, 0].to(batch.device)
             logits.append(found)
             seens.append(seen)
-            drafts.append(frame.noise.draw(self.draft_law(found, seen), i).unsqueeze(1))
+            law = draft_law(found, self.params, seen, self.eos, self.proposes and not self.pair)
+            drafts.append(frame.noise.draw(law, ALL, i).unsqueeze(1))
             seen = None if seen is None else seen.scatter(1, drafts[-1], True)
         for slot, length in zip(frame.slots, frame.lengths, strict=True):
             if count:
                 batch.members[1].read[slot] = length - 1 + count
         seens += [] if self.pair else [seen]
         return torch.cat([drafted, *drafts], dim=1), logits, seens
-
-    def draft_law(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        if self.pair or not self.proposes:
-            return warp(wide(logits), self.params, seen)
-        return next_token_law(logits, None, self.params, seen, self.eos).logprobs
 
     def verify(self, batch: _Batch, frame: _Round, drafted, draft_logits, seens) -> dict[str, torch.Tensor]:
         """What the law itself draws at every position, and what is known of it; all (R, W), by name."""
@@ -272,18 +317,7 @@ class _Loop:
             torch.stack(draft_logits, dim=1).flatten(0, 1) if self.pair else None if self.proposes else logits
         )
         seen = None if frame.seen is None else torch.stack(seens, dim=1).flatten(0, 1)
-        candidates = None
-        if self.pair and self.params.sample_mode == "snis":
-            nucleus = next_token_law(z_p, None, self.params).logprobs
-            streams = range(1, self.params.n_candidates + 1)
-            noises = (Noise(self.seed, frame.row_ids, frame.steps, self.vocab, j) for j in streams)
-            candidates = torch.stack([noise.draw(nucleus) for noise in noises], dim=-1)
-        law = next_token_law(z_p, z_q, self.params, seen, self.eos, candidates)
-        token = frame.noise.draw(law.logprobs)
-        found = {"token": token}
-        if self.pair:
-            as_proposal = frame.noise.draw(law.proposal_logprobs) == token
-            found |= {"fell_back": law.fell_back, "kl": law.kl, "as_proposal": as_proposal}
+        _, found = draw_laws(z_p, z_q, self.params, seen, self.eos, frame.noise)
         found = {key: value.view(-1, frame.width) for key, value in found.items()}
         return found | {"as_draft": found["token"][:, : drafted.shape[1]] == drafted}
 
@@ -318,14 +352,9 @@ class _Loop:
             batch.lengths[slot] += counts[line]
             for member in batch.members:
                 member.read[slot] = min(member.read[slot], batch.lengths[slot] - 1)
-            for i in range(counts[line]):
-                if row.finish is None:  # what follows an end inside a draft is dropped
-                    append_token(row, mine, i, self.ends, self.watch, last=len(row.ids) + 1 == max_new_tokens)
-            tried = mine["as_draft"][: counts[line]]
-            compared += len(tried)
-            agreed += sum(tried)
+            kept = grow(row, mine, counts[line], self.ends, self.watch, max_new_tokens)
+            compared, agreed = compared + kept[0], agreed + kept[1]
             if row.finish is not None:
-                agreed -= bool(tried and tried[-1])  # nothing drafted beyond an end can be kept
                 batch.rows[slot] = None
                 for member in batch.members:
                     member.read[slot] = batch.lengths[slot] - 1

@@ -16,6 +16,7 @@ from trainers import pick_trainer
 from utils import UserError, nearest, pick
 
 SECTIONS = ("model", "loss", "judge", "divergence", "wandb", "sampling", "sampling.endpoint", "evaluation")
+SECTIONS += ("engine", "limits", "worker")  # of serve.yaml
 OPEN = ("stage", "world", "pair", "hh_negatives", "hh_data", "experiment")  # a recipe's own: any keys inside
 OPEN_INSIDE = ("model.architecture.", "evaluation.tasks.", "evaluation.systems.", "evaluation.paper.")
 OPEN_INSIDE += ("evaluation.ablation.",)
@@ -48,6 +49,14 @@ NULL_DEFAULTS = {
     "judge.output_price": float,
     "judge.max_price": float,
     "evaluation.dataset": str,
+    # serve.yaml
+    "proposal": str,
+    "aligner": str,
+    "add_bos": bool,
+    "aligner_root": str,
+    "seed": int,
+    "limits.max_length": int,
+    "worker.address": str,
 }
 NULLABLE = {
     "divergence.min_sampled_logp_per_token",
@@ -106,6 +115,19 @@ INTERVALS = {
     "evaluation.bootstrap": "[1, inf)",
     "evaluation.verify_rows": "[0, inf)",
     "evaluation.examples": "[0, inf)",
+    # serve.yaml
+    "port": "[0, 65535]",
+    "shutdown_seconds": "[0, inf)",
+    "max_new_tokens": "[1, inf)",
+    "engine.max_rows": "[1, inf)",
+    "engine.max_tokens": "[2, inf)",
+    "engine.max_waiting": "[1, inf)",
+    "limits.max_length": "[2, inf)",
+    "limits.choices": "[1, inf)",
+    "limits.body_bytes": "[1, inf)",
+    "limits.body_seconds": "(0, inf)",
+    "limits.seconds": "(0, inf)",
+    "limits.aligners": "[1, inf)",
 }
 DTYPES = ("auto", "float32", "bfloat16")
 CHOICES = {
@@ -118,6 +140,7 @@ CHOICES = {
     "sampling.backend": ("local", "endpoint"),
     "sampling.endpoint.send": ("ids", "text"),
     "judge.dtype": DTYPES,
+    "dtype": DTYPES,
     "judge.criterion": ("helpful", "harmless", "summary"),
     "wandb.mode": ("offline", "online"),
 }

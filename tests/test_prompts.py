@@ -11,6 +11,7 @@ from fastchat.conversation import Conversation, SeparatorStyle, get_conv_templat
 from safetensors import SafetensorError
 from tiny import PAD, byte_tokenizer
 
+import prompts
 import tokenization
 from prompts import ASSISTANT, corrector, from_record, render, shorten
 from tokenization import Example, encode, encode_prompts, tokenize, tokenize_cached, tokenizer_fingerprint
@@ -330,3 +331,24 @@ def test_a_cut_cache_never_gives_other_ids(cached, tmp_path):
         path.write_bytes(content[:size])
         with contextlib.suppress(SafetensorError, UserError):
             assert equal(cached()[0], whole)
+
+
+def test_the_oldest_turns_go_first_as_few_as_possible():
+    """Searched by halves, the beginning is the one that trying every turn in order finds."""
+    rng = random.Random(0)
+    for _ in range(200):
+        turns = [f"\n\nHuman: {'x' * rng.randrange(9)}\n\nAssistant: y" for _ in range(rng.randrange(2, 12))]
+        text, limit = "".join(turns), rng.randrange(40, 300)
+        suffixes = ["".join(turns[i:]) for i in range(len(turns))]
+        kept = next((rest for rest in suffixes if len(rest) <= limit), suffixes[-1])
+        if len(kept) <= limit:
+            assert prompts.shorten(text, limit, len) == kept
+
+
+def test_dialogues_are_rendered_as_single_turns_are():
+    """Several turns in the published shape; empty ones keep headers; the system message is first."""
+    turns = [(True, "a"), (False, ""), (True, "b")]
+    text = "\n\nHuman: a\n\nAssistant: \n\nHuman: b\n\nAssistant: "
+    assert prompts.render_dialogue(turns) == text
+    assert prompts.render_dialogue([(True, "a")], system="S") == prompts.render("a", system="S")
+    assert prompts.template_stops() == ["\n\nHuman"]

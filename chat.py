@@ -1,0 +1,258 @@
+"""Dialogues with a proposal and its aligners in a terminal, or over a pipe.
+
+/aligner NAME       goes on with another model      /compare [QUESTION]   two answers side by side
+/reset              forgets the dialogue            /quit, Ctrl-D         leaves
+Ctrl-C              ends an answer; what was said stays said
+"""
+
+import contextlib
+import difflib
+import queue
+import secrets
+import shutil
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+
+from engine import Done, EngineError, Piece, UnknownAligner
+from plain_loop import StopWatch
+from serve_settings import PROPOSAL
+from serving import Models
+from utils import nearest
+
+Turns = Sequence[tuple[bool, str]]
+Marked = list[tuple[str, bool]]  # pieces of a text, and whether each is one that differs
+COMMANDS = ("/aligner", "/compare", "/reset", "/quit", "/help")
+REVERSED, PLAIN = "\033[7m", "\033[0m"
+
+
+class Chat:
+    """One dialogue. fancy: a terminal, with a prompt, colours and columns; else plain lines."""
+
+    def __init__(self, models: Models, output, fancy: bool) -> None:
+        self.models, self.output, self.fancy = models, output, fancy
+        self.name = next((name for name in models.served if name != PROPOSAL), PROPOSAL)
+        self.turns: list[tuple[bool, str]] = []
+
+    def write(self, text: str) -> None:
+        self.output.write(text)
+        self.output.flush()
+
+    # ---- answers -------------------------------------------------------------------------------------------
+
+    def answer(self, name: str, turns: Turns, seed: int) -> Iterator[Piece]:
+        """The pieces of an answer as they come; closing the iterator cancels it. Raises EngineError."""
+        models, served = self.models, self.models.find(name)
+        new = models.new_tokens(None)
+        ids = models.encode_dialogue(turns, None, new, served.add_bos)
+        (request,) = models.requests(served, [ids], models.law({}), new, seed, models.template_stops)
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        ticket = models.engine.submit(request, events.put)
+        try:
+            while not isinstance(event := events.get(), Done):
+                yield event
+            if event.finish_reason == "error":
+                raise EngineError(event.error)
+        finally:
+            models.engine.cancel(ticket)
+
+    def seed(self) -> int:
+        given = self.models.settings.config.seed
+        return secrets.randbits(32) if given is None else given
+
+    def say(self, text: str) -> None:
+        """One question and its answer, which Ctrl-C ends."""
+        self.turns.append((True, text))
+        said = ""
+        self.write(f"{self.name}> ")
+        try:
+            with contextlib.closing(self.answer(self.name, self.turns, self.seed())) as pieces:
+                for piece in pieces:
+                    said += piece.text
+                    self.write(printable(piece.text))
+        except EngineError as error:
+            self.turns.pop()
+            self.write(f"not answered: {error}\n")
+            return
+        except KeyboardInterrupt:
+            self.write(" (stopped)")
+        self.turns.append((False, said))
+        self.write("\n")
+
+    def compare(self, question: str) -> None:
+        """The proposal's and a pair's answer to the question, or to the last one; neither is remembered."""
+        other = self.name
+        if other == PROPOSAL:
+            other = next((name for name in self.models.served if name != PROPOSAL), None)
+        turns = [*self.turns, (True, question)] if question else self.turns[:-1]
+        if other is None or not turns:
+            self.write(
+                "nothing to compare: " + ("no aligner is loaded\n" if turns else "ask something first\n")
+            )
+            return
+        seed, ids, texts = self.seed(), [], []
+        try:
+            for name in (PROPOSAL, other):
+                with contextlib.closing(self.answer(name, turns, seed)) as pieces:
+                    found = list(pieces)
+                ids.append([token for piece in found for token in piece.token_ids])
+                texts.append("".join(piece.text for piece in found))
+        except EngineError as error:
+            self.write(f"not answered: {error}\n")
+            return
+        except KeyboardInterrupt:
+            self.write("(stopped)\n")
+            return
+        shown = [
+            [
+                (text, token in changed)
+                for token, text in enumerate(token_texts(self.models.tokenizer, row, whole))
+            ]
+            for row, whole, changed in zip(ids, texts, differing(*ids), strict=True)
+        ]
+        if self.fancy:
+            width = (shutil.get_terminal_size().columns - 3) // 2
+            columns = [
+                [name, *wrapped(text, width)] for name, text in zip((PROPOSAL, other), shown, strict=True)
+            ]
+            self.write("\n".join(side_by_side(*columns, width)) + "\n")
+        else:
+            for name, text in zip((PROPOSAL, other), shown, strict=True):
+                self.write(f"{name}: {bracketed(text)}\n")
+
+    # ---- commands ------------------------------------------------------------------------------------------
+
+    def command(self, line: str) -> bool:
+        """Whether the dialogue goes on."""
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            return False
+        if word == "/help":
+            self.write(__doc__.partition("\n\n")[2])
+        elif word == "/reset":
+            self.turns = []
+            self.write("(forgotten)\n")
+        elif word == "/compare":
+            self.compare(rest.strip())
+        elif word == "/aligner":
+            try:
+                self.name = self.models.find(rest.strip() or self.name).name
+                self.write(f"(talking to {self.name}; there are: {', '.join(self.models.served)})\n")
+            except UnknownAligner as error:
+                self.write(f"{error}\n")
+        else:
+            self.write(f"unknown command {word!r}: {nearest(word, COMMANDS)}\n")
+        return True
+
+    def hold(self, lines: Iterable[str]) -> None:
+        """The whole dialogue, from the lines that the user types."""
+        for line in lines:
+            line = line.strip()
+            if line.startswith("/"):
+                if not self.command(line):
+                    return
+            elif line:
+                self.say(line)
+
+
+def typed(chat: Chat) -> Iterator[str]:
+    """Lines from a terminal, with editing, until Ctrl-D; Ctrl-C begins the line anew."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (input() then edits lines and remembers them)
+    while True:
+        try:
+            yield input("you> ")
+        except KeyboardInterrupt:
+            chat.write("\n(Ctrl-D or /quit leaves)\n")
+        except EOFError:
+            chat.write("\n")
+            return
+
+
+def run(models: Models) -> None:
+    """Talks until the user leaves."""
+    fancy = sys.stdin.isatty() and sys.stdout.isatty()
+    chat = Chat(models, sys.stdout, fancy)
+    try:
+        if fancy:
+            chat.write(f"talking to {chat.name}; there are: {', '.join(models.served)}; /help\n")
+        chat.hold(typed(chat) if fancy else sys.stdin)
+    finally:
+        models.engine.close(wait=False)
+
+
+# ---- showing -----------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """A text without what would command a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def token_texts(tokenizer, ids: Sequence[int], whole: str) -> list[str]:
+    """What each token adds to a text that begins with `whole`; a character's last token adds it."""
+    watch, found, shown = StopWatch(tokenizer, ()), [], ""
+    for end in range(1, len(ids) + 1):
+        text = watch.text(ids[:end])
+        text = (text if end == len(ids) else text.rstrip("\ufffd"))[: len(whole)]
+        found.append(text[len(shown) :])
+        shown = max(shown, text, key=len)
+    return found
+
+
+def differing(first: Sequence[int], second: Sequence[int]) -> tuple[set[int], set[int]]:
+    """Which tokens of each are not matched by the other's (longest common blocks first)."""
+    changed = set(range(len(first))), set(range(len(second)))
+    for a, b, size in difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks():
+        changed[0].difference_update(range(a, a + size))
+        changed[1].difference_update(range(b, b + size))
+    return changed
+
+
+def bracketed(pieces: Marked) -> str:
+    """A text on one line, what is marked in brackets."""
+    text = "".join(f"[{printable(text)}]" if marked and text else printable(text) for text, marked in pieces)
+    return text.replace("][", "").replace("\n", " / ")
+
+
+def columns_of(character: str) -> int:
+    """How many columns a character takes."""
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def wrapped(pieces: Marked, width: int) -> list[str]:
+    """A text in lines of exactly `width` columns, broken between words, what is marked reversed."""
+    lines: list[Marked] = [[]]
+    for piece, marked in pieces:
+        for character in printable(piece).replace("\t", " "):
+            if character == "\n":
+                lines.append([])
+                continue
+            line = lines[-1]
+            if sum(columns_of(c) for c, _ in line) + columns_of(character) > width:
+                if character == " ":
+                    lines.append([])
+                    continue
+                space = max((i for i, (c, _) in enumerate(line) if c == " "), default=len(line) - 1)
+                lines[-1], line = line[: space + 1], line[space + 1 :]
+                lines.append(line)
+            line.append((character, marked))
+    return [_coloured(line, width) for line in lines]
+
+
+def _coloured(line: Marked, width: int) -> str:
+    text, before = "", False
+    for character, marked in [*line, ("", False)]:
+        text += (REVERSED if marked else PLAIN) * (marked != before) + character
+        before = marked
+    return text + " " * (width - sum(columns_of(c) for c, _ in line))
+
+
+def side_by_side(left: list[str], right: list[str], width: int) -> Iterator[str]:
+    """Two columns; the first line of each is its heading."""
+    left[0], right[0] = (each[0][:width].ljust(width) for each in (left, right))
+    for i in range(max(len(left), len(right))):
+        parts = (column[i] if i < len(column) else " " * width for column in (left, right))
+        yield " | ".join(parts).rstrip()

@@ -1,0 +1,145 @@
+"""Serves one frozen proposal with any number of aligners over OpenAI's protocol, or talks to them in a
+terminal.
+
+    python serve.py proposal=FOLDER aligners='{helpful: FOLDER, harmless: FOLDER}'
+    python serve.py chat proposal=FOLDER aligner=FOLDER
+    python serve.py worker proposal=FOLDER aligner=FOLDER worker.controller=URL     for FastChat
+    python serve.py --help                                                          every key
+
+config/serve.yaml has every key with a comment.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+
+import chat
+import fastchat_worker
+import recipes
+import serve_settings
+from api import create_app
+from serve_settings import Settings
+from serving import Models
+from utils import UserError, log, nearest, run_entry_point, setup_logging
+
+MODES = ("serve", "chat", "worker", "fastchat")
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which ends in peace (exit code 0) after SIGTERM or Ctrl-C: what runs is finished."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def stop(self, number: int) -> None:
+        if self.should_exit:
+            self.force_exit = True  # told twice: at once
+            return
+        log.info(f"{signal.Signals(number).name}: what runs is finished, nothing new is taken")
+        self.should_exit = True
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The socket to serve on; raises UserError for a host that this machine has not, or a port that is
+    taken.
+    """
+    host, port = settings.config.host.strip("[]"), settings.config.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Named TCP, for asyncio to turn Nagle's algorithm off: pieces of a stream would wait 40 ms each.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise UserError(
+            f"cannot listen on {host}, port {port} ({error.strerror}); set host or port"
+        ) from None
+    return found
+
+
+def url_of(settings: Settings, port: int) -> str:
+    host = settings.config.host
+    return f"http://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"http://{host}:{port}"
+
+
+def make_server(app, seconds: float) -> Server:
+    """A server of an application; told to stop, it lets what runs take so many seconds more."""
+    return Server(
+        uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(int(seconds), 1),
+        )
+    )
+
+
+def run_server(server: Server, found: socket.socket) -> None:
+    """Serves until somebody tells the server to stop."""
+    asyncio.run(server.serve(sockets=[found]))
+
+
+def serve(settings: Settings, worker: bool = False) -> None:
+    """Runs the server, or FastChat's worker, until SIGTERM or Ctrl-C."""
+    (fastchat_worker.check_exposure if worker else serve_settings.check_exposure)(settings)
+    found = listen(settings)  # before the models: a port that is taken shows at once
+    with contextlib.closing(found):
+        url, seconds = url_of(settings, found.getsockname()[1]), settings.config.shutdown_seconds
+        models = Models(settings)
+        try:
+            log.info(f"{models.proposal} with {', '.join(settings.aligners) or 'no aligners'} at {url}")
+            if worker:
+                with fastchat_worker.registered(models, url) as app:
+                    run_server(make_server(app, seconds), found)
+            else:
+                log.info(f"a page to talk to them: {url}/  OpenAI's protocol: {url}/v1")
+                run_server(make_server(create_app(models), seconds), found)
+        finally:
+            models.engine.close(wait=False)
+    log.info("stopped")
+
+
+def main(arguments: Sequence[str]) -> None:
+    mode, rest = (
+        (arguments[0], arguments[1:]) if arguments[:1] and "=" not in arguments[0] else ("serve", arguments)
+    )
+    if mode in ("-h", "--help"):
+        sys.stdout.write(f"{__doc__}\n{(recipes.CONFIG_DIR / 'serve.yaml').read_text(encoding='utf-8')}")
+        return
+    if mode not in MODES:
+        raise UserError(f"{mode!r}: expected key=value or one of {nearest(mode, MODES)}")
+    if mode == "fastchat":
+        fastchat_worker.run_fastchat(rest)
+        return
+    settings = serve_settings.compose(rest)
+    if mode == "chat":
+        chat.run(Models(settings))
+    else:
+        serve(settings, worker=mode == "worker")
+
+
+if __name__ == "__main__":
+    setup_logging()
+    run_entry_point(lambda: main(sys.argv[1:]))

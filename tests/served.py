@@ -1,0 +1,93 @@
+"""A server over tiny models in this process, and what its answers should be."""
+
+import contextlib
+import functools
+import threading
+import time
+
+import httpx
+from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
+
+import api
+import checkpoints
+import decoding
+import prompts
+import serve
+import serve_settings
+import serving
+
+TOKENIZER = byte_tokenizer()
+SAMPLING = ["sampling.temperature=1.0", "sampling.base_temperature=1.0", "sampling.sample_mode=par"]
+
+
+def save_models(folder):
+    """A proposal, aligners a and b, one of another tokenizer and one whose weights are damaged."""
+    size, end = len(TOKENIZER), {"eos_token_id": TOKENIZER.eos_token_id}
+    found = {"p": tiny_model(size, 1, layers=2, **end), "a": tiny_model(size, 2, **end)}
+    found["b"] = tiny_model(size, 3, **end)
+    for name, model in found.items():
+        save_model_folder(folder / name, model, TOKENIZER)
+    letters = tiny_tokenizer()
+    save_model_folder(folder / "other", tiny_model(len(letters), 4), letters)
+    save_model_folder(folder / "damaged", found["b"], TOKENIZER)
+    weights = folder / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return found
+
+
+def settings(folder, *arguments):
+    aligners = f"aligners={{a: {folder}/a, b: {folder}/b}}"
+    given = [f"proposal={folder}/p", aligners, "port=0", f"aligner_root={folder}", *SAMPLING]
+    return serve_settings.compose([*given, *arguments])
+
+
+@contextlib.contextmanager
+def running(folder, *arguments):
+    """(models, url) of a server that stops when the context is left."""
+    found = settings(folder, *arguments)
+    models = serving.Models(found)
+    listener = serve.listen(found)
+    url = serve.url_of(found, listener.getsockname()[1])
+    server = serve.make_server(api.create_app(models), 1)
+    thread = threading.Thread(target=serve.run_server, args=(server, listener))
+    thread.start()
+    eventually(lambda: server.started)
+    try:
+        yield models, url
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        models.engine.close(wait=False)
+        listener.close()
+        assert not thread.is_alive()
+
+
+@functools.cache
+def load(path):
+    return checkpoints.load_model(path, "float32")
+
+
+def expected(models, name, text, seed, new, row=0, stop=("\n\nHuman",), **changed):
+    """What `decoding.generate` says: the answer that the server must give."""
+    paths = [models.proposal, None if name in (None, "proposal") else models.served[name].path]
+    pair = [path and load(path) for path in paths]
+    law = models.law(changed)
+    settings = {"max_new_tokens": new, "seed": seed, "row_ids": [row], "stop": stop}
+    return decoding.generate(*pair, TOKENIZER, [text], law, **settings)[0]
+
+
+def chat_text(*said):
+    """The dialogue that messages of user and assistant in turns become."""
+    return prompts.render_dialogue([(index % 2 == 0, text) for index, text in enumerate(said)])
+
+
+def eventually(condition, seconds=10):
+    """Waits until something is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def ask(url, body, path="chat/completions", **more):
+    return httpx.post(f"{url}/v1/{path}", json=body, timeout=60, **more)
