@@ -70,7 +70,7 @@ def answer_logits(model, tokenizer, prompt_ids: Sequence[int], answer_ids: Seque
     """(T, V): the logits that each of T answer tokens was drawn from, cut to the vocabulary."""
     ids = torch.as_tensor([[*prompt_ids, *answer_ids[:-1]]], device=model.device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer_ids)).logits
-    return logits[0, -len(answer_ids) :, : len(tokenizer)]
+    return logits[0, :, : len(tokenizer)]
 
 
 def candidates(tokenizer, laws: list[torch.Tensor], tokens: torch.Tensor, fixed: bool) -> list[list[list]]:

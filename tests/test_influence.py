@@ -99,6 +99,15 @@ def check_candidates(found, law, own, token, fixed):
             if value > 1e-4:  # ties and rounding reorder what has no weight
                 found_value = by_word[LETTERS.convert_ids_to_tokens(i)][place]
                 assert found_value == pytest.approx(value, rel=1e-3, abs=2e-5)
+    possible = {LETTERS.convert_ids_to_tokens(token)}
+    for each in (law.proposal_logprobs[0], own[:VOCAB]):
+        best = each.topk(influence.TOP)
+        possible |= {
+            LETTERS.convert_ids_to_tokens(i)
+            for value, i in zip(best.values.exp().tolist(), best.indices.tolist(), strict=True)
+            if value > 0
+        }
+    assert set(words) <= possible
     for word, _, _, p in found:
         expected = float(law.logprobs[0, LETTERS.convert_tokens_to_ids(word)].exp())
         assert p == pytest.approx(expected, rel=1e-3, abs=2e-5) if fixed else p is None
