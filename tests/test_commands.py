@@ -110,7 +110,7 @@ def test_report_has_figures_of_pairs_and_is_made_again_alike(finished, tmp_path)
     assert [system["name"] for system in saved["systems"]] == [row["system"] for row in saved["board"]]
     for place, system in enumerate(saved["systems"]):
         with_figures = [i for i, row in enumerate(saved["rows"]) if "influence" in row["answers"][place]]
-        assert with_figures == ([0, 11] if "+" in system["name"] else []) and system["note"] is None
+        assert with_figures == ([0, 11] if system["name"].endswith("]") else []) and system["note"] is None
         judged = (finished / system["judgements"]).read_text().splitlines()
         assert [json.loads(line) for line in judged] == [
             row["answers"][place]["judged"] for row in saved["rows"]
