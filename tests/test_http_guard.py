@@ -409,3 +409,11 @@ def test_a_failing_engine_is_told_without_its_inside(server, monkeypatch):
     assert "division" not in answer.text
     monkeypatch.undo()
     assert ask(url, CHAT).status_code == 200 and httpx.get(f"{url}/health").json() == {"status": "ok"}
+
+
+def test_health_tells_of_an_engine_that_ended(folder):
+    with running(folder) as (models, url):
+        models.engine.close(wait=False)
+        assert httpx.get(f"{url}/health").status_code == 503
+        answer = ask(url, CHAT)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"
