@@ -50,9 +50,11 @@ def add_point(folder: Path, task: str, board: Sequence[dict[str, Any]], config: 
 
 def draw(path: Path, points: Sequence[dict[str, Any]], ablation: DictConfig, experiment: str) -> None:
     """Writes the plot of a task's points, and beside it a CSV file of their leaderboards."""
-    curves = curves_of(points)
     values = sorted({p["key"] for p in points}, key=lambda value: (isinstance(value, str), value))
-    figures = "".join(panel(title, column, curves, values) for column, title in PANELS.items())
+    figures = ""
+    for heading, curves in sections_of(points).items():
+        panels = "".join(panel(title, column, curves, values) for column, title in PANELS.items())
+        figures += f'<h2>{text(heading)}</h2><div class="all">{panels}</div>\n'
     about = f"{experiment}, {path.stem}: {ablation.key} from {values[0]} to {values[-1]}"
     about += f", {ablation.by} by curve" if ablation.get("by") else ""
     write_text(
@@ -63,8 +65,8 @@ def draw(path: Path, points: Sequence[dict[str, Any]], ablation: DictConfig, exp
 <style>{report.STYLE}
 .all {{ display: grid; gap: 2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }}
 </style></head>
-<body><main><h1>{text(ablation.name)}</h1><p>{text(about)}</p><div class="all">
-{figures}</div></main></body></html>
+<body><main><h1>{text(ablation.name)}</h1><p>{text(about)}</p>
+{figures}</main></body></html>
 """,
     )
     rows = [{"value": p["key"], "by": p.get("by", ""), **row} for p in points for row in p["rows"]]
@@ -73,23 +75,31 @@ def draw(path: Path, points: Sequence[dict[str, Any]], ablation: DictConfig, exp
     log.info(f"ablation {path} ({len(points)} points)")
 
 
-def curves_of(points: Sequence[dict[str, Any]]) -> Curves:
-    """Every system's rows over the key; systems that no point changes are left out, the first one
-    excepted.
+def sections_of(points: Sequence[dict[str, Any]]) -> dict[str, Curves]:
+    """Heading -> curves: all systems over the key; where there is a second key, its values for each system.
+
+    Systems that no point changes are left out, the first one excepted.
     """
-    found: Curves = {}
+    found: dict[str, Curves] = {}
     for point in points:
         for row in point["rows"]:
-            name = row["system"] + (f", {point['by']}" if "by" in point else "")
-            found.setdefault(name, []).append((point["key"], row))
+            by = point.get("by")
+            heading, name = ("All systems", row["system"]) if by is None else (row["system"], str(by))
+            found.setdefault(heading, {}).setdefault(name, []).append((point["key"], row))
 
-    def same(rows: Sequence[dict[str, Any]]) -> bool:
-        return all(
-            {key: row.get(key) for key in PANELS} == {key: rows[0].get(key) for key in PANELS} for row in rows
-        )
+    def still(rows: Sequence[dict[str, Any]]) -> bool:
+        return all(row.get(key) == rows[0].get(key) for row in rows for key in PANELS)
 
-    first = next(iter(found))
-    return {n: c for n, c in found.items() if n == first or not same([row for _, row in c])}
+    sections = {}
+    for heading, curves in found.items():
+        if heading != "All systems":
+            if not still([row for curve in curves.values() for _, row in curve]):
+                sections[heading] = dict(sorted(curves.items(), key=lambda curve: float(curve[0])))
+            continue
+        first = next(iter(curves))
+        kept = {n: c for n, c in curves.items() if n == first or not still([row for _, row in c])}
+        sections[heading] = kept
+    return sections
 
 
 def panel(title: str, column: str, curves: Curves, values: Sequence[Any]) -> str:

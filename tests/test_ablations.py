@@ -57,17 +57,18 @@ def test_all_points_are_drawn_in_order_of_the_values(tmp_path):
     assert "pair, 0.3: 0.650" in (tmp_path / "gate" / "facts.html").read_text()
 
 
-def test_a_second_key_gives_curves_of_its_own(tmp_path):
-    """One curve per value of `by`."""
-    for value in (0.1, 0.2):
-        add(tmp_path, value, value, by="sampling.base_temperature")
-    assert "pair, 0.5" in (tmp_path / "gate" / "facts.html").read_text()
+def test_a_second_key_gives_curves_of_its_own():
+    """One section per system that changes, one curve per value of `by`, in their order."""
+    points = [{"key": k, "by": b, "rows": board(0.1 * k * b)} for k in (1, 2) for b in (3.0, 0.5)]
+    sections = ablations.sections_of(points)
+    assert list(sections) == ["pair"] and list(sections["pair"]) == ["0.5", "3.0"]
+    assert [x for x, _ in sections["pair"]["3.0"]] == [1, 2]
 
 
-def test_systems_that_no_point_changes_are_left_out(tmp_path):
+def test_systems_that_no_point_changes_are_left_out():
     """Only the first of them stays, to compare with."""
     points = [{"key": k, "rows": [*board(0.1 * k), {"system": "still", "win_rate": 0.4}]} for k in (1, 2)]
-    assert list(ablations.curves_of(points)) == ["proposal", "pair"]
+    assert list(ablations.sections_of(points)["All systems"]) == ["proposal", "pair"]
 
 
 def test_a_key_that_is_not_there_is_refused(tmp_path):
