@@ -10,6 +10,7 @@ import difflib
 import queue
 import secrets
 import shutil
+import signal
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -171,6 +172,7 @@ def typed(chat: Chat) -> Iterator[str]:
 
 def run(models: Models) -> None:
     """Talks until the user leaves."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs begin deaf to it
     fancy = sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(models, sys.stdout, fancy)
     try:

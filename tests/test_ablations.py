@@ -102,6 +102,7 @@ def test_every_shipped_ablation_is_of_a_key(name):
     assert (found.stages == []) == decoding_alone  # the sample stage would read the temperatures too
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path):
     """Both entry points run every value, each into its own folder, and the plot has them all."""
     arguments = ["experiment=demo", f"output_dir={tmp_path}", *SMALL, "ablation=n_examples"]
