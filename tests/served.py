@@ -42,24 +42,35 @@ def settings(folder, *arguments):
 
 
 @contextlib.contextmanager
-def running(folder, *arguments):
-    """(models, url) of a server that stops when the context is left."""
-    found = settings(folder, *arguments)
-    models = serving.Models(found)
-    listener = serve.listen(found)
-    url = serve.url_of(found, listener.getsockname()[1])
-    server = serve.make_server(api.create_app(models), 1)
+def listening(models, app, listener):
+    """A server of an application in a thread, until the context is left."""
+    server = serve.make_server(app, 1)
     thread = threading.Thread(target=serve.run_server, args=(server, listener))
     thread.start()
     eventually(lambda: server.started)
     try:
-        yield models, url
+        yield
     finally:
         server.should_exit = True
         thread.join(20)
         models.engine.close(wait=False)
         listener.close()
         assert not thread.is_alive()
+
+
+def opened(folder, *arguments):
+    """(models, listener, url) that a server is made of."""
+    found = settings(folder, *arguments)
+    models, listener = serving.Models(found), serve.listen(found)
+    return models, listener, serve.url_of(found, listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(folder, *arguments):
+    """(models, url) of a server that stops when the context is left."""
+    models, listener, url = opened(folder, *arguments)
+    with listening(models, api.create_app(models), listener):
+        yield models, url
 
 
 @functools.cache

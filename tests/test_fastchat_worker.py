@@ -12,11 +12,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import chat_text, eventually, expected, save_models, settings
+from served import chat_text, eventually, expected, listening, opened, save_models
 
 import fastchat_worker
-import serve
-import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,22 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 @contextlib.contextmanager
 def working(folder, *arguments):
     """(models, url) of a worker that registers and stops when the context is left."""
-    found = settings(folder, *arguments)
-    models = serving.Models(found)
-    listener = serve.listen(found)
-    url = serve.url_of(found, listener.getsockname()[1])
-    with fastchat_worker.registered(models, url) as app:
-        server = serve.make_server(app, 1)
-        thread = threading.Thread(target=serve.run_server, args=(server, listener))
-        thread.start()
-        eventually(lambda: server.started)
-        try:
-            yield models, url
-        finally:
-            server.should_exit = True
-            thread.join(20)
-            models.engine.close(wait=False)
-            listener.close()
+    models, listener, url = opened(folder, *arguments)
+    with fastchat_worker.registered(models, url) as app, listening(models, app, listener):
+        yield models, url
 
 
 class Controller(BaseHTTPRequestHandler):
