@@ -37,7 +37,7 @@ class Request:
 
     seed, row_id: whose noise the answer draws; equal ones give equal answers whatever else is decoded. stop:
     strings that end the answer. logprobs: how many candidates of the law to give with each token; None gives
-    no log-probabilities at all, 0 the token's own.
+    no log-probabilities at all, 0 the token's own. stop_token_ids: tokens that end it as EOS does.
     """
 
     prompt_ids: tuple[int, ...]
@@ -48,6 +48,7 @@ class Request:
     row_id: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
 
 class TokenLogprobs(NamedTuple):

@@ -159,7 +159,7 @@ def _add_reading(app: FastAPI, models: Models, metrics: Metrics) -> None:
     @app.get("/health", responses={200: {"model": protocol.Health}, "5XX": {"model": protocol.Health}})
     async def health() -> Response:
         """Whether the engine's thread lives."""
-        alive = models.engine.thread.is_alive()
+        alive = models.engine.alive
         return answer_json({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -36,7 +36,7 @@ from answers import (
     UnknownAligner,
 )
 from par import signed
-from plain_loop import FELL_BACK, Row, ShownText, StopWatch, eos_token_ids
+from plain_loop import CHANGED, FELL_BACK, Row, ShownText, StopWatch, eos_token_ids
 from pool import open_pool
 from rounds import Failed, Job, Member, Rounds
 from slots import has_slots
@@ -99,7 +99,8 @@ class Engine:
         self.lock = threading.Condition()
         self.waiting: deque[Ticket] = deque()
         self.running: list[Ticket] = []  # the engine's thread's own, first come first
-        self.closing, self.counts, self.recent = False, Counter(), deque()
+        self.closing = self.broken = False
+        self.counts, self.recent = Counter(), deque()
         for name, model in aligners.items():
             self.add_aligner(name, model)
         self.thread = threading.Thread(target=self.work, name="engine", daemon=True)
@@ -123,7 +124,7 @@ class Engine:
         """
         with self.lock:
             if self.closing:
-                raise Closed("the server is shutting down")
+                raise Closed("decoding has stopped" if self.broken else "the server is shutting down")
             member = None
             if request.aligner is not None:
                 member = self.aligners.get(request.aligner)
@@ -186,6 +187,7 @@ class Engine:
             waiting, running = len(self.waiting), len(self.running)
         drafted = max(counts["drafted"], 1)
         return {
+            "alive": self.alive,
             "requests": counts["requests"],
             "finished": {reason: counts[reason] for reason in ("stop", "length", "cancelled", "error")},
             "by_aligner": {name[8:]: counts[name] for name in members if name != "proposal"},
@@ -196,13 +198,19 @@ class Engine:
             "rows": running,
             "rounds": counts["rounds"],
             "acceptance": counts["accepted"] / drafted,
-            "fallback_fraction": counts["fell_back"] / drafted,
+            "fallback_fraction": counts[FELL_BACK] / drafted,
+            "changed_fraction": counts[CHANGED] / drafted,
             "prefix_hits": {"requests": counts["hits"], "tokens": counts["hit_tokens"]},
             "bytes": {
                 "weights": {name: weight_bytes(member.model) for name, member in members.items()},
                 "pools": {name: member.pool.bytes for name, member in members.items()},
             },
         }
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are decoded."""
+        return self.thread.is_alive() and not self.broken
 
     def close(self, wait: bool = True) -> None:
         """Takes no more requests; returns when all taken are finished, or (wait=False) are cancelled."""
@@ -216,8 +224,20 @@ class Engine:
 
     # ---- the engine's thread ------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def work(self) -> None:
+        try:
+            self.serve()
+        except BaseException as error:  # a mistake of ours; nobody may wait for ever
+            log.exception("the engine has stopped")
+            with self.lock:
+                self.closing = self.broken = True
+                open_tickets, self.waiting, self.running = [*self.waiting, *self.running], deque(), []
+            for ticket in open_tickets:
+                what = f"the engine has stopped: {error}".split("\n")[0]
+                self.tell(ticket, Done("error", len(ticket.request.prompt_ids), 0, {}, what))
+
+    @torch.inference_mode()
+    def serve(self) -> None:
         while True:
             with self.lock:
                 self.lock.wait_for(lambda: self.waiting or self.running or self.closing)
@@ -265,6 +285,7 @@ class Engine:
             seed=signed(request.seed),
             row_id=request.row_id,
             eos=(ticket.member or self.proposal).eos,
+            stop_token_ids=request.stop_token_ids,
             wants=request.logprobs,
         )
         if not self.rounds.enter(ticket.job):
@@ -307,14 +328,12 @@ class Engine:
         before = sum(len(job.row.ids) for job in jobs)
         try:
             took = self.rounds.run(jobs, widths, chunks)
-        except Failed as error:
-            log.exception("rows could not go on")
-            for job in error.jobs:
-                self.end(tickets[job], "error", error)
         except Exception as error:
-            log.exception("a round failed")
-            for job in [*jobs, *(job for job, _ in chunks)]:
-                self.end(tickets[job], "error", error)
+            log.exception("rows could not go on")
+            everyone = [*jobs, *(job for job, _ in chunks)]
+            failed = error if isinstance(error, Failed) else Failed(everyone, error)
+            for job in failed.jobs:
+                self.end(tickets[job], "error", failed)
         else:
             for pair, (compared, agreed) in took.kept.items():
                 self.lengths[pair].learn(agreed, compared)
@@ -370,7 +389,8 @@ class Engine:
             row, stats, count = job.row, job.row.stats, len(job.row.ids)
             self.counts["accepted"] += row.accepted
             self.counts["drafted"] += stats["drafted"]
-            self.counts["fell_back"] += (row.events or []).count(FELL_BACK)
+            for what in (FELL_BACK, CHANGED):
+                self.counts[what] += (row.events or []).count(what)
         self.counts[reason] += 1
         what = None if error is None else f"decoding failed: {error}".split("\n")[0]
         self.tell(ticket, Done(reason, len(ticket.request.prompt_ids), count, stats, what))

@@ -135,6 +135,9 @@ def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[
     stop = [each for each in ([stop] if isinstance(stop, str) else stop) if each]
     if not all(isinstance(each, str) for each in stop):
         raise ValueError("stop: expected texts")
+    ends = params.get("stop_token_ids") or []
+    if not (isinstance(ends, list) and all(type(each) is int for each in ends)):
+        raise ValueError("stop_token_ids: expected a list of token ids")
     wanted = params.get("max_new_tokens")
     wanted = models.usual if wanted is None else int(wanted)
     room = models.max_length - len(models.encode_text(prompt, served.add_bos))
@@ -142,7 +145,7 @@ def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[
     ids = models.encode_cut(prompt, new, served.add_bos)
     seed = params.get("seed", models.settings.config.seed)
     seed = secrets.randbits(32) if seed is None else int(seed)
-    requests = models.requests(served, [ids], models.law(given), new, seed, stop)
+    requests = models.requests(served, [ids], models.law(given), new, seed, stop, stop_token_ids=ends)
     return requests, prompt if params.get("echo", True) else ""
 
 

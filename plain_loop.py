@@ -25,8 +25,9 @@ class Generation:
     token_ids: every token drawn, the closing EOS included. text: decoded, special tokens and what follows a
     stop string left out. finish_reason: "stop" (EOS or a stop string) or "length". stats: proposal_forwards,
     aligner_forwards, drafted, accepted (drafts from the aligner that the pair's law confirmed),
-    fallback_fraction, mean_kl (nats). events: per token of a pair "agreed" (the proposal alone would have
-    drawn the same with the same noise), "changed" or "fell_back"; None for one model alone.
+    fallback_fraction, changed_fraction (shares of its tokens), mean_kl (nats). events: per token of a pair
+    "agreed" (the proposal alone would have drawn the same with the same noise), "changed" or "fell_back";
+    None for one model alone.
     """
 
     token_ids: list[int]
@@ -127,13 +128,14 @@ class Row:
     @property
     def stats(self) -> dict[str, float]:
         n, pair = len(self.ids), self.events is not None
-        fallen = self.events.count(FELL_BACK) if pair else 0
+        fallen, changed = (self.events.count(what) if pair else 0 for what in (FELL_BACK, CHANGED))
         return {
             "proposal_forwards": self.proposal_forwards,
             "aligner_forwards": self.aligner_forwards,
             "drafted": n * pair,
             "accepted": self.accepted,
             "fallback_fraction": fallen / n if n else 0.0,
+            "changed_fraction": changed / n if n else 0.0,
             "mean_kl": self.kl_sum / n if n else 0.0,
         }
 

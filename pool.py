@@ -9,6 +9,7 @@ same model takes over its positions instead of reading again: a position belongs
 and each only writes behind what it shares.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -221,6 +222,11 @@ class TransformersPool(Pool):
         """Logits (R, C, V) of each part's wanted tokens; keys and values of all are kept."""
         return [self.forward(moved(part, self.device)) for part in parts]
 
+    @staticmethod
+    def together(pools: "Sequence[TransformersPool]", given: Sequence[Sequence[Part]]) -> list[torch.Tensor]:
+        """`__call__` for one pool after the other."""
+        return [each for pool, parts in zip(pools, given, strict=True) for each in pool(parts)]
+
     def forward(self, part: Part) -> torch.Tensor:
         self.cache.where, self.cache.at, self.cache.rows = self.where(part), self.read(part), len(part.ids)
         logits = self.model(
@@ -269,17 +275,33 @@ class LlamaPool(Pool):
 
     def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
         """Logits (R, C, V) of each part's wanted tokens; keys and values of all are kept."""
-        parts, run = [moved(part, self.device) for part in parts], self.run
-        where = cat([self.where(part) for part in parts])
-        reads, biases = [self.read(part) for part in parts], [run.bias(visible(part)) for part in parts]
+        return LlamaPool.together([self], [parts])
+
+    @staticmethod
+    def together(pools: "Sequence[LlamaPool]", given: Sequence[Sequence[Part]]) -> list[torch.Tensor]:
+        """`__call__` for pools of one kind in one forward, each with parts of its own; in their order."""
+        pairs = zip(pools, given, strict=True)
+        owned = [(pool, moved(part, pool.device)) for pool, parts in pairs for part in parts]
+        parts = [part for _, part in owned]
         sizes = [part.ids.numel() for part in parts]
+        wanted = [(part.ids if part.wanted is None else part.wanted).numel() for part in parts]
+        run = pools[0].run
+        if len(pools) > 1:
+            ends = itertools.accumulate(map(len, given), initial=0)
+            spans = [slice(*span) for span in itertools.pairwise(ends)]
+            counts = [[sum(each[span]) for span in spans] for each in (sizes, wanted)]
+            run = JointForward([pool.run for pool in pools], *counts)
+        wheres = [pool.where(part) for pool, part in owned]
+        reads = [pool.read(part) for pool, part in owned]
+        biases = [run.bias(visible(part)) for part in parts]
 
         def attend(layer, found):
-            stored, heard = self.stored[layer], []
-            stored.index_copy_(0, where, found[:, run.heads :])
-            for part, at, bias, mine in zip(parts, reads, biases, found.split(sizes), strict=True):
-                seen = stored.index_select(0, at).view(len(part.ids), part.seen, -1, run.size)
-                queries = mine[:, : run.heads].view(*part.ids.shape, run.heads, run.size)
+            heard, mine = [], found.split(sizes)
+            for (pool, _), where, new in zip(owned, wheres, mine, strict=True):
+                pool.stored[layer].index_copy_(0, where, new[:, run.heads :])
+            for (pool, part), at, bias, new in zip(owned, reads, biases, mine, strict=True):
+                seen = pool.stored[layer].index_select(0, at).view(len(part.ids), part.seen, -1, run.size)
+                queries = new[:, : run.heads].view(*part.ids.shape, run.heads, run.size)
                 heard.append(run.hear(queries, *seen.split(run.kv_heads, dim=2), bias))
             return cat(heard)
 
@@ -290,8 +312,8 @@ class LlamaPool(Pool):
         ids, places = cat([part.ids.flatten() for part in parts]), cat([p.places.flatten() for p in parts])
         logits = run(ids, places, attend, pick)
         shapes = [(part.ids if part.wanted is None else part.wanted).shape for part in parts]
-        found = logits.split([rows * count for rows, count in shapes])
-        return [each.view(*shape, logits.shape[-1]) for each, shape in zip(found, shapes, strict=True)]
+        pairs = zip(logits.split(wanted), shapes, strict=True)
+        return [each.view(*shape, logits.shape[-1]) for each, shape in pairs]
 
 
 class DenseSteps:

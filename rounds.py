@@ -51,6 +51,7 @@ class Job:
     seed: int
     row_id: int
     eos: tuple[int, ...]
+    stop_token_ids: tuple[int, ...] = ()  # which end the answer, too
     wants: int | None = None  # likeliest tokens to report; None for no log-probabilities
     line: int = -1
     holds: dict[Member, Hold] = field(default_factory=dict)
@@ -270,24 +271,24 @@ class Rounds:
         A pair's law needs its aligner's logits at all W positions, so there are W drafts; the last one for a
         proposal alone would be in vain. Returns the seconds of one that followed another.
         """
-        spans, found = [], []
+        spans, found, count = [], [], frame.count
         for member, mine in itertools.groupby(frame.jobs, key=lambda job: job.drafter):
             start = spans[-1][1].stop if spans else 0
             spans.append((member, slice(start, start + len(list(mine)))))
-            jobs = frame.jobs[spans[-1][1]]
-            with blamed(jobs):
-                parts, order = self.parts(member, jobs, frame.last[spans[-1][1], :0])
-                found.append(arranged(member.pool(parts), order)[:, 0].to(self.device))
-        ids, steps, count = frame.draw_drafts(cat(found)), [], frame.count
+        kinds = []  # aligners whose forwards are one, and which rows are theirs
+        for _, same in itertools.groupby(spans, key=lambda span: span[0].pool.kind):
+            members, slices = zip(*same, strict=True)
+            kinds.append((members, slices, slice(slices[0].start, slices[-1].stop)))
+        for members, slices, whole in kinds:
+            with blamed(frame.jobs[whole]):
+                found += self.first_drafts(members, [(frame.jobs[mine], frame.last[mine]) for mine in slices])
+        ids = frame.draw_drafts(cat(found))
         if count == 1:
             return None
-        start = time.perf_counter()
-        for _, same in itertools.groupby(spans, key=lambda span: span[0].pool.kind):
-            members, parts = zip(*same, strict=True)
-            whole = slice(parts[0].start, parts[-1].stop)
+        start, steps = time.perf_counter(), []
+        for members, slices, whole in kinds:
             with blamed(frame.jobs[whole]):
-                lines = [frame.lines[part] for part in parts]
-                pools = [member.pool for member in members]
+                pools, lines = [member.pool for member in members], [frame.lines[mine] for mine in slices]
                 steps.append((pools[0].steps(pools, lines, frame.longest), whole))
         for column in range(1, count):
             found = []
@@ -298,6 +299,16 @@ class Rounds:
         for step, _ in steps:
             step.close()
         return (time.perf_counter() - start) / (count - 1)
+
+    def first_drafts(self, members: Sequence[Member], rows) -> list[torch.Tensor]:
+        """Logits (R, V) after each row's last token, by aligner; rows: each one's jobs and last tokens."""
+        made = [
+            self.parts(member, jobs, last[:, :0]) for member, (jobs, last) in zip(members, rows, strict=True)
+        ]
+        pools = [member.pool for member in members]
+        logits = iter(pools[0].together(pools, [parts for parts, _ in made]))
+        ordered = (arranged([next(logits) for _ in parts], order) for parts, order in made)
+        return [each[:, 0].to(self.device) for each in ordered]
 
     def parts(self, member: Member, jobs: Sequence[Job], drafts: torch.Tensor):
         """Parts for what a model has not read of each row, its last token and the drafts (R, D): rows that
@@ -354,7 +365,8 @@ class Rounds:
         count = 1 + (same.index(False) if False in same else len(same))
         row.proposal_forwards += 1
         row.aligner_forwards += frame.width * job.pair
-        tried = grow(row, found, count, set(job.eos), job.watch, job.max_new_tokens)
+        ends = {*job.eos, *job.stop_token_ids}
+        tried = grow(row, found, count, ends, job.watch, job.max_new_tokens)
         length, new = len(job.tokens), row.ids[before:]
         job.tokens += new
         job.logprobs = job.logprobs[: len(new)]

@@ -187,6 +187,7 @@ class Models:
         stop: Sequence[str],
         n: int = 1,
         logprobs: int | None = None,
+        stop_token_ids: Sequence[int] = (),
     ) -> list[Request]:
         """One request per answer: n to each prompt, drawn as rows 0 ... n - 1.
 
@@ -203,7 +204,7 @@ class Models:
                 )
             for row in range(n):
                 request = (tuple(ids), served.aligner, params, new, seed, row, tuple(stop), logprobs)
-                found.append(Request(*request))
+                found.append(Request(*request, tuple(stop_token_ids)))
         return found
 
 

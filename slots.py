@@ -221,7 +221,9 @@ class LlamaForward:
             x = self.add_linear(x, attend(layer, found), output)
             gate, up = self.linear(self.normed(x, between), gates).chunk(2, dim=-1)
             x = self.add_linear(x, F.silu(gate).mul_(up), down)
-        x = x if wanted is None else wanted(x)
+        return self.logits(x if wanted is None else wanted(x))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(self.normed(x, self.norm), self.head)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -256,13 +258,16 @@ class JointForward(LlamaForward):
     computed model by model.
     """
 
-    def __init__(self, members: Sequence[LlamaForward], counts: Sequence[int]) -> None:
-        """counts: how many tokens are whose, in this order."""
-        first = members[0]
+    def __init__(
+        self, members: Sequence[LlamaForward], counts: Sequence[int], wanted: Sequence[int] | None = None
+    ) -> None:
+        """counts: how many tokens are whose, in this order; wanted: of how many of them logits are."""
+        first, self.wanted = members[0], list(wanted or counts)
         self.counts, self.embeddings = list(counts), [member.embedding for member in members]
         for name in ("columns", "heads", "kv_heads", "size", "eps", "hidden", "cos", "sin", "embedding"):
             setattr(self, name, getattr(first, name))
-        self.norm, self.head = self._spread([m.norm for m in members]), [m.head for m in members]
+        self.head = [member.head for member in members]
+        self.norm = self._spread([member.norm for member in members], self.wanted)
         self.layers = []
         for layers in zip(*(member.layers for member in members), strict=True):
             before, qkv, norms, output, between, gates, down = zip(*layers, strict=True)
@@ -270,9 +275,13 @@ class JointForward(LlamaForward):
             before, between = self._spread(before), self._spread(between)
             self.layers.append((before, qkv, norms, output, between, gates, down))
 
-    def _spread(self, gains: Sequence[torch.Tensor]) -> torch.Tensor:
+    def logits(self, x):
+        parts = zip(self.normed(x, self.norm).split(self.wanted), self.head, strict=True)
+        return torch.cat([linear(each, *weights) for each, weights in parts])
+
+    def _spread(self, gains: Sequence[torch.Tensor], counts: Sequence[int] | None = None) -> torch.Tensor:
         """(N, ...) each token's."""
-        pairs = zip(gains, self.counts, strict=True)
+        pairs = zip(gains, counts or self.counts, strict=True)
         return torch.cat([gain.expand(count, *gain.shape) for gain, count in pairs])
 
     def embed(self, ids):

@@ -206,6 +206,7 @@ def slow_answer(models, params, prompt, row, vocab, eos):
         "drafted": n * is_pair,
         "accepted": accepted,
         "fallback_fraction": events.count("fell_back") / n,
+        "changed_fraction": events.count("changed") / n,
         "mean_kl": sum(divergences) / n,
     }
     for stop in STOP:

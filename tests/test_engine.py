@@ -12,18 +12,18 @@ import torch
 from test_decoding import BOTH, CASES, LETTERS, last_logits, pair
 from tiny import byte_tokenizer, tiny_model
 
-import decoding
 import par
 import pool
 import rounds
 from engine import BadRequest, Busy, Closed, Done, Engine, Piece, Request, TooLong, UnknownAligner
-from plain_loop import ShownText, StopWatch
+from plain_loop import ShownText, StopWatch, decode_batch
 from speculation import WIDTHS, DraftLength
 
 MODELS = {
     "a": tiny_model(len(LETTERS), 100),
-    "b": tiny_model(len(LETTERS), 7, layers=2),
+    "b": tiny_model(len(LETTERS), 7, layers=2, extra_rows=6),
     "c": pair(10, BOTH)[0],
+    "d": tiny_model(len(LETTERS), 9),  # of a's shape: their forwards are one
 }
 PROPOSAL = pair(len(LETTERS), BOTH)[0]
 SETTINGS = [params for roles, params, _ in CASES.values() if roles[0]]
@@ -86,8 +86,10 @@ def alone(request):
     """What the plain loop gives for the request alone."""
     aligner = MODELS[request.aligner] if request.aligner else None
     settings = {"max_new_tokens": request.max_new_tokens, "seed": request.seed, "row_ids": [request.row_id]}
-    settings |= {"stop": request.stop, "speculative": False}
-    return decoding.generate(PROPOSAL, aligner, LETTERS, [request.prompt_ids], request.params, **settings)[0]
+    settings |= {"stop": request.stop, "stop_token_ids": request.stop_token_ids}
+    models = (PROPOSAL, aligner, LETTERS)
+    *_, (row,) = decode_batch(*models, [request.prompt_ids], request.params, **settings)
+    return row.generation(StopWatch(LETTERS, request.stop))
 
 
 def assert_alone(request, listener):
@@ -96,7 +98,7 @@ def assert_alone(request, listener):
     assert listener.ids == expected.token_ids and listener.text == expected.text
     assert done.finish_reason == expected.finish_reason and done.error is None
     assert (done.n_prompt, done.n_completion) == (len(request.prompt_ids), len(expected.token_ids))
-    for key in ("drafted", "accepted", "fallback_fraction", "mean_kl"):
+    for key in ("drafted", "accepted", "fallback_fraction", "changed_fraction", "mean_kl"):
         assert done.stats[key] == pytest.approx(expected.stats[key], rel=1e-4, abs=1e-6)
 
 
@@ -107,13 +109,14 @@ def random_request(rng, earlier):
         prompt = [*rng.choice(earlier), *prompt][:60]
     return Request(
         tuple(prompt),
-        rng.choice(["a", "b", "c", None]),
+        rng.choice(["a", "b", "c", "d", None]),
         rng.choice(SETTINGS),
         rng.choice([1, 2, 8, 20]),
         seed=rng.choice([0, 5, -3, 2**63]),
         row_id=rng.randrange(4),
         stop=rng.choice([(), ("ca", "dd"), ("abc",)]),
         logprobs=rng.choice([None, 0, 3]),
+        stop_token_ids=rng.choice([(), (), (5,), (1, 6)]),
     )
 
 
@@ -213,26 +216,53 @@ def test_a_cancelled_request_frees_its_place(start):
     assert_whole(served)
 
 
-def test_a_failing_aligner_ends_its_own_rows(start, monkeypatch):
-    """Its rows end with an error, whoever shares their rounds goes on, and so does the engine."""
-    served = start(max_rows=6)
-    broken = served.aligners["b"].pool
-    real = pool.LlamaPool.__call__
-    monkeypatch.setattr(
-        pool.LlamaPool,
-        "__call__",
-        lambda self, parts: 1 / 0 if self is broken else real(self, parts),
-    )
-    asked = [ask(aligner=name, seed=seed) for seed in range(4) for name in ("a", "b", None)]
+@pytest.mark.parametrize("broken, ended", [("b", {"b"}), ("d", {"a", "d"}), (None, {"a", "b", "d", None})])
+def test_a_failing_model_ends_its_own_rows(broken, ended, start, monkeypatch):
+    """Its rows, and those of aligners that share its forward, end with an error; whoever shares their rounds
+    goes on, and so does the engine.
+    """
+    served, rest = start(max_rows=8), ({"a", "b", "d", None} - ended) or {None}
+    member, real, failed = served.aligners.get(broken, served.proposal), pool.Pool.where, []
+
+    def where(self, part):
+        if self is member.pool and (len(failed) < 9 or broken):
+            failed.append(part)
+            raise ZeroDivisionError("no device")
+        return real(self, part)
+
+    monkeypatch.setattr(pool.Pool, "where", where)
+    asked = [ask(aligner=name, seed=seed) for seed in range(4) for name in ("a", "b", "d", None)]
     heard = [Listener() for _ in asked]
+    with served.lock:
+        for request, listener in zip(asked, heard, strict=True):
+            served.submit(request, listener)
     for request, listener in zip(asked, heard, strict=True):
-        served.submit(request, listener)
-    for request, listener in zip(asked, heard, strict=True):
-        if request.aligner == "b":
-            assert listener.done().finish_reason == "error" and "ZeroDivisionError" in listener.done().error
-        else:
+        done = listener.done()
+        if request.aligner in rest and broken:
             assert_alone(request, listener)
+        elif request.aligner == broken:
+            assert done.finish_reason == "error" and "ZeroDivisionError: no device" in done.error
+    assert failed and {r.aligner for r, h in zip(asked, heard, strict=True) if h.done().error} <= ended
+    monkeypatch.setattr(pool.Pool, "where", real)
+    for name in ("a", "b", "d", None):
+        served.submit(ask(aligner=name, seed=9), listener := Listener())
+        assert_alone(ask(aligner=name, seed=9), listener)
     assert_whole(served)
+
+
+def test_nobody_waits_for_an_engine_that_stopped(start, monkeypatch):
+    """After a mistake in its own thread every request has its Done, and later ones are refused."""
+    served, heard = start(max_rows=2), [Listener() for _ in range(4)]
+    with served.lock:
+        for seed, listener in enumerate(heard):
+            served.submit(ask(seed=seed), listener)
+        monkeypatch.setattr(served, "plan", lambda: 1 / 0)
+    for listener in heard:
+        assert listener.done().finish_reason == "error" and "division" in listener.done().error
+    served.thread.join(20)
+    assert not served.alive and not served.figures()["alive"]
+    with pytest.raises(Closed, match="decoding has stopped"):
+        served.submit(ask(), Listener())
 
 
 def test_a_failing_law_or_listener_harms_nobody_else(start, monkeypatch):
@@ -263,7 +293,7 @@ def test_what_cannot_be_served_is_refused(start):
     """Each mistake has its error and a text; what was taken before is finished when the engine closes."""
     served, heard = start(max_rows=1, max_waiting=2), [Listener() for _ in range(2)]
     for request, error, message in (
-        (ask(aligner="d"), UnknownAligner, "'d'; known: a, b, c"),
+        (ask(aligner="e"), UnknownAligner, "'e'; known: a, b, c, d"),
         (ask("a" * 190), TooLong, "190 tokens and the answer may have 16: together more than 200"),
         (ask(()), BadRequest, "must have tokens"),
         (ask((3, 10)), BadRequest, "from 0 to 9"),

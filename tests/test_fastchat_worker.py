@@ -94,6 +94,10 @@ def test_settings_of_a_request(worker):
     assert alone == expected(worker[0], None, text, 3, 20, stop=(), **base).text
     stopped = post(worker, "worker_generate", model="a", **{**request, "stop": pair[5]}).json()
     assert stopped["text"] == pair[: pair.index(pair[5])] and stopped["finish_reason"] == "stop"
+    letter = next(each for each in pair[1:] if each.isascii())
+    ends = worker[0].encode_text(letter, False)
+    by_id = post(worker, "worker_generate", model="a", **request, stop_token_ids=ends).json()
+    assert (by_id["text"], by_id["finish_reason"]) == (pair[: pair.index(letter)], "stop")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,7 @@ def test_settings_of_a_request(worker):
         ({"model": "a", "prompt": "hi", "temperature": -1}, 40302),
         ({"model": "a", "prompt": "hi", "max_new_tokens": "many"}, 40302),
         ({"model": "a", "prompt": "hi", "stop": [3]}, 40302),
+        ({"model": "a", "prompt": "hi", "stop_token_ids": ["</s>"]}, 40302),
         ({"model": "a", "prompt": "x" * 9000}, 40303),
     ],
 )
