@@ -23,7 +23,6 @@ from omegaconf import DictConfig, OmegaConf
 
 import ablations
 import checkpoints
-import decoding
 import evaluation
 import influence
 import judges
@@ -170,6 +169,8 @@ def leaderboard(
 
 def identical_to_plain(answers: list[dict], job: sampling.Job) -> bool:
     """Decodes the first rows of a job again, one at a time by the plain loop, and compares token by token."""
+    import decoding
+
     tokenizer, ids = job.encoded
     again = decoding.generate(
         *job.load()[:2],

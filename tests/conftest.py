@@ -1,6 +1,7 @@
 """Every test runs on one thread (tiny tensors gain nothing from more) and never asks a hub for anything."""
 
 import os
+import signal
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 
@@ -21,3 +22,11 @@ def one_thread():
 def propagated_log(monkeypatch):
     """Lets caplog see the project's log."""
     monkeypatch.setattr(utils.log, "propagate", True)
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """What an entry point does with SIGTERM ends with the test that called it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)

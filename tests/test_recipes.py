@@ -24,6 +24,10 @@ def test_every_shipped_choice_composes(group, name):
     expected = {"model": lambda: config.model.name.replace("-", "_"), "loss": lambda: config.loss.name}
     assert expected.get(group, lambda: config.judge.name)() == name
     OmegaConf.to_container(config.model, resolve=True)
+    if group != "model":  # what is read from the file alone is what Hydra makes of it
+        prefix = f"{group}."
+        composed = {key: value for key, value in recipes.leaves(config).items() if key.startswith(prefix)}
+        assert recipes.group_keys(group, name) == composed
 
 
 @pytest.mark.parametrize("name", names("experiment"))
@@ -326,10 +330,12 @@ def test_every_key_of_a_file_must_mean_something(tmp_path, monkeypatch):
         path = tmp_path / "config" / group / f"{name}.yaml"
         text = path.read_text()
         path.write_text(f"{text}\n{line}\n")
+        recipes._composed.cache_clear()
         overrides = ["experiment=llama_uc"] if group == "experiment" else TRAIN
         with pytest.raises(UserError, match=f"unknown key '{key}'.*did you mean"):
             recipes.resolve(overrides)
         path.write_text(text)
+    recipes._composed.cache_clear()
     recipes.resolve(TRAIN)
 
 
@@ -364,5 +370,7 @@ def test_broken_yaml_names_file_and_line(tmp_path, monkeypatch):
     broken = tmp_path / "config" / "loss" / "sft.yaml"
     broken.write_text("name: sft\nalpha: [1\n")
     monkeypatch.setattr(recipes, "CONFIG_DIR", tmp_path / "config")
-    with pytest.raises(UserError, match=r"loss/sft.yaml, line \d: not valid YAML"):
-        recipes.compose(["loss=sft"])
+    recipes.group_keys.cache_clear()
+    for read in (lambda: recipes.compose(["loss=sft"]), lambda: recipes.group_keys("loss", "sft")):
+        with pytest.raises(UserError, match=r"loss/sft.yaml, line \d: not valid YAML"):
+            read()
