@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from omegaconf import OmegaConf
-from test_commands import ROOT, SMALL
+from small import ROOT, SMALL
 
 import ablations
 import recipes

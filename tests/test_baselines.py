@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_commands import SMALL, run
+from small import SMALL, run
 
 import paper_table
 import pipeline
