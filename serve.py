@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 import uvicorn
 
 import chat
+import configs
 import fastchat_worker
-import recipes
 import serve_settings
 from api import create_app
 from serve_settings import Settings
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> None:
         (arguments[0], arguments[1:]) if arguments[:1] and "=" not in arguments[0] else ("serve", arguments)
     )
     if mode in ("-h", "--help"):
-        sys.stdout.write(f"{__doc__}\n{(recipes.CONFIG_DIR / 'serve.yaml').read_text(encoding='utf-8')}")
+        sys.stdout.write(f"{__doc__}\n{(configs.CONFIG_DIR / 'serve.yaml').read_text(encoding='utf-8')}")
         return
     if mode not in MODES:
         raise UserError(f"{mode!r}: expected key=value or one of {nearest(mode, MODES)}")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import recipes
+import configs
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -27,5 +27,5 @@ SMALL = [
 
 def run(entry, *overrides):
     """What `python train.py OVERRIDES` does after its command line was read."""
-    overrides = recipes.preflight(list(overrides))
-    entry.run(recipes.compose(overrides), overrides)
+    overrides = configs.preflight(list(overrides))
+    entry.run(configs.compose(overrides), overrides)

@@ -12,6 +12,7 @@ from small import ROOT, run
 from tiny import byte_tokenizer, tiny_model
 
 import checkpoints
+import configs
 import pipeline
 import recipes
 import train
@@ -187,10 +188,10 @@ def test_readme_commands_are_real(small_world):
         if target.startswith("bin/train_"):
             overrides.insert(0, f"experiment={target.removeprefix('bin/train_').removesuffix('.sh')}")
         if target == "train.py" or target.startswith("bin/train_"):
-            stages = recipes.resolve(recipes.preflight(overrides))
-            recipes.select(stages, recipes.compose(recipes.preflight(overrides)).stages)
+            stages = recipes.resolve(configs.preflight(overrides))
+            recipes.select(stages, configs.compose(configs.preflight(overrides)).stages)
         elif target == "pipeline.py":
-            recipes.preflight(overrides)
+            configs.preflight(overrides)
 
 
 def test_readme_lists_every_file():

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
+import configs
 import files
 import length_control
 import pipeline
 import prepare_data
-import recipes
 import utils
 from files import read_rows
 from preference_datasets import get_dataset
@@ -416,7 +416,7 @@ def test_a_connection_lost_on_the_way_leaves_no_half_file(prepare, monkeypatch, 
 
 def read_test_rows(data_dir, dataset, task):
     """What pipeline.py reads of a test file, found by the names in its table."""
-    config = recipes.compose([f"data_dir={data_dir}", f"evaluation.dataset={dataset}"])
+    config = configs.compose([f"data_dir={data_dir}", f"evaluation.dataset={dataset}"])
     systems = {"any": SimpleNamespace(settings=config.sampling)}
     return [row for _, row in pipeline.read_test_rows(systems, config, task, data_dir)]
 
