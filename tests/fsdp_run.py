@@ -49,7 +49,7 @@ def train(folder, *overrides):
     if processes.is_first():
         folder.mkdir(parents=True, exist_ok=True)
     processes.wait()
-    run = Told(config, model, TOKENIZER, dataset(20), dataset(6, seed=99), folder, {}, reference, {"it": 1})
+    run = Told(config, model, TOKENIZER, dataset(18), dataset(6, seed=99), folder, {}, reference, {"it": 1})
     try:
         run.train(resume.newest(folder, {"it": 1}))
     except trainers.Preempted:
