@@ -3,6 +3,7 @@ ends.
 """
 
 import functools
+import gc
 import random
 import threading
 from dataclasses import replace
@@ -291,7 +292,7 @@ def test_a_failing_law_or_listener_harms_nobody_else(start, monkeypatch):
 
 def test_what_cannot_be_served_is_refused(start):
     """Each mistake has its error and a text; what was taken before is finished when the engine closes."""
-    served, heard = start(max_rows=1, max_waiting=2), [Listener() for _ in range(2)]
+    served, heard = start(max_rows=1, max_waiting=1), [Listener() for _ in range(2)]
     for request, error, message in (
         (ask(aligner="e"), UnknownAligner, "'e'; known: a, b, c, d"),
         (ask("a" * 190), TooLong, "190 tokens and the answer may have 16: together more than 200"),
@@ -304,7 +305,7 @@ def test_what_cannot_be_served_is_refused(start):
     with served.lock:
         for listener in heard:
             served.submit(ask(), listener)
-        with pytest.raises(Busy, match="2 requests wait"):
+        with pytest.raises(Busy, match="2 requests are being answered or wait"):
             served.submit(ask(), Listener())
     served.close(wait=True)
     for listener in heard:
@@ -329,6 +330,28 @@ def test_aligners_come_and_go(start):
         served.submit(ask(), Listener())
     with pytest.raises(UnknownAligner):
         served.remove_aligner("a")
+
+
+def test_memory_grows_by_the_aligners_alone(start):
+    """Each brings its weights and its pool; nothing of the proposal is held twice, all of it goes again."""
+
+    def held():
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    served = start(tiny_model(len(LETTERS), 3, layers=2, hidden=64), aligners={}, max_tokens=4000)
+    before, counts = held(), served.figures()["bytes"]
+    assert min(counts["weights"]["proposal"], counts["pools"]["proposal"]) > 200_000
+    for name in "xy":
+        served.add_aligner(name, tiny_model(len(LETTERS), 4))
+    counts = served.figures()["bytes"]
+    mine = sum(counts[kind][f"aligner {name}"] for kind in counts for name in "xy")
+    assert mine <= held() - before < mine + 50_000  # and where each row's positions are
+    for name in "xy":
+        served.remove_aligner(name)
+    assert held() == before
 
 
 def test_a_long_prompt_stalls_nobody(start):
