@@ -243,7 +243,7 @@ def _add_answering(app: FastAPI, models: Models) -> None:
         requests = models.requests(served, ids, law, new_tokens, seed, stop, n, logprobs)
         chat = isinstance(body, ChatRequest)
         told = Answer(chat, served, seed, n, logprobs is not None, models.tokenizer)
-        running = Running(models.engine, requests)
+        running = Running(models.engine, requests, bool(body.stream))
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             return EventStream(running, told.chunks(running, usage), limits.seconds)

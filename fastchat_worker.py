@@ -192,7 +192,7 @@ def create_worker(models: Models) -> Guard:
         try:
             served = models.find(str(params.get("model")))
             requests, shown = await asyncio.to_thread(to_request, models, params, served)
-            async for item in growing(Running(models.engine, requests), shown):
+            async for item in growing(Running(models.engine, requests, streamed=True), shown):
                 yield item
         except (EngineError, ApiError, ValueError, TypeError) as error:
             yield failure(error)

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
@@ -30,11 +31,15 @@ class Gone(Exception):
 class Running:
     """Some requests in the engine, cancelled when the context is left. Raises EngineError where the engine
     does not take all of them.
+
+    streamed: whether what comes is wanted as soon as it does; else the loop is left alone until an answer
+    ends.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        self.engine, self.open = engine, len(requests)
-        self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue()
+    def __init__(self, engine: Engine, requests: Sequence[Request], streamed: bool) -> None:
+        self.engine, self.open, self.streamed = engine, len(requests), streamed
+        self.loop, self.events = asyncio.get_running_loop(), deque()
+        self.came, self.called = asyncio.Event(), False
         self.tickets = []
         try:
             for index, request in enumerate(requests):
@@ -45,8 +50,12 @@ class Running:
 
     def _hear(self, index: int, event: Piece | Done) -> None:
         """Called by the engine's thread."""
+        self.events.append((index, event))
+        if self.called or not (self.streamed or isinstance(event, Done)):
+            return
+        self.called = True
         with contextlib.suppress(RuntimeError):  # the loop was closed: nobody listens any more
-            self.loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
+            self.loop.call_soon_threadsafe(self.came.set)
 
     def __enter__(self):
         return self
@@ -60,7 +69,12 @@ class Running:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece | Done]]:
         while self.open:
-            index, event = await self.events.get()
+            if not self.events:
+                await self.came.wait()
+                self.came.clear()
+                self.called = False  # before the events are looked at: what comes later calls again
+                continue
+            index, event = self.events.popleft()
             if isinstance(event, Done):
                 self.open -= 1
                 if event.finish_reason == "error":
