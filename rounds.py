@@ -251,14 +251,15 @@ class Rounds:
         for frame, (count, order) in zip(frames, orders, strict=True):
             mine = arranged([next(logits) for _ in range(count)], order)
             for group in frame.groups:
+                jobs = group.jobs
                 try:
                     found = frame.draw(group, mine)
+                    for index, job in enumerate(group.jobs):
+                        jobs = [job]
+                        for i, count in enumerate(self.accept(job, found[index], frame)):
+                            kept[job.pair][i] += count
                 except Exception as error:
-                    failed = Failed(group.jobs, error)
-                    continue
-                for job, of_row in zip(group.jobs, found, strict=True):
-                    for i, count in enumerate(self.accept(job, of_row, frame)):
-                        kept[job.pair][i] += count
+                    failed = Failed(jobs, error)
         if failed:
             raise failed
         tokens = sum(part.ids.numel() for part in parts + more)

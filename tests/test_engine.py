@@ -251,6 +251,24 @@ def test_a_failing_model_ends_its_own_rows(broken, ended, start, monkeypatch):
     assert_whole(served)
 
 
+@pytest.mark.parametrize("mode", ["par", "par_kl", "product", "snis", "mds"])
+def test_an_aligner_of_no_numbers_ends_its_own_rows(mode, start):
+    """Its answers end with an error that says so; rows beside it, of its forward too, do not notice."""
+    broken = tiny_model(len(LETTERS), 9)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    served, params = start(aligners=MODELS | {"x": broken}, max_rows=6), CASES[mode][1]
+    heard = {name: Listener() for name in ("a", "x", "d", "b", None)}
+    with served.lock:
+        for name, listener in heard.items():
+            served.submit(ask(aligner=name, params=params), listener)
+    done = heard.pop("x").done()
+    assert done.finish_reason == "error" and "not numbers" in done.error
+    for name, listener in heard.items():
+        assert_alone(ask(aligner=name, params=params), listener)
+    assert_whole(served)
+
+
 def test_nobody_waits_for_an_engine_that_stopped(start, monkeypatch):
     """After a mistake in its own thread every request has its Done, and later ones are refused."""
     served, heard = start(max_rows=2), [Listener() for _ in range(4)]
