@@ -20,9 +20,15 @@ function say(text, failed = false) {
   $("status").classList.toggle("failed", failed);
 }
 
+class WantsKey extends Error {} // which the form for it says already
+
+function complain(error) {
+  if (!(error instanceof WantsKey)) say(error.message, true);
+}
+
 async function request(path, options = {}) {
-  const headers = { ...(options.headers || {}) };
-  if (key) headers.Authorization = `Bearer ${key}`;
+  const sent = key, headers = { ...(options.headers || {}) };
+  if (sent) headers.Authorization = `Bearer ${sent}`;
   let response;
   try {
     response = await fetch(path, { ...options, headers, credentials: "omit" });
@@ -31,7 +37,10 @@ async function request(path, options = {}) {
     throw new Error("the server cannot be reached");
   }
   if (response.ok) return response;
-  if (response.status === 401) askForKey(key !== "");
+  if (response.status === 401) {
+    if (sent === key) askForKey(); // else another one was given meanwhile, which this says nothing of
+    throw new WantsKey(sent ? "this key is not the server's" : "this server wants a key");
+  }
   let message = `the server answers ${response.status}`;
   try {
     message = (await response.json()).error.message;
@@ -39,10 +48,10 @@ async function request(path, options = {}) {
   throw new Error(message);
 }
 
-function askForKey(wrong) {
+function askForKey() {
+  $("wanted").textContent = key ? "This key is not the server's. Another one:" : "This server wants a key:";
   key = "";
   $("key-form").hidden = false;
-  if (wrong) say("this key is not the server's", true);
   $("key").focus();
 }
 
@@ -221,10 +230,10 @@ $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   key = $("key").value.trim();
   $("key").value = "";
-  loadModels().catch((error) => say(error.message, true));
+  loadModels().catch(complain);
 });
 $("model").addEventListener("focus", () => loadQuietly());
-loadModels().catch((error) => say(error.message, true));
+loadModels().catch(complain);
 
 // Aligners come and go: the lists are read again when somebody looks, without stealing the focus.
 async function loadQuietly() {
