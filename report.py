@@ -78,6 +78,10 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "commit": ("Commit", "", "of the checkout that made the table; +changes: files differ from it"),
 }
 SHARES = ("win_rate", "both")  # these come with an interval and get a bar
+LENGTH_CONTROLLED = (  # the second mark of a win rate: key, what it is
+    ("length_controlled", "at equal length"),
+    ("lc_win_rate", "AlpacaEval's length-controlled"),
+)
 MOSTLY_FELL_BACK = "the pair mostly fell back to the proposal, for more than half of its tokens"
 MAX_POINTS = 300  # of a train curve; more only cost file size at this width
 DASH = "–"
@@ -215,13 +219,16 @@ def _plots(report: dict[str, Any]) -> str:
     board = {row["system"]: row for row in report["board"] if finite(row.get("win_rate")) is not None}
     if not board or not report["rows"]:
         return ""
+    # AlpacaEval's own figure where there is one; never both, which are not to be compared.
+    by_alpaca = any(finite(row.get("lc_win_rate")) is not None for row in board.values())
+    controlled, mark = LENGTH_CONTROLLED[by_alpaca]
     points = []
     for name, row in board.items():
-        ends = [finite(row.get(key)) for key in ("win_rate_low", "win_rate_high", "length_controlled")]
+        ends = [finite(row.get(key)) for key in ("win_rate_low", "win_rate_high", controlled)]
         points.append(Point(name, finite(row.get("average_length")) or 0.0, float(row["win_rate"]), *ends))
     compared = report["reference"]
     against = "the test file's answers" if compared == "output" else compared
-    found = charts.intervals("Win rate", points, f"against {against}", 0.5, "at equal length")
+    found = charts.intervals("Win rate", points, f"against {against}", 0.5, mark)
     references = [len(row["reference"]) for row in report["rows"] if row["reference"] is not None]
     average = sum(references) / len(references) if compared == "output" and references else None
     units = "characters per answer, mean", "win rate"

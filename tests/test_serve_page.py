@@ -163,7 +163,7 @@ def test_with_a_key(folder, visit, monkeypatch):
         page.run("key = 'of yesterday'; 1")
         page.type("more")
         page.key("Enter")
-        page.until(f"{LAST}.textContent.includes(\"this key is not the server's\") && {IDLE}")
+        page.until(f'{LAST}.textContent.includes("this key is not the server\'s") && {IDLE}')
         assert page.run(FOCUS) == "key" and page.run(f"{FIELD}.value") == "more"
         page.type("sesame")
         page.key("Enter")
