@@ -1,9 +1,9 @@
 """One self-contained HTML page per evaluation: leaderboard, plots, training curves, a browser of all answers.
 
 Nothing is fetched. What can be seen without a script is HTML and SVG drawn here; the browser of answers is
-report_page/report.js over the answers embedded as JSON. A model may write markup, so whatever comes from data
-passes `charts.text` or a number format, or is JSON that the script puts into text nodes only; the page's
-policy lets no other style, script or address in.
+report_page/report.js, with answers.js for what a row looks like, over the answers embedded as JSON. A model
+may write markup, so whatever comes from data passes `charts.text` or a number format, or is JSON that the
+script puts into text nodes only; the page's policy lets no other style, script or address in.
 """
 
 import base64
@@ -20,7 +20,7 @@ from files import write_text
 
 PAGE = Path(__file__).parent / "report_page"
 STYLE = (PAGE / "report.css").read_text(encoding="utf-8") + charts.STYLE
-SCRIPT = (PAGE / "report.js").read_text(encoding="utf-8")
+SCRIPT = "".join((PAGE / name).read_text(encoding="utf-8") for name in ("answers.js", "report.js"))
 
 # Columns of the leaderboard: heading, number format (none for text), meaning. Shown where a row has a value.
 COLUMNS: dict[str, tuple[str, str, str]] = {
