@@ -169,7 +169,7 @@ def _leaderboard(rows: list[dict]) -> str:
         f"<tr>{''.join(_cell(number, row, key) for key in shown)}</tr>" for number, row in enumerate(rows, 1)
     )
     return f"""<div class="scroll" role="region" aria-labelledby="leaderboard" tabindex="0"><table>
-<caption>One system a line, its number that of the plots; shares run from 0 to 1</caption>
+<caption><span>One system a line, its number that of the plots; shares run from 0 to 1</span></caption>
 <thead><tr>{header}</tr></thead><tbody>
 {lines}
 </tbody></table></div>
@@ -187,7 +187,7 @@ def _cell(number: int, row: dict, key: str) -> str:
     shown = DASH if value in (None, "") else text(format(value, spec))
     if key == "system":
         # A long name breaks where its parts meet.
-        name = shown.replace("+", "+<wbr>")
+        name = shown.replace("+", "+<wbr>").replace("[", "<wbr>[")
         return f'<th scope="row"><span class="small">{number}</span>&nbsp;{name}</th>'
     if key in SHARES and value is not None:
         low, high = finite(row.get(f"{key}_low")), finite(row.get(f"{key}_high"))
@@ -250,7 +250,7 @@ BY_ROW = (
 
 
 def _histograms(report: dict[str, Any]) -> str:
-    """A line of three histograms for every pair, each over the same range in all of them."""
+    """Histograms of every pair over ranges that are the same in all of them; none where all rows have 0."""
     values: dict[tuple[int, str], list[float]] = {}
     for place in range(len(report["systems"])):
         for key, *_ in BY_ROW:
@@ -263,12 +263,12 @@ def _histograms(report: dict[str, Any]) -> str:
         drawn = "".join(
             charts.histogram(title, system["name"], values[place, key], highs[key], unit)
             for key, title, unit in BY_ROW
-            if values[place, key]
+            if any(values[place, key])
         )
         if drawn:
             name = f'<span class="small">{place + 1}</span> {text(system["name"])}'
-            found += f'<h4>{name}</h4><div class="charts three">{drawn}</div>\n'
-    return f"<h3>Rows of each pair</h3>\n{found}" if found else ""
+            found += f'<div><h4>{name}</h4><div class="charts three">{drawn}</div></div>\n'
+    return f'<h3>Rows of each pair</h3>\n<div class="pairs">{found}</div>' if found else ""
 
 
 # ---- training curves ---------------------------------------------------------------------------------------

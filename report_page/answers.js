@@ -33,7 +33,7 @@ const drawing = (() => {
   }
 
   // A long name breaks where its parts meet.
-  const breakable = (name) => name.split(/(?<=\+)/).flatMap((part) => [make("wbr"), part]).slice(1);
+  const breakable = (name) => name.split(/(?<=\+)|(?=\[)/).flatMap((part) => [make("wbr"), part]).slice(1);
   const number = (value, digits = 3) => (value == null ? "–" : value.toFixed(digits).replace("-", "−"));
   const share = (value) => (value === 0 ? "0" : value < 0.001 ? "<.001" : value.toFixed(3));
   const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;

@@ -82,7 +82,7 @@
       state[name] = name === "system" ? Number(element.value) : element.value;
       update();
     });
-    return make("label", {}, make("span", {}, label), element);
+    return make("label", { class: name }, make("span", {}, label), element);
   }
 
   function controls() {
@@ -135,7 +135,8 @@
       const scale = make("p", {}, "Aligner's influence, log p − log P_M in nats: ");
       const steps = [["down4", "≤ −3"], ["down3", "−1.5"], ["down2", "−0.5"], ["down1", "−0.1"], ["", "0"]];
       steps.push(["up1", "0.1"], ["up2", "0.5"], ["up3", "1.5"], ["up4", "≥ 3"]);
-      for (const [mark, words] of steps) scale.append(make("span", { class: `swatch ${mark}` }, words));
+      const swatches = steps.map(([mark, words]) => make("span", { class: `swatch ${mark}` }, words));
+      scale.append(make("span", { class: "swatches" }, ...swatches));
       const meant =
         `p is the pair's law, P_M the proposal's own at its settings. ${detailed} of ${plural(data.rows.length, "row")} ` +
         "have such figures: point at a token, tap it, or walk with ← and →.";

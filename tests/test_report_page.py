@@ -201,7 +201,7 @@ def test_without_scripts_the_rest_is_there(browser, tmp_path):
     try:
         browser.load((tmp_path / "report.html").as_uri())
         root = browser.send("DOM.getDocument")["root"]["nodeId"]
-        for selector, least in (("figure", 13), ("tbody tr", 3), ("noscript .warning", 1), (".row", 0)):
+        for selector, least in (("figure", 12), ("tbody tr", 3), ("noscript .warning", 1), (".row", 0)):
             found = browser.send("DOM.querySelectorAll", nodeId=root, selector=selector)["nodeIds"]
             assert len(found) >= least and (least or not found), selector
     finally:
