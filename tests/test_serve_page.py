@@ -1,9 +1,8 @@
 """The server's page in a browser: keys, answers that grow, stop and fail, two side by side, widths."""
 
-import httpx
 import pytest
 from sample_report import HOSTILE
-from served import TOKENIZER, ask, chat_text, eventually, running, save_models
+from served import TOKENIZER, ask, chat_text, eventually, get, running, save_models
 
 from answers import Busy, Closed, Done, Piece
 
@@ -101,10 +100,10 @@ def fact(page, place=0):
 def test_page_is_self_contained(server):
     """A strict policy, nothing from elsewhere, and no way to write HTML into it."""
     url = server[1]
-    page = httpx.get(url)
+    page = get(url)
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
-    texts = [page.text] + [httpx.get(f"{url}/chat.{kind}").text for kind in ("css", "js")]
+    texts = [page.text] + [get(f"{url}/chat.{kind}").text for kind in ("css", "js")]
     assert not any("http://" in text or "https://" in text for text in texts)
     assert not any(
         word in texts[2] for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(")
