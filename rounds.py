@@ -228,7 +228,9 @@ class Rounds:
             if not pair:
                 mine = [job for job in mine if (job.drafter is not None and wide > 1) == drafted]
             if mine:
-                mine.sort(key=lambda job: job.drafter and (hash(job.drafter.pool.kind), id(job.drafter)))
+                mine.sort(
+                    key=lambda job: (hash(job.drafter.pool.kind), id(job.drafter)) if job.drafter else ()
+                )
                 wide = min(wide, max(job.max_new_tokens - len(job.row.ids) for job in mine)) if drafted else 1
                 frames.append(_Frame(mine, wide, self.columns, self.vocab, self.seen, self.device))
         for member in {job.drafter: None for job, _ in chunks if job.drafter}:

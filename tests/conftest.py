@@ -1,11 +1,13 @@
 """Every test runs on one thread (tiny tensors gain nothing from more) and never asks a hub for anything."""
 
+import contextlib
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 
 import pytest
 import torch
+from browser import CHROMIUM, Browser
 
 import utils
 
@@ -21,3 +23,12 @@ def one_thread():
 def propagated_log(monkeypatch):
     """Lets caplog see the project's log."""
     monkeypatch.setattr(utils.log, "propagate", True)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """One headless Chromium for all pages; a test opens its own."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with contextlib.closing(Browser(tmp_path_factory.mktemp("profile"))) as found:
+        yield found
