@@ -136,6 +136,7 @@ function facts(answer) {
   if (answer.finish) told.push(answer.finish === "length" ? "cut at the limit" : "ended by itself");
   if (answer.pair && answer.stats) {
     told.push(`fell back ${Math.round(100 * answer.stats.fallback_fraction)} %`);
+    told.push(`changed ${Math.round(100 * answer.stats.changed_fraction)} %`);
     told.push(`mean KL ${answer.stats.mean_kl.toPrecision(2)} nats`);
   }
   if (answer.seed !== undefined) told.push(`seed ${answer.seed}`);

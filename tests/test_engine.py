@@ -184,6 +184,16 @@ def test_a_conversation_is_not_read_twice(start):
     assert_whole(served)
 
 
+def test_a_proposal_without_aligners_serves_a_crowd(start):
+    """Two rows that nobody drafts for could not be put in order."""
+    served, heard = start(aligners={}), [Listener() for _ in range(6)]
+    with served.lock:
+        for seed, listener in enumerate(heard):
+            served.submit(ask(aligner=None, seed=seed), listener)
+    for seed, listener in enumerate(heard):
+        assert_alone(ask(aligner=None, seed=seed), listener)
+
+
 def test_rows_share_a_prompt_while_they_run(start):
     """A request that comes while another with its prompt is decoded takes over its positions."""
     served, later = start(max_tokens=110), Listener()
