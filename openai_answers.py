@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import math
 import os
 import secrets
 import time
@@ -200,7 +201,7 @@ class Answer:
         found = {
             "index": choice.index,
             "finish_reason": choice.done.finish_reason,
-            "stats": choice.done.stats,
+            "stats": finite(choice.done.stats),
         }
         told = self.chat_or_completion(choice, choice.logprobs)
         if self.chat:
@@ -234,7 +235,7 @@ class Answer:
     ) -> dict[str, Any]:
         done = choice.done
         found = {"index": choice.index, "finish_reason": done.finish_reason if done else None}
-        found |= {"logprobs": logprobs} | ({"stats": done.stats} if done else {})
+        found |= {"logprobs": logprobs} | ({"stats": finite(done.stats)} if done else {})
         if self.chat:
             return found | {"delta": {} if done else (role or {}) | {"content": text}}
         return found | {"text": text}
@@ -283,6 +284,11 @@ class EventStream(Response):
 
 def too_slow(seconds: float) -> ApiError:
     return ApiError(504, f"no whole answer within {seconds:g} seconds; it was cancelled", "timeout")
+
+
+def finite(stats: dict[str, float]) -> dict[str, float]:
+    """What JSON can say: the KL is infinite where the aligner excludes what the proposal does not."""
+    return {key: value for key, value in stats.items() if math.isfinite(value)}
 
 
 def to_json(value: Any) -> str:

@@ -137,7 +137,7 @@ function facts(answer) {
   if (answer.pair && answer.stats) {
     told.push(`fell back ${Math.round(100 * answer.stats.fallback_fraction)} %`);
     told.push(`changed ${Math.round(100 * answer.stats.changed_fraction)} %`);
-    told.push(`mean KL ${answer.stats.mean_kl.toPrecision(2)} nats`);
+    if ("mean_kl" in answer.stats) told.push(`mean KL ${answer.stats.mean_kl.toPrecision(2)} nats`);
   }
   if (answer.seed !== undefined) told.push(`seed ${answer.seed}`);
   return told.map((each) => each.replaceAll(" ", "\u00a0")).join(" · "); // lines break between them

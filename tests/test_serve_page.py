@@ -64,7 +64,8 @@ class Told:
 
     def end(self, text="", which=-1):
         self.say(text, which)
-        self.asked[which][1](Done("stop", 5, 7, {"fallback_fraction": 0.25, "mean_kl": 0.5}))
+        stats = {"fallback_fraction": 0.25, "changed_fraction": 0.12, "mean_kl": float("inf")}
+        self.asked[which][1](Done("stop", 5, 7, stats))
 
     def prompt(self, which=-1):
         """(aligner, text) that an answer was asked of."""
@@ -152,7 +153,10 @@ def test_with_a_key(folder, visit, monkeypatch):
         (choice,) = ask(url, body | {"model": "a"}, headers=headers).json()["choices"]
         assert shown(page) == choice["message"]["content"] != ""
         fallen = round(100 * choice["stats"]["fallback_fraction"])
-        assert f" · fell back {fallen} % · mean KL " in fact(page) and fact(page).endswith(" · seed 7")
+        changed = round(100 * choice["stats"]["changed_fraction"])
+        assert f" · fell back {fallen} % · changed {changed} % · mean KL " in fact(page) and fact(
+            page
+        ).endswith(" · seed 7")
         page.run("document.getElementById('compare').click()")
         page.type("again")
         page.key("Enter")
@@ -197,7 +201,7 @@ def test_an_answer_that_grows_and_is_stopped(server, told, visit):
     assert told.prompt() == ("b", chat_text("one", "The first part", "two"))
     told.end("whole")
     page.until(IDLE)
-    assert fact(page).startswith("7 tokens · ended by itself · fell back 25 % · mean KL 0.50 nats · seed ")
+    assert fact(page).startswith("7 tokens · ended by itself · fell back 25 % · changed 12 % · seed ")
     send(page, told, "three")
     page.key("Escape")  # before anything came: as if it had not been asked
     page.until(IDLE)
