@@ -19,13 +19,11 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 
-import chat
-import fastchat_worker
 import recipes
-import serve_settings
-from api import create_app
-from serve_settings import Settings
-from serving import Models
+from serving import chat, fastchat_worker, serve_settings
+from serving.api import create_app
+from serving.models import Models
+from serving.serve_settings import Settings
 from utils import UserError, log, nearest, run_entry_point, setup_logging
 
 MODES = ("serve", "chat", "worker", "fastchat")

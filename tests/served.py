@@ -9,13 +9,12 @@ import time
 import httpx
 from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
-import api
 import checkpoints
 import decoding
 import prompts
 import serve
-import serve_settings
-import serving
+from serving import api, serve_settings
+from serving.models import Models
 
 TOKENIZER = byte_tokenizer()
 # Nothing here speaks TLS, for which httpx would read the machine's certificates with every request (40 ms).
@@ -65,7 +64,7 @@ def listening(models, app, listener):
 def opened(folder, *arguments):
     """(models, listener, url) that a server is made of."""
     found = settings(folder, *arguments)
-    models, listener = serving.Models(found), serve.listen(found)
+    models, listener = Models(found), serve.listen(found)
     return models, listener, serve.url_of(found, listener.getsockname()[1])
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from served import SAMPLING, TOKENIZER, chat_text, expected, save_models, settings
 
-import chat
 import serve
-import serving
-from answers import Piece
+from serving import chat
+from serving.answers import Piece
+from serving.models import Models
 
 ROOT = Path(__file__).resolve().parents[1]
 # `python serve.py` at a terminal whose keys are heard as they are by a login's shell.
@@ -35,7 +35,7 @@ runpy.run_path("serve.py", run_name="__main__")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     save_models(folder)
-    found = serving.Models(settings(folder, "seed=1", "max_new_tokens=20"))
+    found = Models(settings(folder, "seed=1", "max_new_tokens=20"))
     yield found
     found.engine.close(wait=False)
 

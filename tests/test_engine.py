@@ -14,10 +14,9 @@ from test_decoding import BOTH, CASES, LETTERS, last_logits, pair
 from tiny import byte_tokenizer, tiny_model
 
 import par
-import pool
-import rounds
-from engine import BadRequest, Busy, Closed, Done, Engine, Piece, Request, TooLong, UnknownAligner
 from plain_loop import ShownText, StopWatch, decode_batch
+from serving import pool, rounds
+from serving.engine import BadRequest, Busy, Closed, Done, Engine, Piece, Request, TooLong, UnknownAligner
 from speculation import WIDTHS, DraftLength
 
 MODELS = {

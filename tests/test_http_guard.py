@@ -15,7 +15,7 @@ import pytest
 from served import PLAIN, ask, chat_text, eventually, expected, get, post, running, save_models
 
 import checkpoints
-import protocol
+from serving import protocol
 
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "seed": 1}
 

@@ -15,7 +15,7 @@ import pytest
 from served import PLAIN, eventually, get, save_models
 
 import serve
-import serve_settings
+from serving import serve_settings
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

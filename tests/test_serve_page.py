@@ -4,7 +4,7 @@ import pytest
 from sample_report import HOSTILE
 from served import TOKENIZER, ask, chat_text, eventually, get, running, save_models
 
-from answers import Busy, Closed, Done, Piece
+from serving.answers import Busy, Closed, Done, Piece
 
 LAST = "document.querySelector('.answers:last-child')"
 IDLE = f"{LAST}?.getAttribute('aria-busy') === 'false'"

@@ -15,11 +15,11 @@ from typing import Any
 
 import checkpoints
 import prompts
-import serve_settings
-from engine import BadRequest, Engine, Request, TooLong, UnknownAligner
 from files import fingerprint
 from par import PARParams
-from serve_settings import PROPOSAL, Settings
+from serving import serve_settings
+from serving.engine import BadRequest, Engine, Request, TooLong, UnknownAligner
+from serving.serve_settings import PROPOSAL, Settings
 from streaming import request_params
 from tokenization import encode, encode_prompts
 from utils import UserError, log, pick_device

@@ -16,16 +16,16 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-import protocol
-from engine import Busy, Closed, EngineError, TooLong, UnknownAligner
-from http_guard import HUNG_UP, Guard
-from openai_answers import Answer, EventStream, Gone, Running, answer_json, too_slow, while_connected
-from protocol import AlignerRequest, ApiError, ChatRequest, Common, CompletionRequest
-from server_metrics import CONTENT_TYPE, Metrics
-from serving import Models, Served
+from serving import protocol
+from serving.engine import Busy, Closed, EngineError, TooLong, UnknownAligner
+from serving.http_guard import HUNG_UP, Guard
+from serving.metrics import CONTENT_TYPE, Metrics
+from serving.models import Models, Served
+from serving.openai_answers import Answer, EventStream, Gone, Running, answer_json, too_slow, while_connected
+from serving.protocol import AlignerRequest, ApiError, ChatRequest, Common, CompletionRequest
 from utils import UserError
 
-PAGE = Path(__file__).resolve().parent / "serve_page"
+PAGE = Path(__file__).resolve().parent / "page"
 PAGE_FILES = {"/": "chat.html", "/chat.css": "chat.css", "/chat.js": "chat.js"}
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 PAGE_HEADERS = {

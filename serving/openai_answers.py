@@ -17,9 +17,9 @@ from typing import Any
 
 from starlette.responses import Response
 
-from engine import Done, Engine, EngineError, Piece, Request
 from plain_loop import StopWatch
-from protocol import ApiError
+from serving.engine import Done, Engine, EngineError, Piece, Request
+from serving.protocol import ApiError
 
 LAST_WORDS = 5  # seconds that the end of a stream may take to be sent
 LEAST_LOGP = -9999.0  # what the protocol says for a token that the law excludes

@@ -18,7 +18,7 @@ import torch
 
 from par import ALL, NEG_INF, Noise, PARParams, seen_mask
 from plain_loop import Row, StopWatch
-from pool import Hold, Part, Pool, cat
+from serving.pool import Hold, Part, Pool, cat
 from speculation import draft_law, draw_laws, fetch, grow
 
 

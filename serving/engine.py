@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
-from answers import (
+from par import signed
+from plain_loop import CHANGED, FELL_BACK, Row, ShownText, StopWatch, eos_token_ids
+from serving.answers import (
     BadRequest,
     Busy,
     Closed,
@@ -35,10 +37,8 @@ from answers import (
     TooLong,
     UnknownAligner,
 )
-from par import signed
-from plain_loop import CHANGED, FELL_BACK, Row, ShownText, StopWatch, eos_token_ids
-from pool import open_pool
-from rounds import Failed, Job, Member, Rounds
+from serving.pool import open_pool
+from serving.rounds import Failed, Job, Member, Rounds
 from slots import has_slots
 from speculation import DraftLength
 

@@ -15,10 +15,10 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from engine import Done, EngineError, Piece, UnknownAligner
 from plain_loop import StopWatch
-from serve_settings import PROPOSAL
-from serving import Models
+from serving.engine import Done, EngineError, Piece, UnknownAligner
+from serving.models import Models
+from serving.serve_settings import PROPOSAL
 from utils import nearest
 
 Turns = Sequence[tuple[bool, str]]
