@@ -95,7 +95,7 @@ class Engine:
             self.lengths[True].draft,
             self.lengths[True].verify,
         )
-        self.aligners: dict[str, Member] = {}
+        self.aligners: dict[str, Member] = {}  # replaced, never changed: its thread reads it without the lock
         self.lock = threading.Condition()
         self.taken = 0  # requests whose listener has not heard Done
         self.waiting: deque[Ticket] = deque()
@@ -167,13 +167,14 @@ class Engine:
         """
         member = self.open(model, self.proposal.model, model)
         with self.lock:
-            self.aligners[name] = member
+            self.aligners = {**self.aligners, name: member}
 
     def remove_aligner(self, name: str) -> None:
         """Refuses further requests for an aligner; those taken are finished. Raises UnknownAligner."""
         with self.lock:
-            if self.aligners.pop(name, None) is None:
+            if name not in self.aligners:
                 raise UnknownAligner(f"unknown aligner {name!r}")
+            self.aligners = {key: member for key, member in self.aligners.items() if key != name}
 
     def figures(self) -> dict[str, Any]:
         """What was served since the start, and what is going on.
