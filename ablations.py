@@ -109,8 +109,8 @@ def panel(title: str, column: str, curves: Curves, values: Sequence[Any]) -> str
         for name, curve in curves.items()
     }
     shown = {name: sorted(curve, key=lambda point: point[0]) for name, curve in shown.items() if curve}
-    if not shown:
-        return ""
+    if not any(row[column] for curve in shown.values() for _, row in curve):
+        return ""  # nothing there, or nothing but zeros
     ends = [
         row[key]
         for curve in shown.values()
@@ -118,7 +118,8 @@ def panel(title: str, column: str, curves: Curves, values: Sequence[Any]) -> str
         for key in (column, f"{column}_low", f"{column}_high")
         if row.get(key) is not None
     ]
-    frame = charts.Frame(-0.3, len(values) - 0.7, *charts.spread(ends))
+    least = max(0.04, 0.05 * max(map(abs, ends)))  # curves that do not move look so
+    frame = charts.Frame(-0.3, len(values) - 0.7, *charts.spread(ends, least))
     shapes, legend = frame.y_axis(""), ""
     for place, value in enumerate(values):
         x = frame.x(place)

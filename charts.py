@@ -208,24 +208,59 @@ def scatter(
     shapes += f'<path class="half" d="M{frame.left:g} {frame.y(lines_at[1])}H{frame.right:g}"/>'
     if lines_at[0] is not None:
         shapes += f'<path class="half" d="M{frame.x(lines_at[0])} {frame.top:g}V{frame.bottom:g}"/>'
-    legend, taken = "", []
+    legend = ""
     for number, point in enumerate(points, start=1):
         x, y = frame.x(point.x), frame.y(point.y)
         if point.low is not None and point.high is not None:
             shapes += f'<path class="whisker" d="M{x} {frame.y(point.low)}V{frame.y(point.high)}"/>'
         name = f"{number} {point.label}: {point.x:,.1f}, {point.y:.3f}"
         shapes += f'<circle class="point" cx="{x}" cy="{y}" r="3.5"><title>{text(name)}</title></circle>'
-        # The number stands beside its point, on the side where there is room, and beside those there already.
-        side = -1 if float(x) > (frame.left + frame.right) / 2 else 1
-        place = float(x) + 8 * side, float(y) - 6
-        while any(abs(place[0] - a) < 12 and abs(place[1] - b) < 11 for a, b in taken):
-            place = place[0] + 9 * side, place[1]
-        taken.append(place)
-        shapes += (
-            f'<text class="number" x="{place[0]:.1f}" y="{place[1]:.1f}" text-anchor="middle">{number}</text>'
-        )
         legend += f"<span><b>{number}</b> {text(point.label)}</span>"
+    shapes += _numbers([(float(frame.x(p.x)), float(frame.y(p.y))) for p in points], frame)
     return figure(title, f"{title}: {units[1]} over {units[0]}", 252, shapes, legend)
+
+
+def _numbers(places: Sequence[tuple[float, float]], frame: Frame) -> str:
+    """The numbers of points beside them: one text for those that lie too close together to have their own,
+    on the side where there is room, above those there already.
+    """
+    shapes, taken = "", []
+    for cluster in clusters(places):
+        xs, ys = ([places[i][axis] for i in cluster] for axis in (0, 1))
+        words = ranges([i + 1 for i in cluster])
+        width, left = 6.5 * len(words), sum(xs) / len(xs) > (frame.left + frame.right) / 2
+        x, y = min(xs) - 8 - width if left else max(xs) + 8, sum(ys) / len(ys) + 4
+        while any(x < b and a < x + width and abs(y - c) < 11 for a, b, c in taken):
+            y -= 11
+        taken.append((x, x + width, y))
+        at, anchor = (x + width, "end") if left else (x, "start")
+        shapes += f'<text class="number" x="{at:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
+    return shapes
+
+
+def clusters(places: Sequence[tuple[float, float]], near: float = 11.0) -> list[list[int]]:
+    """Which points belong together: each lies within `near` pixels, both ways, of another one of its own."""
+    found: list[list[int]] = []
+    for i, (x, y) in enumerate(places):
+        beside = [
+            cluster
+            for cluster in found
+            if any(abs(x - places[j][0]) < near and abs(y - places[j][1]) < near for j in cluster)
+        ]
+        found = [cluster for cluster in found if cluster not in beside]
+        found.append(sorted([i, *(j for cluster in beside for j in cluster)]))
+    return found
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in words: 1, 2, 4–7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def quantile(ranked: Sequence[float], share: float) -> float:

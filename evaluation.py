@@ -10,6 +10,7 @@ import numpy as np
 
 import demo
 import length_control
+import plain_loop
 from judges import Judgement
 from utils import UserError
 
@@ -111,10 +112,12 @@ def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
         return {}
     weighted = {
         key: sum(a["stats"][key] * a["n_tokens"] for a in pairs) / tokens
-        for key in ("fallback_fraction", "mean_kl", "changed_fraction")
+        for key in ("fallback_fraction", "mean_kl")
     }
     drafted = sum(a["stats"]["drafted"] for a in pairs)
-    return weighted | {"acceptance": sum(a["stats"]["accepted"] for a in pairs) / drafted}
+    changed = sum(answer["events"].count(plain_loop.CHANGED) for answer in pairs)
+    weighted["acceptance"] = sum(a["stats"]["accepted"] for a in pairs) / drafted
+    return weighted | {"changed_fraction": changed / tokens}
 
 
 def gate_warning(row: dict[str, Any]) -> str | None:

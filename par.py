@@ -303,6 +303,12 @@ def next_token_law(
     return Law(law, fell_back, kl, log_nucleus)
 
 
+def checked(token: torch.Tensor, law: Law) -> torch.Tensor:
+    """Tokens (B,) that were drawn, -1 where their law is not a number: a draw from NaN gives a token, too."""
+    own = law.logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    return torch.where((own + law.kl).isnan(), -1, token)
+
+
 def seen_mask(context_ids: torch.Tensor | None, vocab_size: int) -> torch.Tensor | None:
     """(B, V) bool: which ids stand in `context_ids` (B, T); -100 is padding, ids beyond V do not count."""
     if context_ids is None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from par import IGNORE_INDEX, PARParams, gumbel_argmax, gumbel_noise, next_token_law, seen_mask, warp
+from par import IGNORE_INDEX, PARParams, checked, gumbel_argmax, gumbel_noise, next_token_law, seen_mask, warp
+from utils import UserError
 
 AGREED, CHANGED, FELL_BACK = "agreed", "changed", "fell_back"  # what happened to a token of a pair
 
@@ -220,7 +221,7 @@ def decode_batch(
         law = next_token_law(z_p, z_q, params, seen, eos, candidates)
         noise = gumbel_noise(seed, ids, at, len(tokenizer))
         token = gumbel_argmax(law.logprobs, noise)
-        report = {"token": token}
+        report = {"token": checked(token, law)}
         if pair:
             report["fell_back"], report["kl"] = law.fell_back, law.kl
             report["as_proposal"] = gumbel_argmax(law.proposal_logprobs, noise) == token
@@ -254,7 +255,15 @@ def wide(logits: torch.Tensor) -> torch.Tensor:
 def append_token(
     row: Row, report: dict[str, list], line: int, ends: set[int], watch: StopWatch, last: bool
 ) -> None:
-    """Adds a token to a row and notes whether it ends it; `report` holds what is known of each by line."""
+    """Adds a token to a row and notes whether it ends it; `report` holds what is known of each by line.
+
+    Raises UserError for one that was drawn from no law at all.
+    """
+    if report["token"][line] < 0:
+        raise UserError(
+            f"token {len(row.ids)} of an answer has no law: logits that are not numbers (NaN or inf). The "
+            "weights of a model are damaged, or it overflows: try dtype=float32, or another checkpoint"
+        )
     row.ids.append(report["token"][line])
     if row.events is not None:
         agreed = AGREED if report["as_proposal"][line] else CHANGED

@@ -1,9 +1,9 @@
 """One self-contained HTML page per evaluation: leaderboard, plots, training curves, a browser of all answers.
 
 Nothing is fetched. What can be seen without a script is HTML and SVG drawn here; the browser of answers is
-report_page/report.js over the answers embedded as JSON. A model may write markup, so whatever comes from data
-passes `charts.text` or a number format, or is JSON that the script puts into text nodes only; the page's
-policy lets no other style, script or address in.
+report_page/report.js, with answers.js for what a row looks like, over the answers embedded as JSON. A model
+may write markup, so whatever comes from data passes `charts.text` or a number format, or is JSON that the
+script puts into text nodes only; the page's policy lets no other style, script or address in.
 """
 
 import base64
@@ -20,7 +20,7 @@ from files import write_text
 
 PAGE = Path(__file__).parent / "report_page"
 STYLE = (PAGE / "report.css").read_text(encoding="utf-8") + charts.STYLE
-SCRIPT = (PAGE / "report.js").read_text(encoding="utf-8")
+SCRIPT = "".join((PAGE / name).read_text(encoding="utf-8") for name in ("answers.js", "report.js"))
 
 # Columns of the leaderboard: heading, number format (none for text), meaning. Shown where a row has a value.
 COLUMNS: dict[str, tuple[str, str, str]] = {
@@ -78,6 +78,10 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "commit": ("Commit", "", "of the checkout that made the table; +changes: files differ from it"),
 }
 SHARES = ("win_rate", "both")  # these come with an interval and get a bar
+LENGTH_CONTROLLED = (  # the second mark of a win rate: key, what it is
+    ("length_controlled", "at equal length"),
+    ("lc_win_rate", "AlpacaEval's length-controlled"),
+)
 MOSTLY_FELL_BACK = "the pair mostly fell back to the proposal, for more than half of its tokens"
 MAX_POINTS = 300  # of a train curve; more only cost file size at this width
 DASH = "–"
@@ -165,7 +169,7 @@ def _leaderboard(rows: list[dict]) -> str:
         f"<tr>{''.join(_cell(number, row, key) for key in shown)}</tr>" for number, row in enumerate(rows, 1)
     )
     return f"""<div class="scroll" role="region" aria-labelledby="leaderboard" tabindex="0"><table>
-<caption>One system a line, its number that of the plots; shares run from 0 to 1</caption>
+<caption><span>One system a line, its number that of the plots; shares run from 0 to 1</span></caption>
 <thead><tr>{header}</tr></thead><tbody>
 {lines}
 </tbody></table></div>
@@ -183,7 +187,7 @@ def _cell(number: int, row: dict, key: str) -> str:
     shown = DASH if value in (None, "") else text(format(value, spec))
     if key == "system":
         # A long name breaks where its parts meet.
-        name = shown.replace("+", "+<wbr>")
+        name = shown.replace("+", "+<wbr>").replace("[", "<wbr>[")
         return f'<th scope="row"><span class="small">{number}</span>&nbsp;{name}</th>'
     if key in SHARES and value is not None:
         low, high = finite(row.get(f"{key}_low")), finite(row.get(f"{key}_high"))
@@ -215,13 +219,16 @@ def _plots(report: dict[str, Any]) -> str:
     board = {row["system"]: row for row in report["board"] if finite(row.get("win_rate")) is not None}
     if not board or not report["rows"]:
         return ""
+    # AlpacaEval's own figure where there is one; never both, which are not to be compared.
+    by_alpaca = any(finite(row.get("lc_win_rate")) is not None for row in board.values())
+    controlled, mark = LENGTH_CONTROLLED[by_alpaca]
     points = []
     for name, row in board.items():
-        ends = [finite(row.get(key)) for key in ("win_rate_low", "win_rate_high", "length_controlled")]
+        ends = [finite(row.get(key)) for key in ("win_rate_low", "win_rate_high", controlled)]
         points.append(Point(name, finite(row.get("average_length")) or 0.0, float(row["win_rate"]), *ends))
     compared = report["reference"]
     against = "the test file's answers" if compared == "output" else compared
-    found = charts.intervals("Win rate", points, f"against {against}", 0.5, "at equal length")
+    found = charts.intervals("Win rate", points, f"against {against}", 0.5, mark)
     references = [len(row["reference"]) for row in report["rows"] if row["reference"] is not None]
     average = sum(references) / len(references) if compared == "output" and references else None
     units = "characters per answer, mean", "win rate"
@@ -243,7 +250,7 @@ BY_ROW = (
 
 
 def _histograms(report: dict[str, Any]) -> str:
-    """A line of three histograms for every pair, each over the same range in all of them."""
+    """Histograms of every pair over ranges that are the same in all of them; none where all rows have 0."""
     values: dict[tuple[int, str], list[float]] = {}
     for place in range(len(report["systems"])):
         for key, *_ in BY_ROW:
@@ -256,12 +263,12 @@ def _histograms(report: dict[str, Any]) -> str:
         drawn = "".join(
             charts.histogram(title, system["name"], values[place, key], highs[key], unit)
             for key, title, unit in BY_ROW
-            if values[place, key]
+            if any(values[place, key])
         )
         if drawn:
             name = f'<span class="small">{place + 1}</span> {text(system["name"])}'
-            found += f'<h4>{name}</h4><div class="charts three">{drawn}</div>\n'
-    return f"<h3>Rows of each pair</h3>\n{found}" if found else ""
+            found += f'<div><h4>{name}</h4><div class="charts three">{drawn}</div></div>\n'
+    return f'<h3>Rows of each pair</h3>\n<div class="pairs">{found}</div>' if found else ""
 
 
 # ---- training curves ---------------------------------------------------------------------------------------

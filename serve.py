@@ -19,20 +19,27 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 
-import chat
 import configs
-import fastchat_worker
-import serve_settings
-from api import create_app
-from serve_settings import Settings
-from serving import Models
+from serving import chat, fastchat_worker, serve_settings
+from serving.api import create_app
+from serving.models import Models
+from serving.serve_settings import Settings
 from utils import UserError, log, nearest, run_entry_point, setup_logging
 
 MODES = ("serve", "chat", "worker", "fastchat")
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends in peace (exit code 0) after SIGTERM or Ctrl-C: what runs is finished."""
+    """uvicorn's server, which says when it listens, and ends in peace (exit code 0) after SIGTERM or Ctrl-C:
+    what runs is finished.
+    """
+
+    said = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for line in self.said.splitlines() if self.started else ():
+            log.info(line)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -80,9 +87,12 @@ def url_of(settings: Settings, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"http://{host}:{port}"
 
 
-def make_server(app, seconds: float) -> Server:
-    """A server of an application; told to stop, it lets what runs take so many seconds more."""
-    return Server(
+def make_server(app, seconds: float, said: str = "") -> Server:
+    """A server of an application; told to stop, it lets what runs take so many seconds more.
+
+    said: lines to log once it listens.
+    """
+    server = Server(
         uvicorn.Config(
             app,
             http="h11",
@@ -94,6 +104,8 @@ def make_server(app, seconds: float) -> Server:
             timeout_graceful_shutdown=max(int(seconds), 1),
         )
     )
+    server.said = said
+    return server
 
 
 def run_server(server: Server, found: socket.socket) -> None:
@@ -109,13 +121,13 @@ def serve(settings: Settings, worker: bool = False) -> None:
         url, seconds = url_of(settings, found.getsockname()[1]), settings.config.shutdown_seconds
         models = Models(settings)
         try:
-            log.info(f"{models.proposal} with {', '.join(settings.aligners) or 'no aligners'} at {url}")
+            said = f"{models.proposal} with {', '.join(settings.aligners) or 'no aligners'} at {url}"
             if worker:
                 with fastchat_worker.registered(models, url) as app:
-                    run_server(make_server(app, seconds), found)
+                    run_server(make_server(app, seconds, said), found)
             else:
-                log.info(f"a page to talk to them: {url}/  OpenAI's protocol: {url}/v1")
-                run_server(make_server(create_app(models), seconds), found)
+                said += f"\na page to talk to them: {url}/  OpenAI's protocol: {url}/v1"
+                run_server(make_server(create_app(models), seconds, said), found)
         finally:
             models.engine.close(wait=False)
     log.info("stopped")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from par import ALL, Noise, PARParams, next_token_law, seen_mask, warp
+from par import ALL, Noise, PARParams, checked, next_token_law, seen_mask, warp
 from plain_loop import Row, StopWatch, append_token, eos_token_ids, wide
 from slots import Slots, open_slots
 
@@ -194,7 +194,7 @@ def draw_laws(z_p, z_q, params: PARParams, seen, eos: Sequence[int], noise: Nois
         others = (noise.stream_of(stream, *at) for stream in range(1, params.n_candidates + 1))
         candidates = torch.stack([each.draw(nucleus) for each in others], dim=-1)
     law = next_token_law(z_p, z_q, params, seen, eos, candidates)
-    token = noise.draw(law.logprobs, *at)
+    token = checked(noise.draw(law.logprobs, *at), law)
     found = {"token": token}
     if pair:
         as_proposal = noise.draw(law.proposal_logprobs, *at) == token
@@ -339,7 +339,7 @@ class _Loop:
         batch.length[lines] = torch.minimum(frame.length + kept, batch.end[lines])  # where an ended row stays
         batch.step[lines] += kept
         if batch.seen is not None:
-            mine = torch.where(ahead < kept.unsqueeze(1), tokens, tokens[:, :1])
+            mine = torch.where(ahead < kept.unsqueeze(1), tokens, tokens[:, :1]).clamp(min=0)
             batch.seen[lines] = frame.seen.scatter(1, mine, True)
         worked, agreed, compared = [], 0, 0
         for line, slot in enumerate(frame.slots):

@@ -15,7 +15,10 @@ CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
     None,
 )
-KEYS = {"/": 191, "Escape": 27, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, "Enter": 13}
+# Windows' code of a key that is no letter or digit, and the text that it types.
+KEYS = {"/": (191, "/"), "Escape": (27, ""), "Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " ")}
+KEYS |= {"ArrowLeft": (37, ""), "ArrowUp": (38, ""), "ArrowRight": (39, ""), "ArrowDown": (40, "")}
+SHIFT = 8  # as the protocol counts modifiers
 
 
 class Browser:
@@ -107,11 +110,23 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def key(self, key: str) -> None:
-        code = KEYS.get(key, ord(key.upper()) if len(key) == 1 else 0)
-        press = {"key": key, "windowsVirtualKeyCode": code}
-        typed = {"text": key} if len(key) == 1 else {}
-        self.send("Input.dispatchKeyEvent", type="keyDown", **press, **typed)
+    def until(self, expression: str, seconds: float = 15):
+        """The value of an expression as soon as it is true."""
+        deadline = time.monotonic() + seconds
+        while not (found := self.run(expression)):
+            assert time.monotonic() < deadline, f"never true: {expression}"
+            time.sleep(0.02)
+        return found
+
+    def type(self, text: str) -> None:
+        """What a person writes into the field that has the focus."""
+        self.send("Input.insertText", text=text)
+
+    def key(self, key: str, shift: bool = False) -> None:
+        """One key pressed and released, with the text that it types."""
+        code, text = KEYS.get(key) or (ord(key.upper()), key)
+        press = {"key": key, "windowsVirtualKeyCode": code, "modifiers": SHIFT if shift else 0}
+        self.send("Input.dispatchKeyEvent", type="keyDown", **press, **({"text": text} if text else {}))
         self.send("Input.dispatchKeyEvent", type="keyUp", **press)
 
     def screenshot(self, path: Path, whole: bool = False) -> None:

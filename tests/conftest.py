@@ -1,5 +1,6 @@
 """Every test runs on one thread (tiny tensors gain nothing from more) and never asks a hub for anything."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -10,6 +11,7 @@ os.environ.update(
 
 import pytest
 import torch
+from browser import CHROMIUM, Browser
 
 import utils
 
@@ -41,3 +43,12 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """One headless Chromium for all pages; a test opens its own."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with contextlib.closing(Browser(tmp_path_factory.mktemp("profile"))) as found:
+        yield found

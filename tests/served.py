@@ -2,21 +2,24 @@
 
 import contextlib
 import functools
+import ssl
 import threading
 import time
 
 import httpx
 from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
-import api
 import checkpoints
 import decoding
 import prompts
 import serve
-import serve_settings
-import serving
+from serving import api, serve_settings
+from serving.models import Models
 
 TOKENIZER = byte_tokenizer()
+# Nothing here speaks TLS, for which httpx would read the machine's certificates with every request (40 ms).
+PLAIN = {"verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "trust_env": False, "timeout": 60}
+get, post = functools.partial(httpx.get, **PLAIN), functools.partial(httpx.post, **PLAIN)
 SAMPLING = ["sampling.temperature=1.0", "sampling.base_temperature=1.0", "sampling.sample_mode=par"]
 
 
@@ -61,7 +64,7 @@ def listening(models, app, listener):
 def opened(folder, *arguments):
     """(models, listener, url) that a server is made of."""
     found = settings(folder, *arguments)
-    models, listener = serving.Models(found), serve.listen(found)
+    models, listener = Models(found), serve.listen(found)
     return models, listener, serve.url_of(found, listener.getsockname()[1])
 
 
@@ -101,4 +104,4 @@ def eventually(condition, seconds=10):
 
 
 def ask(url, body, path="chat/completions", **more):
-    return httpx.post(f"{url}/v1/{path}", json=body, timeout=60, **more)
+    return post(f"{url}/v1/{path}", json=body, **more)

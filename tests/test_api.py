@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from served import TOKENIZER, ask, chat_text, expected, running, save_models
 
-import protocol
+from serving import protocol
 
 openai = pytest.importorskip("openai")
 HELLO = [{"role": "user", "content": "hello"}]

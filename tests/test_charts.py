@@ -1,5 +1,6 @@
 """Charts: where things are drawn, and what is counted."""
 
+import itertools
 import re
 
 import pytest
@@ -58,10 +59,26 @@ def test_intervals_and_boxes_stand_where_their_numbers_say():
     assert float(x) + float(width) / 2 == pytest.approx(median, abs=0.2) and "median 50" in box
 
 
-def test_numbers_of_equal_points_stand_side_by_side():
-    found = charts.scatter("t", [Point("a", 1.0, 0.5)] * 4 + [Point("b", 3.0, 0.6)], ("x", "y"), (None, 0.5))
-    places = re.findall(r'class="number" x="([\d.]+)" y="([\d.]+)"', found)
-    assert len(set(places)) == 5
+def test_points_too_close_for_numbers_of_their_own_share_a_text():
+    """Every number stands once, beside its points and on no other number; chains of neighbours are one."""
+    near = [Point("a", 1.0, 0.5)] * 3 + [Point("b", 3.0, 0.6), Point("c", 1.01, 0.5), Point("d", 3.0, 0.9)]
+    found = charts.scatter("t", near, ("x", "y"), (None, 0.5))
+    words = re.findall(r'class="number" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]*)<', found)
+    assert sorted(text for *_, text in words) == ["1–3, 5", "4", "6"]
+    points = [tuple(map(float, place)) for place in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', found)]
+    for x, y, anchor, text in words:
+        px, py = points[int(text[0]) - 1]
+        assert 0 < (px - float(x) if anchor == "end" else float(x) - px) < 15 and abs(py - float(y)) < 8
+    assert charts.clusters([(0, 0), (20, 0), (10, 0), (10, 30)]) == [[0, 1, 2], [3]]
+    assert charts.ranges([1, 2, 4, 5, 6, 9]) == "1, 2, 4–6, 9"
+
+
+def test_numbers_do_not_cover_each_other():
+    """A text that would run into another one's stands above it."""
+    points = [Point("a", 0.0, 0.5), Point("b", 0.1, 0.5), Point("c", 2.0, 0.5)]
+    found = charts.scatter("t", points, ("x", "y"), (None, 0.5))
+    boxes = [(float(x), float(y)) for x, y in re.findall(r'class="number" x="([\d.]+)" y="([\d.]+)"', found)]
+    assert all(abs(a - c) > 6 or abs(b - d) >= 11 for (a, b), (c, d) in itertools.combinations(boxes, 2))
 
 
 def test_text_is_escaped_and_shows_what_is_invisible():

@@ -1,5 +1,6 @@
 """Generation against slow references: one row, no padding, no cache, a full forward per token and model."""
 
+import copy
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ import decoding
 import par
 import plain_loop
 from par import PARParams
+from utils import UserError
 
 KNOBS = {
     "temperature": 0.8,
@@ -425,3 +427,15 @@ def test_mistakes_are_explained(models, prompts, max_new_tokens, message):
     models = [g if m is True else m or None for g, m in zip(given, models, strict=True)]
     with pytest.raises(ValueError, match=message):
         decoding.generate(*models, LETTERS, prompts, PARParams(), max_new_tokens=max_new_tokens)
+
+
+@pytest.mark.parametrize("speculative", [True, False])
+@pytest.mark.parametrize("case", ["par", "par_kl", "snis", "proposal_alone", "aligner_alone"])
+def test_a_law_that_is_no_number_is_an_error(case, speculative):
+    """Damaged weights gave token 0 for ever, or the proposal's own answers with a mean KL of NaN."""
+    roles, params, _ = CASES[case]
+    models = [model and copy.deepcopy(model) for model in pair(len(LETTERS), roles)]
+    with torch.no_grad():
+        next(filter(None, reversed(models))).model.norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match="token 0 of an answer has no law"):
+        decoding.generate(*models, LETTERS, ["abc", "b"], params, max_new_tokens=4, speculative=speculative)

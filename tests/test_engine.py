@@ -3,6 +3,7 @@ ends.
 """
 
 import functools
+import gc
 import random
 import threading
 from dataclasses import replace
@@ -13,10 +14,9 @@ from test_decoding import BOTH, CASES, LETTERS, last_logits, pair
 from tiny import byte_tokenizer, tiny_model
 
 import par
-import pool
-import rounds
-from engine import BadRequest, Busy, Closed, Done, Engine, Piece, Request, TooLong, UnknownAligner
 from plain_loop import ShownText, StopWatch, decode_batch
+from serving import pool, rounds
+from serving.engine import BadRequest, Busy, Closed, Done, Engine, Piece, Request, TooLong, UnknownAligner
 from speculation import WIDTHS, DraftLength
 
 MODELS = {
@@ -183,6 +183,16 @@ def test_a_conversation_is_not_read_twice(start):
     assert_whole(served)
 
 
+def test_a_proposal_without_aligners_serves_a_crowd(start):
+    """Two rows that nobody drafts for could not be put in order."""
+    served, heard = start(aligners={}), [Listener() for _ in range(6)]
+    with served.lock:
+        for seed, listener in enumerate(heard):
+            served.submit(ask(aligner=None, seed=seed), listener)
+    for seed, listener in enumerate(heard):
+        assert_alone(ask(aligner=None, seed=seed), listener)
+
+
 def test_rows_share_a_prompt_while_they_run(start):
     """A request that comes while another with its prompt is decoded takes over its positions."""
     served, later = start(max_tokens=110), Listener()
@@ -250,6 +260,24 @@ def test_a_failing_model_ends_its_own_rows(broken, ended, start, monkeypatch):
     assert_whole(served)
 
 
+@pytest.mark.parametrize("mode", ["par", "par_kl", "product", "snis", "mds"])
+def test_an_aligner_of_no_numbers_ends_its_own_rows(mode, start):
+    """Its answers end with an error that says so; rows beside it, of its forward too, do not notice."""
+    broken = tiny_model(len(LETTERS), 9)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    served, params = start(aligners=MODELS | {"x": broken}, max_rows=6), CASES[mode][1]
+    heard = {name: Listener() for name in ("a", "x", "d", "b", None)}
+    with served.lock:
+        for name, listener in heard.items():
+            served.submit(ask(aligner=name, params=params), listener)
+    done = heard.pop("x").done()
+    assert done.finish_reason == "error" and "not numbers" in done.error
+    for name, listener in heard.items():
+        assert_alone(ask(aligner=name, params=params), listener)
+    assert_whole(served)
+
+
 def test_nobody_waits_for_an_engine_that_stopped(start, monkeypatch):
     """After a mistake in its own thread every request has its Done, and later ones are refused."""
     served, heard = start(max_rows=2), [Listener() for _ in range(4)]
@@ -291,7 +319,7 @@ def test_a_failing_law_or_listener_harms_nobody_else(start, monkeypatch):
 
 def test_what_cannot_be_served_is_refused(start):
     """Each mistake has its error and a text; what was taken before is finished when the engine closes."""
-    served, heard = start(max_rows=1, max_waiting=2), [Listener() for _ in range(2)]
+    served, heard = start(max_rows=1, max_waiting=1), [Listener() for _ in range(2)]
     for request, error, message in (
         (ask(aligner="e"), UnknownAligner, "'e'; known: a, b, c, d"),
         (ask("a" * 190), TooLong, "190 tokens and the answer may have 16: together more than 200"),
@@ -304,7 +332,7 @@ def test_what_cannot_be_served_is_refused(start):
     with served.lock:
         for listener in heard:
             served.submit(ask(), listener)
-        with pytest.raises(Busy, match="2 requests wait"):
+        with pytest.raises(Busy, match="2 requests are being answered or wait"):
             served.submit(ask(), Listener())
     served.close(wait=True)
     for listener in heard:
@@ -329,6 +357,28 @@ def test_aligners_come_and_go(start):
         served.submit(ask(), Listener())
     with pytest.raises(UnknownAligner):
         served.remove_aligner("a")
+
+
+def test_memory_grows_by_the_aligners_alone(start):
+    """Each brings its weights and its pool; nothing of the proposal is held twice, all of it goes again."""
+
+    def held():
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    served = start(tiny_model(len(LETTERS), 3, layers=2, hidden=64), aligners={}, max_tokens=4000)
+    before, counts = held(), served.figures()["bytes"]
+    assert min(counts["weights"]["proposal"], counts["pools"]["proposal"]) > 200_000
+    for name in "xy":
+        served.add_aligner(name, tiny_model(len(LETTERS), 4))
+    counts = served.figures()["bytes"]
+    mine = sum(counts[kind][f"aligner {name}"] for kind in counts for name in "xy")
+    assert mine <= held() - before < mine + 50_000  # and where each row's positions are
+    for name in "xy":
+        served.remove_aligner(name)
+    assert held() == before
 
 
 def test_a_long_prompt_stalls_nobody(start):

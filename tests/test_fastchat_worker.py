@@ -14,7 +14,7 @@ import httpx
 import pytest
 from served import chat_text, eventually, expected, listening, opened, save_models
 
-import fastchat_worker
+from serving import fastchat_worker
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -179,11 +179,26 @@ def test_plots_show_every_system_and_the_rows_of_pairs(render):
     assert labels[1] == "Win rate by length: win rate over characters per answer, mean"
     assert labels[2].startswith("Lengths of answers, medians: in the test file 8; ours: large + small 21; ")
     fallen = [label for label in labels if "Fell back" in label]
-    assert fallen == [
-        "ours: large + small: Fell back, mean 0.143 over 8 rows",
-        "ours: tight threshold: Fell back, mean 0.000 over 8 rows",
-    ]
+    assert fallen == ["ours: large + small: Fell back, mean 0.143 over 8 rows"]  # the other: 0 everywhere
     assert sum("Acceptance" in label or "KL" in label for label in labels) == 4
+
+
+def test_length_controlled_marks_say_whose_they_are(render):
+    """AlpacaEval's own figures where the leaderboard has them, ours elsewhere; never both in one plot."""
+    plot = re.compile(r"<figcaption>Win rate</figcaption>.*?</figure>", re.DOTALL)
+    marks = re.compile(r'class="mark" d="M(\d+\.\d) \d+l')
+
+    def drawn(*figures):
+        rows = [row | given for row, given in zip(BOARD, figures, strict=False)]
+        return plot.search(render(make_report(board=rows))[1])[0]
+
+    plain = drawn({}, {}, {})
+    assert "at equal length" in plain and "AlpacaEval" not in plain and len(marks.findall(plain)) == 3
+    alpaca = drawn({"lc_win_rate": 0.5}, {"lc_win_rate": 0.731}, {"lc_win_rate": None})
+    assert "AlpacaEval&#x27;s length-controlled" in alpaca and "at equal length" not in alpaca
+    low, high = map(float, marks.findall(alpaca))
+    half = float(re.search(r'class="half" d="M([\d.]+)', alpaca)[1])
+    assert low == half and high > half  # where the first one's figure stands, not its win rate of 0.731
 
 
 def test_data_are_embedded_whole(render):

@@ -16,16 +16,16 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-import protocol
-from engine import Busy, Closed, EngineError, TooLong, UnknownAligner
-from http_guard import HUNG_UP, Guard
-from openai_answers import Answer, EventStream, Gone, Running, answer_json, too_slow, while_connected
-from protocol import AlignerRequest, ApiError, ChatRequest, Common, CompletionRequest
-from server_metrics import CONTENT_TYPE, Metrics
-from serving import Models, Served
+from serving import protocol
+from serving.engine import Busy, Closed, EngineError, TooLong, UnknownAligner
+from serving.http_guard import HUNG_UP, Guard
+from serving.metrics import CONTENT_TYPE, Metrics
+from serving.models import Models, Served
+from serving.openai_answers import Answer, EventStream, Gone, Running, answer_json, too_slow, while_connected
+from serving.protocol import AlignerRequest, ApiError, ChatRequest, Common, CompletionRequest
 from utils import UserError
 
-PAGE = Path(__file__).resolve().parent / "serve_page"
+PAGE = Path(__file__).resolve().parent / "page"
 PAGE_FILES = {"/": "chat.html", "/chat.css": "chat.css", "/chat.js": "chat.js"}
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 PAGE_HEADERS = {
@@ -243,7 +243,7 @@ def _add_answering(app: FastAPI, models: Models) -> None:
         requests = models.requests(served, ids, law, new_tokens, seed, stop, n, logprobs)
         chat = isinstance(body, ChatRequest)
         told = Answer(chat, served, seed, n, logprobs is not None, models.tokenizer)
-        running = Running(models.engine, requests)
+        running = Running(models.engine, requests, bool(body.stream))
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             return EventStream(running, told.chunks(running, usage), limits.seconds)

@@ -10,10 +10,10 @@ import re
 import time
 from urllib.parse import urlsplit
 
-from openai_answers import to_json
-from protocol import ApiError
-from serve_settings import Settings, is_loopback
-from server_metrics import Metrics
+from serving.metrics import Metrics
+from serving.openai_answers import to_json
+from serving.protocol import ApiError
+from serving.serve_settings import Settings, is_loopback
 from utils import log
 
 OPEN = {"/", "/chat.css", "/chat.js", "/health"}  # without a key

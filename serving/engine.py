@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
-from answers import (
+from par import signed
+from plain_loop import CHANGED, FELL_BACK, Row, ShownText, StopWatch, eos_token_ids
+from serving.answers import (
     BadRequest,
     Busy,
     Closed,
@@ -35,10 +37,8 @@ from answers import (
     TooLong,
     UnknownAligner,
 )
-from par import signed
-from plain_loop import CHANGED, FELL_BACK, Row, ShownText, StopWatch, eos_token_ids
-from pool import open_pool
-from rounds import Failed, Job, Member, Rounds
+from serving.pool import open_pool
+from serving.rounds import Failed, Job, Member, Rounds
 from slots import has_slots
 from speculation import DraftLength
 
@@ -68,10 +68,10 @@ class Engine:
     """Decodes requests in a thread of its own.
 
     max_rows: requests decoded at once. max_tokens: positions of prompts and answers that are held at once.
-    max_waiting: requests that may wait beyond those. max_read: tokens of prompts read in one round; others
-    wait so long for their next tokens. Listeners are called from the engine's thread and must not block; one
-    that raises loses its request. Raises ValueError for a model that keeps no keys and values by position, or
-    lacks rows for the tokenizer.
+    max_waiting: requests that may be held beyond max_rows. max_read: tokens of prompts read in one round;
+    others wait so long for their next tokens. Listeners are called from the engine's thread and must not
+    block; one that raises loses its request. Raises ValueError for a model that keeps no keys and values by
+    position, or lacks rows for the tokenizer.
     """
 
     def __init__(
@@ -95,8 +95,9 @@ class Engine:
             self.lengths[True].draft,
             self.lengths[True].verify,
         )
-        self.aligners: dict[str, Member] = {}
+        self.aligners: dict[str, Member] = {}  # replaced, never changed: its thread reads it without the lock
         self.lock = threading.Condition()
+        self.taken = 0  # requests whose listener has not heard Done
         self.waiting: deque[Ticket] = deque()
         self.running: list[Ticket] = []  # the engine's thread's own, first come first
         self.closing = self.broken = False
@@ -132,9 +133,9 @@ class Engine:
                     known = ", ".join(sorted(self.aligners)) or "none"
                     raise UnknownAligner(f"unknown aligner {request.aligner!r}; known: {known}")
             self.check(request, member)
-            if len(self.waiting) >= self.max_waiting:
-                raise Busy(f"{len(self.waiting)} requests wait already; try again later")
-            ticket = Ticket(request, listener, member)
+            if self.taken >= self.max_rows + self.max_waiting:
+                raise Busy(f"{self.taken} requests are being answered or wait already; try again later")
+            ticket, self.taken = Ticket(request, listener, member), self.taken + 1
             self.waiting.append(ticket)
             self.counts["requests"] += 1
             self.counts[f"aligner {request.aligner}"] += 1
@@ -166,13 +167,14 @@ class Engine:
         """
         member = self.open(model, self.proposal.model, model)
         with self.lock:
-            self.aligners[name] = member
+            self.aligners = {**self.aligners, name: member}
 
     def remove_aligner(self, name: str) -> None:
         """Refuses further requests for an aligner; those taken are finished. Raises UnknownAligner."""
         with self.lock:
-            if self.aligners.pop(name, None) is None:
+            if name not in self.aligners:
                 raise UnknownAligner(f"unknown aligner {name!r}")
+            self.aligners = {key: member for key, member in self.aligners.items() if key != name}
 
     def figures(self) -> dict[str, Any]:
         """What was served since the start, and what is going on.
@@ -391,7 +393,9 @@ class Engine:
             self.counts["drafted"] += stats["drafted"]
             for what in (FELL_BACK, CHANGED):
                 self.counts[what] += (row.events or []).count(what)
-        self.counts[reason] += 1
+        with self.lock:
+            self.counts[reason] += 1
+            self.taken -= 1  # before the listener hears: who asks again at once finds the place free
         what = None if error is None else f"decoding failed: {error}".split("\n")[0]
         self.tell(ticket, Done(reason, len(ticket.request.prompt_ids), count, stats, what))
 

@@ -7,17 +7,19 @@ import asyncio
 import contextlib
 import functools
 import json
+import math
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from starlette.responses import Response
 
-from engine import Done, Engine, EngineError, Piece, Request
 from plain_loop import StopWatch
-from protocol import ApiError
+from serving.engine import Done, Engine, EngineError, Piece, Request
+from serving.protocol import ApiError
 
 LAST_WORDS = 5  # seconds that the end of a stream may take to be sent
 LEAST_LOGP = -9999.0  # what the protocol says for a token that the law excludes
@@ -30,11 +32,15 @@ class Gone(Exception):
 class Running:
     """Some requests in the engine, cancelled when the context is left. Raises EngineError where the engine
     does not take all of them.
+
+    streamed: whether what comes is wanted as soon as it does; else the loop is left alone until an answer
+    ends.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        self.engine, self.open = engine, len(requests)
-        self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue()
+    def __init__(self, engine: Engine, requests: Sequence[Request], streamed: bool) -> None:
+        self.engine, self.open, self.streamed = engine, len(requests), streamed
+        self.loop, self.events = asyncio.get_running_loop(), deque()
+        self.came, self.called = asyncio.Event(), False
         self.tickets = []
         try:
             for index, request in enumerate(requests):
@@ -45,8 +51,12 @@ class Running:
 
     def _hear(self, index: int, event: Piece | Done) -> None:
         """Called by the engine's thread."""
+        self.events.append((index, event))
+        if self.called or not (self.streamed or isinstance(event, Done)):
+            return
+        self.called = True
         with contextlib.suppress(RuntimeError):  # the loop was closed: nobody listens any more
-            self.loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
+            self.loop.call_soon_threadsafe(self.came.set)
 
     def __enter__(self):
         return self
@@ -60,7 +70,12 @@ class Running:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece | Done]]:
         while self.open:
-            index, event = await self.events.get()
+            if not self.events:
+                await self.came.wait()
+                self.came.clear()
+                self.called = False  # before the events are looked at: what comes later calls again
+                continue
+            index, event = self.events.popleft()
             if isinstance(event, Done):
                 self.open -= 1
                 if event.finish_reason == "error":
@@ -186,7 +201,7 @@ class Answer:
         found = {
             "index": choice.index,
             "finish_reason": choice.done.finish_reason,
-            "stats": choice.done.stats,
+            "stats": finite(choice.done.stats),
         }
         told = self.chat_or_completion(choice, choice.logprobs)
         if self.chat:
@@ -220,7 +235,7 @@ class Answer:
     ) -> dict[str, Any]:
         done = choice.done
         found = {"index": choice.index, "finish_reason": done.finish_reason if done else None}
-        found |= {"logprobs": logprobs} | ({"stats": done.stats} if done else {})
+        found |= {"logprobs": logprobs} | ({"stats": finite(done.stats)} if done else {})
         if self.chat:
             return found | {"delta": {} if done else (role or {}) | {"content": text}}
         return found | {"text": text}
@@ -269,6 +284,11 @@ class EventStream(Response):
 
 def too_slow(seconds: float) -> ApiError:
     return ApiError(504, f"no whole answer within {seconds:g} seconds; it was cancelled", "timeout")
+
+
+def finite(stats: dict[str, float]) -> dict[str, float]:
+    """What JSON can say: the KL is infinite where the aligner excludes what the proposal does not."""
+    return {key: value for key, value in stats.items() if math.isfinite(value)}
 
 
 def to_json(value: Any) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from par import ALL, NEG_INF, Noise, PARParams, seen_mask
 from plain_loop import Row, StopWatch
-from pool import Hold, Part, Pool, cat
+from serving.pool import Hold, Part, Pool, cat
 from speculation import draft_law, draw_laws, fetch, grow
 
 
@@ -228,7 +228,9 @@ class Rounds:
             if not pair:
                 mine = [job for job in mine if (job.drafter is not None and wide > 1) == drafted]
             if mine:
-                mine.sort(key=lambda job: job.drafter and (hash(job.drafter.pool.kind), id(job.drafter)))
+                mine.sort(
+                    key=lambda job: (hash(job.drafter.pool.kind), id(job.drafter)) if job.drafter else ()
+                )
                 wide = min(wide, max(job.max_new_tokens - len(job.row.ids) for job in mine)) if drafted else 1
                 frames.append(_Frame(mine, wide, self.columns, self.vocab, self.seen, self.device))
         for member in {job.drafter: None for job, _ in chunks if job.drafter}:
@@ -251,14 +253,15 @@ class Rounds:
         for frame, (count, order) in zip(frames, orders, strict=True):
             mine = arranged([next(logits) for _ in range(count)], order)
             for group in frame.groups:
+                jobs = group.jobs
                 try:
                     found = frame.draw(group, mine)
+                    for index, job in enumerate(group.jobs):
+                        jobs = [job]
+                        for i, count in enumerate(self.accept(job, found[index], frame)):
+                            kept[job.pair][i] += count
                 except Exception as error:
-                    failed = Failed(group.jobs, error)
-                    continue
-                for job, of_row in zip(group.jobs, found, strict=True):
-                    for i, count in enumerate(self.accept(job, of_row, frame)):
-                        kept[job.pair][i] += count
+                    failed = Failed(jobs, error)
         if failed:
             raise failed
         tokens = sum(part.ids.numel() for part in parts + more)

@@ -27,16 +27,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-import engine
 import prompts
-from engine import Busy, Done, EngineError, TooLong, UnknownAligner
-from http_guard import HUNG_UP, Guard
-from openai_answers import Gone, Running, answer_json, to_json, while_connected
 from par import PARParams
-from protocol import LAW_OF_ONE, ApiError
-from serve_settings import Settings, is_loopback
-from server_metrics import Metrics
-from serving import Models, Served
+from serving import engine
+from serving.engine import Busy, Done, EngineError, TooLong, UnknownAligner
+from serving.http_guard import HUNG_UP, Guard
+from serving.metrics import Metrics
+from serving.models import Models, Served
+from serving.openai_answers import Gone, Running, answer_json, to_json, while_connected
+from serving.protocol import LAW_OF_ONE, ApiError
+from serving.serve_settings import Settings, is_loopback
 from utils import UserError, log, nearest
 
 HEART_BEAT = 45  # seconds; the controller forgets a worker after 90
@@ -192,7 +192,7 @@ def create_worker(models: Models) -> Guard:
         try:
             served = models.find(str(params.get("model")))
             requests, shown = await asyncio.to_thread(to_request, models, params, served)
-            async for item in growing(Running(models.engine, requests), shown):
+            async for item in growing(Running(models.engine, requests, streamed=True), shown):
                 yield item
         except (EngineError, ApiError, ValueError, TypeError) as error:
             yield failure(error)

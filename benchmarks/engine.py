@@ -1,6 +1,6 @@
 """Tokens per second of one engine by its clients and aligners, and how soon the first token comes.
 
-    python benchmarks/serving.py [--proposal FOLDER --aligner FOLDER --prompts FILE --new-tokens N]
+    python benchmarks/engine.py [--proposal FOLDER --aligner FOLDER --prompts FILE --new-tokens N]
 
 Clients ask one request after the other and never pause. `one`: a single client; `many`: 16; `mixed`: 16 that
 ask for three aligners in turn (copies of the one, so that answers are as long); `alone`: 16 that ask for
@@ -20,7 +20,7 @@ import time
 from contenders import Bench, describe, load, parser
 
 import decoding
-from engine import Done, Engine, Request
+from serving.engine import Done, Engine, Request
 from utils import run_entry_point
 
 CLIENTS = 16

@@ -1,8 +1,8 @@
 """Dialogues with a proposal and its aligners in a terminal, or over a pipe.
 
-/aligner NAME       goes on with another model      /compare [QUESTION]   two answers side by side
+/aligner [NAME]     goes on with another model      /compare [QUESTION]   the proposal's answer and a pair's
 /reset              forgets the dialogue            /quit, Ctrl-D         leaves
-Ctrl-C              ends an answer; what was said stays said
+/help               these lines                     Ctrl-C                ends an answer; what was said stays
 """
 
 import contextlib
@@ -15,16 +15,18 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from engine import Done, EngineError, Piece, UnknownAligner
 from plain_loop import StopWatch
-from serve_settings import PROPOSAL
-from serving import Models
+from serving.engine import Done, EngineError, Piece, UnknownAligner
+from serving.models import Models
+from serving.serve_settings import PROPOSAL
 from utils import nearest
 
 Turns = Sequence[tuple[bool, str]]
 Marked = list[tuple[str, bool]]  # pieces of a text, and whether each is one that differs
+KEPT = "\n\t\u200c\u200d"  # not printable to Python, but part of texts: the joiners of Persian and of emoji
 COMMANDS = ("/aligner", "/compare", "/reset", "/quit", "/help")
 REVERSED, PLAIN = "\033[7m", "\033[0m"
+LEAST_WIDTH = 28  # columns of an answer; in narrower ones two stand below each other
 
 
 class Chat:
@@ -41,19 +43,24 @@ class Chat:
 
     # ---- answers -------------------------------------------------------------------------------------------
 
-    def answer(self, name: str, turns: Turns, seed: int) -> Iterator[Piece]:
-        """The pieces of an answer as they come; closing the iterator cancels it. Raises EngineError."""
+    @contextlib.contextmanager
+    def answer(self, name: str, turns: Turns, seed: int) -> Iterator[Iterator[Piece]]:
+        """The pieces of an answer as they come; leaving the context cancels it. Raises EngineError."""
         models, served = self.models, self.models.find(name)
         new = models.new_tokens(None)
         ids = models.encode_dialogue(turns, None, new, served.add_bos)
         (request,) = models.requests(served, [ids], models.law({}), new, seed, models.template_stops)
         events: queue.SimpleQueue = queue.SimpleQueue()
-        ticket = models.engine.submit(request, events.put)
-        try:
+
+        def pieces() -> Iterator[Piece]:
             while not isinstance(event := events.get(), Done):
                 yield event
             if event.finish_reason == "error":
                 raise EngineError(event.error)
+
+        ticket = models.engine.submit(request, events.put)
+        try:
+            yield pieces()
         finally:
             models.engine.cancel(ticket)
 
@@ -62,23 +69,24 @@ class Chat:
         return secrets.randbits(32) if given is None else given
 
     def say(self, text: str) -> None:
-        """One question and its answer, which Ctrl-C ends."""
-        self.turns.append((True, text))
-        said = ""
+        """One question and its answer, which Ctrl-C ends; one that ends before it begins was not asked."""
+        turns, said, end = [*self.turns, (True, text)], "", "\n"
         self.write(f"{self.name}> ")
         try:
-            with contextlib.closing(self.answer(self.name, self.turns, self.seed())) as pieces:
+            with self.answer(self.name, turns, self.seed()) as pieces:
                 for piece in pieces:
                     said += piece.text
                     self.write(printable(piece.text))
         except EngineError as error:
-            self.turns.pop()
             self.write(f"not answered: {error}\n")
             return
         except KeyboardInterrupt:
-            self.write(" (stopped)")
-        self.turns.append((False, said))
-        self.write("\n")
+            if not said:
+                self.write("(stopped; the question is forgotten)\n")
+                return
+            end = " (stopped)\n"
+        self.turns = [*turns, (False, said)]
+        self.write(end)
 
     def compare(self, question: str) -> None:
         """The proposal's and a pair's answer to the question, or to the last one; neither is remembered."""
@@ -91,18 +99,20 @@ class Chat:
                 "nothing to compare: " + ("no aligner is loaded\n" if turns else "ask something first\n")
             )
             return
-        seed, ids, texts = self.seed(), [], []
+        seed, names = self.seed(), (PROPOSAL, other)
+        how = "reversed" if self.fancy else "in brackets"
+        self.write(f"({PROPOSAL} and {other}; {how}: what the other one has not)\n")
         try:
-            for name in (PROPOSAL, other):
-                with contextlib.closing(self.answer(name, turns, seed)) as pieces:
-                    found = list(pieces)
-                ids.append([token for piece in found for token in piece.token_ids])
-                texts.append("".join(piece.text for piece in found))
+            with contextlib.ExitStack() as stack:  # both are decoded at once
+                asked = [stack.enter_context(self.answer(name, turns, seed)) for name in names]
+                found = [list(pieces) for pieces in asked]
         except EngineError as error:
             self.write(f"not answered: {error}\n")
             return
-        except KeyboardInterrupt:
-            self.write("(stopped)\n")
+        ids = [[token for piece in pieces for token in piece.token_ids] for pieces in found]
+        texts = ["".join(piece.text for piece in pieces) for pieces in found]
+        if ids[0] == ids[1]:
+            self.write(f"{printable(texts[0])}\n(both gave this answer, token by token)\n")
             return
         shown = [
             [
@@ -111,15 +121,18 @@ class Chat:
             ]
             for row, whole, changed in zip(ids, texts, differing(*ids), strict=True)
         ]
-        if self.fancy:
-            width = (shutil.get_terminal_size().columns - 3) // 2
-            columns = [
-                [name, *wrapped(text, width)] for name, text in zip((PROPOSAL, other), shown, strict=True)
-            ]
-            self.write("\n".join(side_by_side(*columns, width)) + "\n")
-        else:
-            for name, text in zip((PROPOSAL, other), shown, strict=True):
+        columns = shutil.get_terminal_size().columns
+        width = (columns - 3) // 2
+        if not self.fancy:
+            for name, text in zip(names, shown, strict=True):
                 self.write(f"{name}: {bracketed(text)}\n")
+        elif width < LEAST_WIDTH:
+            for name, text in zip(names, shown, strict=True):
+                lines = (line.rstrip(" ") for line in wrapped(text, columns))
+                self.write("\n".join([f"{name}:", *lines]) + "\n")
+        else:
+            sides = [[name, *wrapped(text, width)] for name, text in zip(names, shown, strict=True)]
+            self.write("\n".join(side_by_side(*sides, width)) + "\n")
 
     # ---- commands ------------------------------------------------------------------------------------------
 
@@ -149,11 +162,14 @@ class Chat:
         """The whole dialogue, from the lines that the user types."""
         for line in lines:
             line = line.strip()
-            if line.startswith("/"):
-                if not self.command(line):
-                    return
-            elif line:
-                self.say(line)
+            try:
+                if line.startswith("/"):
+                    if not self.command(line):
+                        return
+                elif line:
+                    self.say(line)
+            except KeyboardInterrupt:  # wherever it comes, the dialogue goes on
+                self.write("(stopped)\n")
 
 
 def typed(chat: Chat) -> Iterator[str]:
@@ -173,6 +189,8 @@ def typed(chat: Chat) -> Iterator[str]:
 def run(models: Models) -> None:
     """Talks until the user leaves."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs begin deaf to it
+    for stream in (sys.stdin, sys.stdout):  # what is no text in the terminal's encoding ends nothing
+        stream.reconfigure(errors="replace")
     fancy = sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(models, sys.stdout, fancy)
     try:
@@ -187,8 +205,10 @@ def run(models: Models) -> None:
 
 
 def printable(text: str) -> str:
-    """A text without what would command a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    """A text without what would command a terminal or turn a line's direction."""
+    return "".join(
+        c if c.isprintable() or c in KEPT or unicodedata.category(c) == "Zs" else "\ufffd" for c in text
+    )
 
 
 def token_texts(tokenizer, ids: Sequence[int], whole: str) -> list[str]:
@@ -219,7 +239,7 @@ def bracketed(pieces: Marked) -> str:
 
 def columns_of(character: str) -> int:
     """How many columns a character takes."""
-    if unicodedata.combining(character):
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 

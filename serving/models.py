@@ -15,11 +15,11 @@ from typing import Any
 
 import checkpoints
 import prompts
-import serve_settings
-from engine import BadRequest, Engine, Request, TooLong, UnknownAligner
 from files import fingerprint
 from par import PARParams
-from serve_settings import PROPOSAL, Settings
+from serving import serve_settings
+from serving.engine import BadRequest, Engine, Request, TooLong, UnknownAligner
+from serving.serve_settings import PROPOSAL, Settings
 from streaming import request_params
 from tokenization import encode, encode_prompts
 from utils import UserError, log, pick_device
@@ -62,7 +62,7 @@ class Models:
         limits = [positions(each) for each in (model, *aligners.values())]
         self.max_length = config.limits.max_length or min([*limits, config.engine.max_tokens])
         self.usual = min(config.max_new_tokens, self.max_length // 2)  # tokens of an answer
-        self.served: dict[str, Served] = {}
+        self.served: dict[str, Served] = {}  # replaced, never changed: other threads may be reading it
         self._add(PROPOSAL, None, self.proposal, own)
         for name, path in found.items():
             self._check_length(aligners[name], path)
@@ -91,7 +91,8 @@ class Models:
         paths = [self.proposal] if aligner is None else [self.proposal, path]
         weights = fingerprint([checkpoints.weights_fingerprint(each) for each in paths])[:12]
         add_bos = bool(bos if given is None else given)
-        self.served[name] = Served(name, aligner, path, add_bos, f"fp_{weights}", int(time.time()))
+        found = Served(name, aligner, path, add_bos, f"fp_{weights}", int(time.time()))
+        self.served = {**self.served, name: found}
 
     # ---- aligners that come and go -------------------------------------------------------------------------
 
@@ -122,8 +123,9 @@ class Models:
 
     def remove_aligner(self, name: str) -> None:
         """Serves an aligner no longer; what it is answering it finishes. Raises UnknownAligner."""
-        if name == PROPOSAL or self.served.pop(name, None) is None:
+        if name == PROPOSAL or name not in self.served:
             raise UnknownAligner(f"no aligner {name!r} is loaded")
+        self.served = {key: served for key, served in self.served.items() if key != name}
         self.engine.remove_aligner(name)
         log.info(f"aligner {name}: removed")
 
