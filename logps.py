@@ -137,7 +137,6 @@ def _key_layout(segments: Segments, device: torch.device):
     return index, *ends, (int(lengths.max()), int((lengths + prefixes).max()))
 
 
-@torch.compiler.disable  # lengths differ from batch to batch: a compiled copy would serve for one
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, segments=None, **kwargs):
     """What every layer of transformers calls: by segments where it gets some, else as "sdpa" does."""
     if segments is None:
@@ -229,7 +228,8 @@ def prepare(
         return f"its attention does not reach over max_length={longest} tokens"
     if not model.is_backend_compatible():
         return "its attention cannot be replaced"
-    AttentionInterface.register(ATTENTION, attention)
+    # Lengths differ from batch to batch: a compiled copy would serve for one.
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(attention))
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     before, training = config._attn_implementation, model.training
     model.set_attn_implementation(ATTENTION)

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import ablations
 import checkpoints
-import decoding
+import configs
 import evaluation
 import influence
 import judges
@@ -170,6 +170,8 @@ def leaderboard(
 
 def identical_to_plain(answers: list[dict], job: sampling.Job) -> bool:
     """Decodes the first rows of a job again, one at a time by the plain loop, and compares token by token."""
+    import decoding
+
     tokenizer, ids = job.encoded
     again = decoding.generate(
         *job.load()[:2],
@@ -280,7 +282,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
     for step in config.evaluation.steps:
         pick(dict.fromkeys(STEPS), step, "step")
     judges.check(config.judge)
-    given = {recipes.key_of(override) for override in overrides}
+    given = {configs.key_of(override) for override in overrides}
     processes.start()
     try:
         for task in tasks:
@@ -311,7 +313,7 @@ def main(config: DictConfig) -> None:
 
 def start() -> None:
     """`main` with a log file and a command line that were checked."""
-    sys.argv[1:] = recipes.preflight(sys.argv[1:])
+    sys.argv[1:] = configs.preflight(sys.argv[1:])
     setup_logging(Path("_log") / f"pipeline-{datetime.now():%Y%m%d-%H%M%S}.log")
     main()
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache
 
 from par import IGNORE_INDEX, PARParams, checked, gumbel_argmax, gumbel_noise, next_token_law, seen_mask, warp
 from utils import UserError
@@ -44,6 +43,8 @@ class _Member:
     """
 
     def __init__(self, model, vocab_size: int) -> None:
+        from transformers import DynamicCache
+
         self.model, self.vocab_size, self.cache = model, vocab_size, DynamicCache()
 
     def step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,6 @@ A recipe (config/experiment/*.yaml) names stages; each is the root configuration
 given on the command line applies to every stage, `stage.NAME.key=value` to one.
 """
 
-import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +12,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
+from configs import all_keys, compose, group_keys, key_of, known_keys, leaves
 from files import differences, how_to_get
 from preference_datasets import DATASETS, local_file, parse_name
 from utils import UserError, log, nearest, pick
 from validation import check_keys, check_sampling, check_training, check_types, literal
 
-CONFIG_DIR = Path(__file__).resolve().parent / "config"
-GROUPS = ("model", "loss", "judge", "experiment", "ablation")
 STAGE_KEYS = {  # what a stage may say beside configuration keys, by kind
     "train": {"kind", "only_if", "init_from"},
     "sample": {"kind", "only_if", "proposal", "dataset"},
@@ -103,132 +100,7 @@ class Stage:
         return self.output / checkpoints.LATEST
 
 
-# ---- composing ---------------------------------------------------------------------------------------------
-
-
-def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
-    """The configuration that `python train.py OVERRIDES` sees; raises UserError for an unknown key or
-    choice. name: the file of config/ to begin with.
-    """
-    try:
-        return _compose(overrides, name)
-    except Exception as error:
-        package = type(error).__module__.split(".")[0]
-        if package == "yaml":
-            mark = getattr(error, "problem_mark", None)
-            where = f"{mark.name}, line {mark.line + 1}" if mark else "a file in config/"
-            raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
-        if package not in ("hydra", "omegaconf", "antlr4"):
-            raise
-        raise UserError(_explain(overrides, error, name)) from None
-
-
-def preflight(arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra takes them, checked here because Hydra explains a refusal at length.
-
-    A stage may be given any key, whether or not its recipe names it, so `stage.NAME.key=` becomes
-    `++stage.NAME.key=`, and `stage.NAME.loss.key=`, where `loss` names the loss, goes to its `loss_settings`.
-    Flags such as --help and --multirun are left to Hydra.
-    """
-    opened = ("stage.", "evaluation.tasks.", "evaluation.systems.", "evaluation.paper.")
-    arguments = [f"++{argument}" if argument.startswith(opened) else argument for argument in arguments]
-    arguments = [re.sub(r"^(\+\+stage\.[^.=]+\.(?:loss|model))\.", r"\1_settings.", a) for a in arguments]
-    if not any(argument.startswith("-") for argument in arguments):
-        repeated = any(key_of(argument) == "ablation" for argument in arguments)
-        for each in _values(arguments) if repeated else [arguments]:
-            compose(each)
-    return arguments
-
-
-def _values(arguments: Sequence[str]) -> list[list[str]]:
-    """The arguments with every value of those that have several (key=a,b,c), one after the other."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    choices = []
-    for argument in arguments:
-        try:
-            parsed = OverridesParser.create().parse_override(argument)
-        except Exception:  # `compose` says what is wrong with it
-            choices.append([argument])
-            continue
-        values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [None]
-        key = argument.partition("=")[0]
-        choices.append([argument if value is None else f"{key}={value}" for value in values])
-    most = max(map(len, choices), default=0)
-    return [[values[min(i, len(values) - 1)] for values in choices] for i in range(most)]
-
-
-@functools.cache
-def _known_keys(overrides: tuple[str, ...]) -> dict[str, Any]:
-    return leaves(compose(overrides))
-
-
-@functools.cache
-def all_keys() -> dict[str, Any]:
-    """Every key that means something, with its default: config.yaml's, and what the groups' files add."""
-    found = dict(_known_keys(()))
-    for group in ("loss", "judge"):
-        for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
-            choice = _known_keys((f"{group}={path.stem}",))
-            found |= {key: choice[key] for key in choice if key not in found}
-    return found
-
-
-def key_of(override: str) -> str:
-    """`++stage.aligner.lr=1e-6` -> `stage.aligner.lr`."""
-    return override.partition("=")[0].lstrip("+~")
-
-
-def _compose(overrides: Sequence[str], name: str) -> DictConfig:
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-
-    if GlobalHydra.instance().is_initialized():  # inside @hydra.main
-        return hydra.compose(name, overrides=list(overrides))
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return hydra.compose(name, overrides=list(overrides))
-
-
-def _explain(overrides: Sequence[str], error: Exception, name: str) -> str:
-    """Names the one override that cannot be used, with the nearest known key or choice."""
-    groups: list[str] = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            return f"{override!r}: expected key=value, e.g. seed=1"
-        if name == "config" and key.lstrip("+") in GROUPS:
-            choices = {path.stem for path in (CONFIG_DIR / key.lstrip("+")).glob("*.yaml")}
-            if value not in choices:
-                return f"unknown {key} {value!r}: {nearest(value, choices)}"
-            groups.append(override)
-    for override in overrides:
-        key = key_of(override)
-        try:
-            _compose([*groups, override], name)
-        except Exception:
-            try:
-                known = leaves(_compose(groups, name))
-            except Exception:  # the files themselves do not fit together
-                break
-            if key not in known:
-                return f"unknown key {key!r}: {nearest(key, known) or f'config/{name}.yaml lists them all'}"
-            return f"{override}: not a value that {key} can take; quote text with special characters"
-    return str(error).strip().splitlines()[0]
-
-
-def leaves(config: DictConfig) -> dict[str, Any]:
-    """Dotted key -> value of every leaf; a value that is missing or cannot be resolved counts as None."""
-    found: dict[str, Any] = {}
-    for key in config:
-        node = config._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none() and len(node):
-            found |= {f"{key}.{inner}": value for inner, value in leaves(node).items()}
-        elif OmegaConf.is_missing(config, key):
-            found[str(key)] = None
-        else:
-            value = config[key]
-            found[str(key)] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return found
+# ---- resolving ---------------------------------------------------------------------------------------------
 
 
 def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> DictConfig:
@@ -246,8 +118,10 @@ def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> D
     own = {key: f"{key}={literal(value)}" for key, value in keys.items()}
 
     # `loss.alpha=` is meant for the stages whose loss has an alpha, and so on.
-    known = _known_keys(tuple(o for o in overrides if key_of(o) == "experiment") + tuple(groups))
-    usable = [o for o in overrides if not key_of(o).startswith(("model.", "loss.")) or key_of(o) in known]
+    usable = list(overrides)
+    if any(key_of(o).startswith(("model.", "loss.")) for o in overrides):
+        known = known_keys(tuple(o for o in overrides if key_of(o) == "experiment") + tuple(groups))
+        usable = [o for o in overrides if not key_of(o).startswith(("model.", "loss.")) or key_of(o) in known]
     given = {key_of(o) for o in overrides}
     settings = {"model.": "model_settings.", "loss.": "loss_settings."}
     specific = []
@@ -256,9 +130,6 @@ def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> D
         if f"stage.{name}.{inner}" in given:
             specific.append(override)
     return compose([*groups, *own.values(), *usable, *specific])
-
-
-# ---- resolving ---------------------------------------------------------------------------------------------
 
 
 def resolve(overrides: Sequence[str]) -> list[Stage]:
@@ -318,8 +189,8 @@ def _stage(name: str, spec: dict[str, Any], config: DictConfig, earlier: dict[st
     if spec.get("init_from"):
         OmegaConf.update(config, "model.archive", model_source(spec["init_from"], earlier))
     check_training(config)
-    for key in _known_keys((f"loss={config.loss.name}",)):
-        if key.startswith("loss.") and key not in found:
+    for key in group_keys("loss", config.loss.name):
+        if key not in found:
             raise UserError(
                 f"{key} is not set, but loss.name={config.loss.name} needs it: choose a loss by "
                 f"loss={config.loss.name}, which reads config/loss/{config.loss.name}.yaml"

@@ -14,11 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
 import processes
 from files import file_sha256, read_json, write_json
 from utils import UserError, log
@@ -45,6 +40,9 @@ class Saver:
 
         facts: the counters, and `origin`, what the run is made from.
         """
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
         self.wait()
         weights, moments = get_state_dict(model, optimizer)
         copies = DefaultStager(StagingOptions(False, False, False, False))
@@ -73,6 +71,8 @@ class Saver:
 
 
 def write_state(run_dir: Path, state: dict[str, Any], facts: dict[str, Any], keep: int, group) -> None:
+    import torch.distributed.checkpoint as dcp
+
     folder = run_dir / STATES / f"{facts['updates']:09d}"
     aside = folder.with_suffix(".aside")
     if processes.is_first():
@@ -100,6 +100,8 @@ def write_state(run_dir: Path, state: dict[str, Any], facts: dict[str, Any], kee
 @contextlib.contextmanager
 def quiet_errors(folder: Path) -> Iterator[None]:
     """Makes an OSError of what DCP raises, and drops its warning that one process is one process."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -144,6 +146,9 @@ def newest(run_dir: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
 
 def load(folder: Path, model, optimizer) -> None:
     """Puts a state into the model and the optimizer, whatever number of processes wrote it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     with quiet_errors(folder):

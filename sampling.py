@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
-import decoding
 import endpoints
 import processes
 import prompts
@@ -202,6 +201,8 @@ def report_failed(job: Job, parts: PartFiles, failed: list[dict[str, Any]]) -> N
 
 def decoded(job: Job, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Answers to some rows of a job by its models, here."""
+    import decoding
+
     tokenizer, ids = job.encoded
     with processes.in_turn():
         proposal, aligner, drafter = job.load() if rows else (None, None, None)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 
-import recipes
+import configs
 from serving import chat, fastchat_worker, serve_settings
 from serving.api import create_app
 from serving.models import Models
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str]) -> None:
         (arguments[0], arguments[1:]) if arguments[:1] and "=" not in arguments[0] else ("serve", arguments)
     )
     if mode in ("-h", "--help"):
-        sys.stdout.write(f"{__doc__}\n{(recipes.CONFIG_DIR / 'serve.yaml').read_text(encoding='utf-8')}")
+        sys.stdout.write(f"{__doc__}\n{(configs.CONFIG_DIR / 'serve.yaml').read_text(encoding='utf-8')}")
         return
     if mode not in MODES:
         raise UserError(f"{mode!r}: expected key=value or one of {nearest(mode, MODES)}")

@@ -8,14 +8,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 
 import processes
 from utils import UserError
@@ -38,6 +30,9 @@ def shard(
     memory. The LM head belongs to the root, so what needs it must run inside FORWARD. Raises UserError where
     no layer is of that class.
     """
+    from torch.distributed import fsdp
+    from torch.distributed.device_mesh import init_device_mesh
+
     blocks = [part for part in model.modules() if type(part).__name__ == block_name]
     if not blocks:
         kinds = Counter(type(part).__name__ for part in model.modules())
@@ -48,22 +43,24 @@ def shard(
         )
     options = {
         "mesh": init_device_mesh(device.type, (processes.count(),)),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
     }
     if offload:
-        options["offload_policy"] = CPUOffloadPolicy()
+        options["offload_policy"] = fsdp.CPUOffloadPolicy()
     for block in blocks:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+        fsdp.fully_shard(block, **options)
+    fsdp.fully_shard(model, **options)
 
     def answer_logps(*args):
         sums, counts = forward(model, *args)
         return {answer: values.clone() for answer, values in sums.items()}, counts  # FSDP hooks no views
 
     setattr(model, FORWARD, answer_logps)
-    register_fsdp_forward_method(model, FORWARD)
+    fsdp.register_fsdp_forward_method(model, FORWARD)
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """All weights on the first process's CPU, one after the other; nothing on the others."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

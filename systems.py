@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
+import configs
 import prompts
 import recipes
 import sampling
@@ -82,7 +83,7 @@ def _system(name: str, spec: dict[str, Any], task: str, config, stages, given, e
         if spec.get("proposal") or not spec.get("aligner"):
             raise UserError(f"{where}: a corrector is one model that rewrites answers; give `aligner` alone")
     settings = OmegaConf.merge(config.sampling, by_task, own)
-    check_types({f"sampling.{k}": v for k, v in recipes.leaves(settings).items()}, recipes.all_keys())
+    check_types({f"sampling.{k}": v for k, v in configs.leaves(settings).items()}, configs.all_keys())
     params = check_sampling(settings)
     paths = [spec.get(role) and recipes.model_source(spec[role], stages) for role in ("proposal", "aligner")]
     pair = sampling.Pair(*paths, settings.dtype, settings.tokenizer_path)

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
+import configs
 import demo
 import marked_files
 import processes
@@ -223,7 +224,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
 
 def start() -> None:
     """`main` with a log file and a command line that were checked."""
-    sys.argv[1:] = recipes.preflight(sys.argv[1:])
+    sys.argv[1:] = configs.preflight(sys.argv[1:])
     setup_logging(Path("_log") / f"train-{datetime.now():%Y%m%d-%H%M%S}.log")
     main()
 

@@ -176,7 +176,7 @@ def check_keys(found: Iterable[str], known: Iterable[str]) -> None:
 def check_types(found: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Raises UserError where a value is not of its default's type or out of its range.
 
-    Both by dotted key (`recipes.leaves`).
+    Both by dotted key (`configs.leaves`).
     """
     for key, value in found.items():
         if key in SECTIONS:

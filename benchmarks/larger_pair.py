@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import configs  # noqa: E402
 import demo  # noqa: E402
-import recipes  # noqa: E402
 import train  # noqa: E402
-from files import read_rows, write_json
-from utils import setup_logging, write_jsonl  # noqa: E402
+from files import read_rows, write_json, write_jsonl  # noqa: E402
+from utils import setup_logging  # noqa: E402
 
 WORLD = {"entities": 60, "general_rows": 10, "aligned_rows": 10}
 WORLD |= {"general_styles": {"terse": 1.0}, "mixture_styles": {"terse": 1.0}}
@@ -85,7 +85,7 @@ def main() -> None:
             "save_every=null",
             "n_eval_examples=32",
         ]
-        train.run(recipes.compose(overrides), overrides)
+        train.run(configs.compose(overrides), overrides)
 
 
 if __name__ == "__main__":

@@ -186,14 +186,14 @@ def worker() -> None:
     from training import dataset
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    import configs
     import processes
-    import recipes
     from trainers import FSDPTrainer
 
     torch.set_num_threads(1)
     processes.start(alone=True)
     checkpointing = bool(int(sys.argv[2]))
-    settings = recipes.compose(
+    settings = configs.compose(
         [
             *("loss=sft", "trainer=FSDPTrainer", "model.block_name=LlamaDecoderLayer", f"batch_size={ROWS}"),
             *("datasets=[hh]", f"max_length={LENGTH}", "optimizer=RMSprop", "debug=true"),

@@ -33,10 +33,10 @@ from contenders import measured_in_a_process, memory_status
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl_steps import trl_step
 
+import configs
 import logps
 import losses
 import packing
-import recipes
 from files import read_rows
 from preference_datasets import collate, get_batch_iterator, split_dialogue
 from tokenization import TokenizedDataset
@@ -119,7 +119,7 @@ def dataset(lengths: np.ndarray, vocabulary: int, max_length: int) -> TokenizedD
 def make_run(args, vocabulary: int, *overrides: str, max_length: int | None = None) -> BasicTrainer:
     """A trainer of the benchmark's model and data; nothing is written."""
     max_length = max_length or args.max_length
-    settings = recipes.compose(
+    settings = configs.compose(
         [
             "datasets=[hh]",
             "model.name_or_path=none",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import DictConfig
 
-import recipes
+import configs
 from par import PARParams
 from utils import UserError
 from validation import check_types, par_params
@@ -33,8 +33,8 @@ class Settings:
 def compose(arguments: Sequence[str]) -> Settings:
     """The settings of `serve.py ARGUMENTS`; raises UserError for a key, value or name that cannot work."""
     overrides = [f"++{a}" if a.startswith(("aligners=", "aligners.")) else a for a in arguments]
-    config = recipes.compose(overrides, "serve")
-    check_types(recipes.leaves(config), recipes.leaves(recipes.compose([], "serve")))
+    config = configs.compose(overrides, "serve")
+    check_types(configs.leaves(config), configs.leaves(configs.compose([], "serve")))
     if not config.proposal:
         raise UserError("no proposal: give the frozen model's folder, proposal=FOLDER")
     aligners = {} if config.aligners is None else config.aligners

@@ -1,6 +1,7 @@
-"""Run by torchrun in test_processes.py: trains the tests' tiny model with FSDPTrainer and leaves its files.
+"""Run by torchrun in test_processes.py: trains the tests' tiny model with FSDPTrainer, once for each loss,
+and leaves its files in FOLDER/LOSS.
 
-    fsdp_run.py FOLDER STOP [key=value ...]
+    fsdp_run.py FOLDER STOP LOSS,LOSS [key=value ...]
 
 STOP: the number of updates after which every process is told to stop; 0 = never.
 """
@@ -31,23 +32,28 @@ class Told(trainers.FSDPTrainer):
 
 
 def main():
-    folder, stop, overrides = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    folder, stop, losses, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
     utils.setup_logging()
     utils.quiet_transformers()
     processes.start(alone=True)
-    Told.stop_after = stop
+    Told.stop_after = int(stop)
+    for loss in losses.split(","):
+        train(Path(folder) / loss, f"loss={loss}", *overrides)
+
+
+def train(folder, *overrides):
     config = settings("trainer=FSDPTrainer", "model.block_name=LlamaDecoderLayer", *overrides)
     reference = tiny_model(len(TOKENIZER), seed=7, layers=2) if config.loss.name == "dpo" else None
     model = tiny_model(len(TOKENIZER), seed=0, layers=2)
     if processes.is_first():
         folder.mkdir(parents=True, exist_ok=True)
     processes.wait()
-    run = Told(config, model, TOKENIZER, dataset(20), dataset(6, seed=99), folder, {}, reference, {"it": 1})
+    run = Told(config, model, TOKENIZER, dataset(18), dataset(6, seed=99), folder, {}, reference, {"it": 1})
     try:
         run.train(resume.newest(folder, {"it": 1}))
     except trainers.Preempted:
-        assert stop
+        assert Told.stop_after
     processes.wait()
 
 

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 from omegaconf import OmegaConf
-from test_commands import ROOT, SMALL
+from small import ROOT, SMALL
 
 import ablations
+import configs
 import recipes
 from utils import UserError
 
@@ -23,7 +24,7 @@ def board(pair, **more):
 
 def config(tmp_path, value, **more):
     """The root configuration with a point's value."""
-    found = recipes.compose(["experiment=demo", f"sampling.div_threshold={value}"])
+    found = configs.compose(["experiment=demo", f"sampling.div_threshold={value}"])
     OmegaConf.set_struct(found, False)
     ablation = {"name": "gate", "key": "sampling.div_threshold", **more}
     return OmegaConf.merge(
@@ -79,7 +80,7 @@ def test_a_key_that_is_not_there_is_refused(tmp_path):
         ablations.add_point(tmp_path, "facts", board(0.5), given)
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (recipes.CONFIG_DIR / "ablation").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in (configs.CONFIG_DIR / "ablation").glob("*.yaml")))
 def test_every_shipped_ablation_is_of_a_key(name):
     """Each composes with a recipe, names what it varies, and keeps runs of different values apart."""
     values = {"n_examples": "stage.aligner.n_examples=", "alpha": "stage.aligner.loss_settings.alpha="}
@@ -91,8 +92,8 @@ def test_every_shipped_ablation_is_of_a_key(name):
     two = {"aligner_size": ("llama1b", "llama3b"), "n_examples": ("640", "1280")}.get(name, ("0.25", "0.5"))
     places, reports = set(), set()
     for value in two:
-        arguments = recipes.preflight(["experiment=llama_uc", f"ablation={name}", f"{values[name]}{value}"])
-        found = recipes.compose(arguments)
+        arguments = configs.preflight(["experiment=llama_uc", f"ablation={name}", f"{values[name]}{value}"])
+        found = configs.compose(arguments)
         assert found.evaluation.ablation.name == name
         assert str(OmegaConf.select(found, found.evaluation.ablation.key)) == value
         stages = {stage.name: stage for stage in recipes.resolve(arguments)}
@@ -117,4 +118,4 @@ def test_from_the_command_line(tmp_path):
 def test_a_misspelt_row_is_named():
     """A key with several values is checked like any other."""
     with pytest.raises(UserError, match="unknown key 'sampling.div_treshold': did you mean"):
-        recipes.preflight(["experiment=llama_uc", "ablation=div_threshold", "sampling.div_treshold=0.1,0.2"])
+        configs.preflight(["experiment=llama_uc", "ablation=div_threshold", "sampling.div_treshold=0.1,0.2"])

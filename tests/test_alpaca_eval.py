@@ -14,10 +14,10 @@ from test_judges import ANSWERS, PRICES, REFERENCES, ROWS, ask, rule, share  # n
 from test_length_control import evaluate  # noqa: F401
 
 import alpaca_package
+import configs
 import endpoints
 import judges
 import pipeline
-import recipes
 from utils import UserError
 
 
@@ -214,11 +214,11 @@ def test_the_pipeline_judges_with_it(evaluate, package, rule, caplog, monkeypatc
 def test_without_the_package_nothing_is_loaded(monkeypatch, missing):
     """pipeline.py ends before it looks for a model or a test file, and says what to install."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else name)
-    overrides = recipes.preflight(["experiment=llama_uc", "judge=alpaca_eval", "data_dir=nowhere"])
+    overrides = configs.preflight(["experiment=llama_uc", "judge=alpaca_eval", "data_dir=nowhere"])
     with pytest.raises(
         UserError, match=rf'{missing} is not installed: pip install "alpaca_eval==0.6.6" "setup'
     ):
-        pipeline.run(recipes.compose(overrides), overrides)
+        pipeline.run(configs.compose(overrides), overrides)
 
 
 def test_the_surroundings_are_put_back():
@@ -255,7 +255,7 @@ def test_judgements_go_from_the_package_s_scale_to_ours():
 
 
 def test_what_a_judge_is_and_how_it_is_named():
-    config = recipes.compose(recipes.preflight(["judge=alpaca_eval", "judge.model=m"])).judge
+    config = configs.compose(configs.preflight(["judge=alpaca_eval", "judge.model=m"])).judge
     helpful, harmless = (judges.settings_for(task, config) for task in ("helpful", "harmless"))
     assert judges.describe(helpful) == f"model m, criterion helpful, prompt {alpaca_package.ANNOTATOR}"
     assert judges.describe(harmless) == "model m, criterion harmless"

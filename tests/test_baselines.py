@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from test_commands import SMALL, run
+from small import SMALL, run
 
+import configs
 import paper_table
 import pipeline
 import recipes
@@ -32,7 +33,7 @@ def table(tmp_path_factory):
 
 
 def systems_of(*arguments):
-    config = recipes.compose(arguments)
+    config = configs.compose(arguments)
     stages = {stage.name: stage for stage in recipes.resolve(arguments)}
     return config, resolve_systems(config, next(iter(config.evaluation.tasks)), stages, set())
 
@@ -70,7 +71,7 @@ def test_baselines_are_trained_on_request(family, task):
 @pytest.mark.parametrize("name", [f"{f}_{t}" for f in ("llama", "qwen") for t in METHOD] + ["toy_facts"])
 def test_the_papers_names_are_systems(name):
     """Every line of a table is a system of its recipe."""
-    config = recipes.compose([f"experiment={name}", "baselines=true"])
+    config = configs.compose([f"experiment={name}", "baselines=true"])
     assert set(config.evaluation.paper) == set(config.evaluation.tasks)
     for lines in config.evaluation.paper.values():
         assert set(lines) <= set(config.evaluation.systems)

@@ -8,19 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from small import ROOT, run
 from test_processes import FLAT, go_on, stopped
 from test_trainers import path_of, trainer, weights
 
+import checkpoints
 import resume
+import train
 from files import only_run, replacing
 from metrics_log import rows_until
-from utils import UserError
+from utils import UserError, run_entry_point
 
-ROOT = Path(__file__).resolve().parents[1]
 GIVEN = ("loss=ours_sft", *FLAT)
 
 
@@ -160,13 +161,16 @@ def test_a_full_disk_is_one_line_and_the_last_state_stands(tmp_path, whole):
     assert path_of(run) == path_of(whole)
 
 
-def test_a_folder_that_cannot_be_written_is_said_first(tmp_path):
+def test_a_folder_that_cannot_be_written_is_said_first(tmp_path, monkeypatch, capsys):
     """Nothing is loaded for a run whose folder cannot be made."""
     (tmp_path / "out").write_text("a file where a folder should be")
-    command = [sys.executable, str(ROOT / "train.py"), "experiment=demo", f"output_dir={tmp_path / 'out'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert str(tmp_path / "out") in done.stderr and "mend that" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "load_tokenizer", pytest.fail)
+    with pytest.raises(SystemExit) as stopped:
+        run_entry_point(lambda: run(train, "experiment=demo", f"output_dir={tmp_path / 'out'}"))
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and errors.count("\n") == 1
+    assert str(tmp_path / "out") in errors and "mend that" in errors
 
 
 KILLED = """

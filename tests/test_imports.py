@@ -53,6 +53,18 @@ import decoding, losses, par, streaming, trainers
     assert done.returncode == 0, done.stderr
 
 
+def test_a_command_is_checked_before_anything_heavy_loads():
+    """What is wrong with a command line is said once torch is there, without waiting for all the rest."""
+    heavy = ["transformers", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", *LATE]
+    code = f"""
+import sys, pipeline, train
+train.recipes.resolve(['experiment=demo'])
+print(*sys.modules.keys() & set({heavy}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
 def test_files_stay_small():
     for path in MODULES.values():
         assert len(path.read_text().splitlines()) <= 450, path.name

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_commands import SMALL
+from small import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = [*SMALL, "save_every=16", "stage.sample.sampling.batch_size=5", "sampling.dtype=float32"]

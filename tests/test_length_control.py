@@ -11,6 +11,7 @@ from tiny import byte_tokenizer, tiny_model
 
 import alpaca_package
 import checkpoints
+import configs
 import evaluation
 import length_control
 import pipeline
@@ -264,8 +265,8 @@ def evaluate(tmp_path):
             checkpoints.export_model(model, tokenizer, stage.weights, "float32", {"add_bos": False})
 
     def run(*overrides):
-        given = recipes.preflight([*common, *overrides])
-        pipeline.run(recipes.compose(given), given)
+        given = configs.preflight([*common, *overrides])
+        pipeline.run(configs.compose(given), given)
         return tmp_path
 
     return run

@@ -6,7 +6,7 @@ import itertools
 import json
 
 import torch
-from test_commands import run
+from small import run
 from tiny import SHARED, needs_shared
 
 import checkpoints

@@ -5,32 +5,20 @@ loads.
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
+import configs
 import recipes
 from utils import UserError
 
-CONFIG = Path(recipes.CONFIG_DIR)
+CONFIG = Path(configs.CONFIG_DIR)
 PUBLISHED = ("llama_uc", "llama_summ", "llama_hh", "qwen_uc", "qwen_summ", "qwen_hh")
 
 
-def names(group):
-    return sorted(path.stem for path in (CONFIG / group).glob("*.yaml"))
-
-
-@pytest.mark.parametrize("group, name", [(g, n) for g in ("model", "loss", "judge") for n in names(g)])
-def test_every_shipped_choice_composes(group, name):
-    config = recipes.compose([f"{group}={name}"])
-    expected = {"model": lambda: config.model.name.replace("-", "_"), "loss": lambda: config.loss.name}
-    assert expected.get(group, lambda: config.judge.name)() == name
-    OmegaConf.to_container(config.model, resolve=True)
-
-
-@pytest.mark.parametrize("name", names("experiment"))
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIG / "experiment").glob("*.yaml")))
 def test_every_shipped_recipe_resolves(name):
     stages = recipes.resolve([f"experiment={name}"])
     assert len({stage.output for stage in stages}) == len(stages)
-    config = recipes.compose([f"experiment={name}"])
+    config = configs.compose([f"experiment={name}"])
     assert config.experiment_name == name and config.evaluation.systems and config.evaluation.tasks
 
 
@@ -116,7 +104,7 @@ def test_the_eight_published_evaluations():
 
     found = {}
     for name in PUBLISHED:
-        config = recipes.compose([f"experiment={name}"])
+        config = configs.compose([f"experiment={name}"])
         stages = {stage.name: stage for stage in recipes.resolve([f"experiment={name}"])}
         for task in config.evaluation.tasks:
             system = pipeline.resolve_systems(config, task, stages, set())["proposal+aligner[par_kl]"]
@@ -176,16 +164,11 @@ def test_loss_keys_reach_the_stages_that_have_them():
 
 def test_a_stage_takes_any_key():
     """preflight opens stages for keys that their recipe does not name."""
-    overrides = recipes.preflight(
+    overrides = configs.preflight(
         ["experiment=llama_uc", "stage.aligner.exp_flag=v2", "stage.aligner.seed=3"]
     )
     aligner = recipes.resolve(overrides)[-1]
     assert aligner.output.name.endswith("_@v2") and aligner.config.seed == 3
-
-
-def test_model_root_is_configurable(monkeypatch, tmp_path):
-    monkeypatch.setenv("RAM_MODEL_ROOT", str(tmp_path))
-    assert recipes.compose(["model=llama1b"]).model.name_or_path == f"{tmp_path}/Llama-3.2-1B"
 
 
 def test_identity_ignores_only_what_changes_no_weight():
@@ -312,34 +295,13 @@ def test_refused_in_one_line(case):
     assert "\n" not in str(error.value)
 
 
-def test_every_key_of_a_file_must_mean_something(tmp_path, monkeypatch):
-    """A key that a YAML file misspells is refused, not ignored."""
-    import shutil
-
-    shutil.copytree(CONFIG, tmp_path / "config")
-    monkeypatch.setattr(recipes, "CONFIG_DIR", tmp_path / "config")
-    for group, name, line, key in (
-        ("experiment", "llama_uc", "batch_sise: 2", "batch_sise"),
-        ("experiment", "llama_uc", "sampling: {base_temprature: 1}", "sampling.base_temprature"),
-        ("model", "llama1b", "blok_name: x", "model.blok_name"),
-    ):
-        path = tmp_path / "config" / group / f"{name}.yaml"
-        text = path.read_text()
-        path.write_text(f"{text}\n{line}\n")
-        overrides = ["experiment=llama_uc"] if group == "experiment" else TRAIN
-        with pytest.raises(UserError, match=f"unknown key '{key}'.*did you mean"):
-            recipes.resolve(overrides)
-        path.write_text(text)
-    recipes.resolve(TRAIN)
-
-
 def test_settings_of_a_stages_loss():
     """`stage.NAME.loss.key=` reaches the one stage; text with quotes and backslashes arrives as it was."""
-    overrides = recipes.preflight(["experiment=demo", "stage.aligner.loss.alpha=0.5"])
+    overrides = configs.preflight(["experiment=demo", "stage.aligner.loss.alpha=0.5"])
     stages = {stage.name: stage for stage in recipes.resolve(overrides)}
     assert stages["aligner"].config.loss.alpha == 0.5
     for text in ("\n\nHuman", "\\n", "it's", "a\\'b", "x\\"):
-        assert recipes.compose([f"sampling.stop_str={recipes.literal(text)}"]).sampling.stop_str == text
+        assert configs.compose([f"sampling.stop_str={recipes.literal(text)}"]).sampling.stop_str == text
 
 
 def test_missing_inputs_name_who_makes_them(tmp_path):
@@ -354,15 +316,3 @@ def test_missing_inputs_name_who_makes_them(tmp_path):
     recipes.check_inputs(stages, stages)
     with pytest.raises(UserError, match="no model at .*wu_sft_uc_llama8b_b64_lr1e-06/LATEST"):
         recipes.check_inputs(stages, [stages[1]])
-
-
-def test_broken_yaml_names_file_and_line(tmp_path, monkeypatch):
-    """An edited YAML that does not parse is named with its line."""
-    import shutil
-
-    shutil.copytree(CONFIG, tmp_path / "config")
-    broken = tmp_path / "config" / "loss" / "sft.yaml"
-    broken.write_text("name: sft\nalpha: [1\n")
-    monkeypatch.setattr(recipes, "CONFIG_DIR", tmp_path / "config")
-    with pytest.raises(UserError, match=r"loss/sft.yaml, line \d: not valid YAML"):
-        recipes.compose(["loss=sft"])

@@ -13,9 +13,9 @@ from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import checkpoints
+import configs
 import metrics_log
 import optimizers
-import recipes
 import resume
 from preference_datasets import collate
 from tokenization import Example, tokenize
@@ -68,7 +68,7 @@ def settings(*overrides):
         "do_first_eval=false",
         "model.fsdp_policy_mp=float32",
     ]
-    config = recipes.compose([*base, *overrides])
+    config = configs.compose([*base, *overrides])
     OmegaConf.resolve(config.sampling)
     return config
 

@@ -1,0 +1,269 @@
+"""The demo from end to end in small: what it leaves, restarts, what a change reaches, what is refused."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+from small import SMALL, run
+
+import pipeline
+import sampling
+import train
+import trainers
+from files import write_json
+from utils import UserError, commit
+
+SYSTEMS = {
+    "proposal",
+    "proposal_sft",
+    "aligner_sft_only",
+    "proposal+aligner[par]",
+    "proposal+aligner[par_kl]",
+    "proposal+aligner[product]",
+    "proposal_sft+aligner[par]",
+    "proposal+aligner_sft_only[par]",
+    "proposal+corrector",
+}
+
+
+def demo(folder, *overrides):
+    for entry in (train, pipeline):
+        run(entry, "experiment=demo", f"output_dir={folder}", *SMALL, *overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    demo(folder)
+    return folder
+
+
+def test_demo_leaves_results_leaderboard_and_report(finished):
+    """results.json has every system and figure that others read; the leaderboard and the report show them."""
+    found = json.loads((finished / "results.json").read_text())
+    assert set(found["systems"]) == SYSTEMS
+    for name, row in found["systems"].items():
+        assert {"correct", "aligned", "both", "win_rate", "win_rate_ci95", "n"} <= set(row)
+        assert row["n"] == 12 and row["win_rate_ci95"][0] <= row["win_rate"] <= row["win_rate_ci95"][1]
+        assert ("fallback_fraction" in row) == name.endswith("]")  # a pair
+    assert found["systems"]["proposal"]["win_rate"] == 0.5
+    decoding = found["decoding"]
+    assert decoding["identical_to_plain"] is True and set(decoding["tokens_per_second"]) == SYSTEMS
+    assert 0 <= decoding["acceptance"] <= 1 and 0 <= decoding["fallback_fraction"] <= 1
+    assert found["seconds"] > 0
+    with open(finished / "leaderboard.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["system"] for row in rows} == SYSTEMS
+    for row in rows:
+        assert (row["judge"], row["judge_settings"], row["commit"]) == ("exact", "", commit())
+        assert row["settings"].startswith(("t", "base_t")) and row["generator"].endswith(
+            f"#{row['settings']}"
+        )
+    for name in ("leaderboard.md", "leaderboard.tex"):
+        assert len((finished / name).read_text().splitlines()) == len(SYSTEMS) + (1 + name.endswith("md"))
+    page = (finished / "report.html").read_text()
+    assert all(name in page for name in SYSTEMS) and not re.search("https?:", page)
+
+
+def test_report_has_figures_of_pairs_and_is_made_again_alike(finished, tmp_path):
+    """Every pair's tokens have figures for the rows asked for; `report=FOLDER` alone gives the same bytes."""
+    made = [finished / name for name in ("report.html", "leaderboard.md", "leaderboard.tex")]
+    saved = json.loads((finished / "report.json").read_text())["report"]
+    assert [system["name"] for system in saved["systems"]] == [row["system"] for row in saved["board"]]
+    for place, system in enumerate(saved["systems"]):
+        with_figures = [i for i, row in enumerate(saved["rows"]) if "influence" in row["answers"][place]]
+        assert with_figures == ([0, 11] if system["name"].endswith("]") else []) and system["note"] is None
+        judged = (finished / system["judgements"]).read_text().splitlines()
+        assert [json.loads(line) for line in judged] == [
+            row["answers"][place]["judged"] for row in saved["rows"]
+        ]
+        assert (finished / system["folder"] / "output.json").is_file()
+    gated = [row["answers"][4] for row in saved["rows"]]
+    for answer in (answer for answer in gated if "influence" in answer):
+        fell_back = [
+            value for value, code in zip(answer["influence"], answer["codes"], strict=True) if code == "f"
+        ]
+        assert fell_back == pytest.approx([0.0] * len(fell_back), abs=1e-3)
+    before = [path.read_bytes() for path in made]
+    made[0].unlink()
+    run(pipeline, f"report={finished}")
+    assert [path.read_bytes() for path in made] == before
+    with pytest.raises(UserError, match="no report.json there"):
+        run(pipeline, f"report={tmp_path}")
+
+
+def test_outputs_are_alpaca_rows(finished):
+    """output.json has AlpacaEval's fields for every test row, in the order of the test file."""
+    test = json.loads((finished / "data" / "seed0" / "test" / "toy_test.json").read_text())
+    outputs = sorted(finished.glob("toy/facts/*/*/output.json"))
+    assert len(outputs) == len(SYSTEMS)
+    for path in outputs:
+        rows = json.loads(path.read_text())
+        assert [row["instruction"] for row in rows] == [row["instruction"] for row in test]
+        assert all(
+            row["generator"] == "/".join(path.parts[-3:-1]) and isinstance(row["output"], str) for row in rows
+        )
+
+
+def snapshot(folder):
+    return {
+        p: p.stat().st_mtime_ns
+        for p in folder.rglob("*")
+        if p.is_file() and "model" in p.parts or p.name == "output.json"
+    }
+
+
+def test_second_run_redoes_nothing(finished):
+    before = snapshot(finished)
+    demo(finished)
+    assert snapshot(finished) == before
+
+
+def test_what_a_change_reaches_is_made_anew(finished, tmp_path, caplog):
+    """A changed setting has its stage and all that read it made again; what was there is kept aside."""
+    folder = copy_of(finished, tmp_path)
+    small = ["experiment=demo", f"output_dir={folder}", *SMALL]
+    stages = "stages=[general_proposal,proposal,sample,aligner]"
+    before = snapshot(folder)
+    run(train, *small, stages, "stage.proposal.n_examples=320")
+    said = [message for message in caplog.messages if "made anew" in message]
+    assert len(said) == 3 and "(n_examples: 16 -> 320); kept as" in said[0]
+    assert "(proposal: " in said[1] and "(data: " in said[2]
+    assert any("general_proposal: done before" in message for message in caplog.messages)
+    # Every file of the first run is still there, under its own name or as the old one.
+    after = snapshot(folder)
+    for path, written in before.items():
+        parts = path.relative_to(folder).parts
+        old = [folder.joinpath(*parts[:i], parts[i] + ".old", *parts[i + 1 :]) for i in range(len(parts))]
+        assert written in [after.get(place) for place in (path, *old)], path
+    caplog.clear()
+    run(train, *small, stages, "stage.proposal.n_examples=320")
+    assert not [message for message in caplog.messages if "made anew" in message]
+    with pytest.raises(UserError, match="holds a toy world of other settings"):
+        run(train, *small, "world.entities=9")
+
+
+def copy_of(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_evaluation_refuses_weights_of_other_settings(finished):
+    """pipeline.py with settings that the run folder was not trained with: refused, and nothing written."""
+    before = snapshot(finished)
+    with pytest.raises(
+        UserError, match=r"trained with other settings \(max_grad_norm: 1.0 -> 2.0\); give those"
+    ):
+        run(pipeline, "experiment=demo", f"output_dir={finished}", *SMALL, "max_grad_norm=2.0")
+    assert snapshot(finished) == before
+
+
+def test_a_stage_alone_refuses_what_other_settings_made(finished, tmp_path):
+    """stages=[...] checks what it reads: samples of another temperature, weights of another schedule."""
+    small = ["experiment=demo", f"output_dir={copy_of(finished, tmp_path)}", *SMALL]
+    with pytest.raises(
+        UserError,
+        match=r"_sampling_toy-large.jsonl was made from other inputs \(base_temperature: 1.0 -> 0.7\)",
+    ):
+        run(train, *small, "stages=[aligner]", "stage.sample.sampling.base_temperature=0.7")
+    with pytest.raises(UserError, match=r"stage 'proposal': .* other settings \(lr: 5e-05 -> 0.01\)"):
+        run(
+            train,
+            *small,
+            "stages=[sample]",
+            "stage.proposal.lr=0.01",
+            "stage.proposal.exp_name=" + (next((tmp_path / "copy" / "model").glob("wu_*")).name),
+        )
+    run(train, *small, "stages=[aligner]")
+
+
+def test_judging_alone_refuses_answers_to_other_rows(finished, tmp_path):
+    """Answers are judged only where they answer these rows by these weights, and are as they were written."""
+    folder = copy_of(finished, tmp_path)
+    small = ["experiment=demo", f"output_dir={folder}", *SMALL, "evaluation.steps=[judge]"]
+    run(pipeline, *small)
+    test = folder / "data" / "seed0" / "test" / "toy_test.json"
+    rows = json.loads(test.read_text())
+    write_json(test, [rows[0] | {"instruction": "What is the dish of Nobody?"}, *rows[1:]])
+    with pytest.raises(UserError, match=r"output.json was made from other inputs \(rows: "):
+        run(pipeline, *small)
+    write_json(test, rows)
+    trace = next(folder.glob("toy/facts/*/*/output.trace.jsonl"))
+    trace.write_text(trace.read_text().replace('"text": "', '"text": "!', 1))
+    with pytest.raises(UserError, match="trace.jsonl was changed or cut short after it was written"):
+        run(pipeline, *small)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("evaluation.reference=proposa", "unknown evaluation.reference .* did you mean 'proposal'"),
+        ("evaluation.steps=[jugde]", "unknown step 'jugde': did you mean 'judge'"),
+        ("evaluation.systems.proposal.limit=3", "compared on the same rows; set sampling.limit"),
+        ("evaluation.systems.proposal.temprature=3", "unknown sampling key 'temprature'"),
+        ("evaluation.tasks.facts.temperature=hot", "sampling.temperature='hot': expected float"),
+    ],
+)
+def test_evaluation_is_refused_before_it_decodes(finished, override, message):
+    before = snapshot(finished)
+    with pytest.raises(UserError, match=message):
+        run(pipeline, "experiment=demo", f"output_dir={finished}", *SMALL, override)
+    assert snapshot(finished) == before
+
+
+def contents(folder):
+    """Everything that must not depend on interruptions: weights, samples, answers, figures."""
+    found = {
+        p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors") if "cache" not in p.parts
+    }
+    found |= {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*sampling*.jsonl")}
+    for path in folder.glob("toy/facts/*/*/output.json"):
+        answers = [row["output"] for row in json.loads(path.read_text())]
+        found[path.parts[-3]] = sorted(
+            [*found.get(path.parts[-3], []), answers]
+        )  # the folder's hash knows the path
+    systems = json.loads((folder / "results.json").read_text())["systems"]
+    for row in systems.values():
+        row.pop("mean_kl", None)  # rounded as the batch's shape has it, unlike every token
+    return found | {"systems": systems}
+
+
+def test_interrupted_anywhere_the_same_command_finishes_alike(finished, tmp_path, monkeypatch):
+    """Ctrl-C in training, in sampling and in generation: started again, everything ends as if
+    uninterrupted.
+    """
+    update, add = trainers.BasicTrainer.update, sampling.PartFiles.add
+
+    def stop_at_fourth(original, wanted):
+        calls = iter(range(1000))
+
+        def call(self, *args):
+            if wanted(self) and next(calls) == 3:
+                raise KeyboardInterrupt
+            return original(self, *args)
+
+        return call
+
+    stops = [
+        (
+            trainers.BasicTrainer,
+            "update",
+            stop_at_fourth(update, lambda trainer: "sft_toy_" in trainer.run_dir.name),
+        ),
+        (sampling.PartFiles, "add", stop_at_fourth(add, lambda part: "sampling" in part.path.name)),
+        (sampling.PartFiles, "add", stop_at_fourth(add, lambda part: "output.json" in part.path.name)),
+    ]
+    for owner, name, call in stops:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, call)
+            demo(tmp_path)
+    demo(tmp_path)
+    assert contents(tmp_path) == contents(finished)
+
+
+def test_dry_run_writes_nothing(tmp_path, caplog):
+    run(train, "experiment=demo", f"output_dir={tmp_path / 'x'}", "dry_run=true")
+    assert "10 stages: everything they need is there" in caplog.text and "n_examples 32000" in caplog.text
+    assert list(tmp_path.iterdir()) == []
