@@ -260,8 +260,9 @@ def test_a_failing_model_ends_its_own_rows(broken, ended, start, monkeypatch):
     assert_whole(served)
 
 
+@pytest.mark.parametrize("logprobs", [None, 2])
 @pytest.mark.parametrize("mode", ["par", "par_kl", "product", "snis", "mds"])
-def test_an_aligner_of_no_numbers_ends_its_own_rows(mode, start):
+def test_an_aligner_of_no_numbers_ends_its_own_rows(mode, logprobs, start):
     """Its answers end with an error that says so; rows beside it, of its forward too, do not notice."""
     broken = tiny_model(len(LETTERS), 9)
     with torch.no_grad():
@@ -270,11 +271,13 @@ def test_an_aligner_of_no_numbers_ends_its_own_rows(mode, start):
     heard = {name: Listener() for name in ("a", "x", "d", "b", None)}
     with served.lock:
         for name, listener in heard.items():
-            served.submit(ask(aligner=name, params=params), listener)
+            served.submit(ask(aligner=name, params=params, logprobs=logprobs), listener)
     done = heard.pop("x").done()
     assert done.finish_reason == "error" and "not numbers" in done.error
     for name, listener in heard.items():
-        assert_alone(ask(aligner=name, params=params), listener)
+        assert_alone(ask(aligner=name, params=params, logprobs=logprobs), listener)
+        for piece in listener.pieces:
+            assert logprobs is None or len(piece.logprobs) == len(piece.token_ids)
     assert_whole(served)
 
 
