@@ -275,7 +275,7 @@ class Engine:
         if limit and limit < len(request.prompt_ids) + request.max_new_tokens:
             drafter = None
         watch = StopWatch(self.tokenizer, request.stop)
-        ticket.job = Job(
+        job = Job(
             row=Row(0, pair),
             tokens=list(request.prompt_ids),
             params=request.params,
@@ -289,12 +289,11 @@ class Engine:
             stop_token_ids=request.stop_token_ids,
             wants=request.logprobs,
         )
-        if not self.rounds.enter(ticket.job):
-            ticket.job = None
+        if not self.rounds.enter(job):
             return False
-        ticket.shown = ShownText(watch)
+        ticket.job, ticket.shown = job, ShownText(watch)
         self.running.append(ticket)
-        found = ticket.job.holds[self.proposal].read
+        found = job.holds[self.proposal].read
         self.counts["prompt_tokens"] += len(request.prompt_ids)
         self.counts["hits"] += found > 0
         self.counts["hit_tokens"] += found

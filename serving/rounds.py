@@ -192,22 +192,23 @@ class Rounds:
         self.seen: torch.Tensor | None = None  # (lines, V), from the first penalty on
 
     def enter(self, job: Job) -> bool:
-        """Gives a job its line and positions, where there are some."""
+        """Gives a job its line and positions, where there are some; one that fails here has taken none."""
         if not self.free:
             return False
         job.line, count = self.free[-1], job.end - 1  # the last token is never read
-        for member in filter(None, (self.proposal, job.drafter)):
-            hold = member.pool.admit(job.line, job.tokens, count)
-            if hold is None:
-                for other, taken in job.holds.items():
-                    other.pool.give_back(taken.positions)
-                return False
-            job.holds[member] = hold
+        with contextlib.ExitStack() as undo:
+            for member in filter(None, (self.proposal, job.drafter)):
+                hold = member.pool.admit(job.line, job.tokens, count)
+                if hold is None:
+                    return False
+                undo.callback(member.pool.give_back, hold.positions)
+                job.holds[member] = hold
+            if job.penalised:
+                if self.seen is None:
+                    self.seen = torch.zeros(self.lines, self.vocab, dtype=torch.bool, device=self.device)
+                self.seen[job.line] = seen_mask(torch.tensor([job.tokens]), self.vocab)[0].to(self.device)
+            undo.pop_all()
         self.free.pop()
-        if job.penalised:
-            if self.seen is None:
-                self.seen = torch.zeros(self.lines, self.vocab, dtype=torch.bool, device=self.device)
-            self.seen[job.line] = seen_mask(torch.tensor([job.tokens]), self.vocab)[0].to(self.device)
         return True
 
     def leave(self, job: Job) -> None:

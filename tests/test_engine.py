@@ -320,6 +320,27 @@ def test_a_failing_law_or_listener_harms_nobody_else(start, monkeypatch):
     assert_whole(served)
 
 
+def test_a_request_that_cannot_begin_takes_nothing(start, monkeypatch):
+    """Where it fails on the way in, as for want of memory, it alone ends; its line and positions are free."""
+    served, real, failed = start(max_rows=2), rounds.seen_mask, []
+
+    def seen_mask(*given):
+        if not failed:
+            failed.append(given)
+            raise RuntimeError("out of memory")
+        return real(*given)
+
+    monkeypatch.setattr(rounds, "seen_mask", seen_mask)
+    request, heard = ask(params=replace(PAR, repetition_penalty=1.3)), [Listener(), Listener()]
+    with served.lock:
+        for listener in heard:
+            served.submit(request, listener)
+    done = heard[0].done()
+    assert (done.finish_reason, done.error) == ("error", "decoding failed: out of memory")
+    assert_alone(request, heard[1])
+    assert_whole(served)
+
+
 def test_what_cannot_be_served_is_refused(start):
     """Each mistake has its error and a text; what was taken before is finished when the engine closes."""
     served, heard = start(max_rows=1, max_waiting=1), [Listener() for _ in range(2)]
