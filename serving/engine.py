@@ -396,6 +396,7 @@ class Engine:
             self.taken -= 1  # before the listener hears: who asks again at once finds the place free
         what = None if error is None else f"decoding failed: {error}".split("\n")[0]
         self.tell(ticket, Done(reason, len(ticket.request.prompt_ids), count, stats, what))
+        ticket.member = ticket.job = None  # whoever keeps the ticket keeps no aligner that was removed
 
     def tell(self, ticket: Ticket, event: Piece | Done) -> None:
         try:

@@ -6,6 +6,7 @@ import functools
 import gc
 import random
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -381,6 +382,26 @@ def test_aligners_come_and_go(start):
         served.submit(ask(), Listener())
     with pytest.raises(UnknownAligner):
         served.remove_aligner("a")
+
+
+@pytest.mark.parametrize("cancelled", ["waiting", "running", None])
+def test_a_removed_aligner_is_forgotten(cancelled, start):
+    """Its weights go with the last request for it, even where somebody still has that request's ticket."""
+    served, heard, tickets = start(aligners={}), Listener(), []
+    if cancelled == "running":
+        heard.then = lambda event: isinstance(event, Piece) and served.cancel(tickets[0])
+    served.add_aligner("x", tiny_model(len(LETTERS), 100))
+    model = weakref.ref(served.aligners["x"].model)
+    with served.lock:
+        tickets.append(served.submit(ask(aligner="x", new=150), heard))
+        if cancelled == "waiting":
+            served.cancel(tickets[0])
+    assert (heard.done().finish_reason == "cancelled") == (cancelled is not None)
+    served.remove_aligner("x")
+    served.submit(ask(aligner=None), later := Listener())
+    later.done()
+    gc.collect()
+    assert model() is None
 
 
 def test_memory_grows_by_the_aligners_alone(start):
