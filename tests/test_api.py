@@ -228,7 +228,7 @@ def test_long_dialogues_are_cut_as_in_training(server, client):
         ),
         ("chat", {"model": "a", "messages": [{"role": "boss", "content": "x"}]}, 400, "messages", "role"),
         ("chat", {"model": "a", "messages": [HELLO[0] | {"nmae": "x"}]}, 400, "messages", "key 'nmae'"),
-        ("chat", {"model": "a", "messages": [HELLO[0] | {"tool_calls": [{}]}]}, 400, "messages", "tool_calls"),
+        ("chat", {"model": "a", "messages": [HELLO[0] | {"tool_calls": [{}]}]}, 400, "messages", "tool"),
         (
             "chat",
             {"model": "a", "messages": [*HELLO, {"role": "system", "content": ""}]},

@@ -1,14 +1,19 @@
 """The command: what it refuses, a shutdown that finishes what runs."""
 
+import asyncio
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -100,6 +105,74 @@ def healthy(url):
         return get(f"{url}/health").status_code == 200
     except httpx.HTTPError:
         return False
+
+
+@contextlib.contextmanager
+def bare(**settings):
+    """The address of a server of nothing, which may open 40 files."""
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.6 if scope["path"] == "/slow" else 0)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resource, "getrlimit", lambda kind: (40, 40))
+        server = serve.make_server(app, 1, **settings)
+    found = serve.listen(SimpleNamespace(config=SimpleNamespace(host="127.0.0.1", port=0)))
+    thread = threading.Thread(target=serve.run_server, args=(server, found))
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        yield found.getsockname()
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        found.close()
+
+
+def closed(connection):
+    """Whether the other side ends a connection, without any word or after an answer."""
+    with contextlib.suppress(ConnectionError):
+        while connection.recv(1000):
+            pass
+    return True
+
+
+@pytest.mark.parametrize("said", ["", "GET / HT", "GET / HTTP/1.1\r\nHost:", "POST"])
+def test_who_says_nothing_is_not_waited_for(said):
+    """Nor who stops in the middle, at first or later, or goes on with a body after the answer; one that is
+    being answered is.
+    """
+    whole = "GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
+    if said == "POST":
+        said, whole = "", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(bare(arrival=0.3))
+        silent, other = (stack.enter_context(socket.create_connection(place, 5)) for _ in range(2))
+        silent.sendall(said.encode())
+        other.sendall(whole.encode())
+        assert closed(silent)
+        assert b"200 OK" in other.recv(1000)
+        deadline = time.monotonic() + 3  # before uvicorn's own five seconds
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < deadline:
+                other.sendall(b"G")
+                time.sleep(0.05)
+
+
+def test_one_connection_too_many():
+    """It is closed at once; where another one goes there is room again."""
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(bare())
+        others = []
+        for _ in range(20):
+            others.append(stack.enter_context(socket.create_connection(place, 5)))
+            time.sleep(0.01)
+        with socket.create_connection(place, 5) as one_more:
+            assert closed(one_more)
+        others[0].close()
+        eventually(lambda: healthy("http://{}:{}".format(*place)))
 
 
 def test_sigterm_finishes_what_is_streamed(folder, tmp_path):
