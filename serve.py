@@ -106,6 +106,9 @@ def listen(settings: Settings) -> socket.socket:
     # Named TCP, for asyncio to turn Nagle's algorithm off: pieces of a stream would wait 40 ms each.
     found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Whoever reads no answer for so long loses the connection, which would stay for ever.
+    patience = min(1000 * settings.config.limits.seconds, (1 << 31) - 1)
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
     try:
         found.bind((host, port))
     except OSError as error:

@@ -24,6 +24,7 @@ from serving import serve_settings
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+LARGE = 16 << 20  # bytes
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +114,16 @@ def bare(**settings):
 
     async def app(scope, receive, send):
         await asyncio.sleep(0.6 if scope["path"] == "/slow" else 0)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await send({"type": "http.response.body", "body": b"ok"})
+        body = b"ok" if scope["path"] != "/large" else bytes(LARGE)
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resource, "getrlimit", lambda kind: (40, 40))
         server = serve.make_server(app, 1, **settings)
-    found = serve.listen(SimpleNamespace(config=SimpleNamespace(host="127.0.0.1", port=0)))
+    limits = SimpleNamespace(seconds=1)
+    found = serve.listen(SimpleNamespace(config=SimpleNamespace(host="127.0.0.1", port=0, limits=limits)))
     thread = threading.Thread(target=serve.run_server, args=(server, found))
     thread.start()
     try:
@@ -159,6 +163,22 @@ def test_who_says_nothing_is_not_waited_for(said):
             while time.monotonic() < deadline:
                 other.sendall(b"G")
                 time.sleep(0.05)
+
+
+def test_who_does_not_read_is_not_waited_for():
+    """Some of a large answer lies in the machine's buffers, the rest is given up."""
+    with contextlib.ExitStack() as stack:
+        place, reader = stack.enter_context(bare()), stack.enter_context(socket.socket())
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.settimeout(5)
+        reader.connect(place)
+        reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(2.5)
+        read = 0
+        with pytest.raises(ConnectionError):
+            while more := len(reader.recv(1 << 20)):
+                read += more
+        assert 0 < read < LARGE
 
 
 def test_one_connection_too_many():
