@@ -91,7 +91,8 @@ class Models:
         paths = [self.proposal] if aligner is None else [self.proposal, path]
         weights = fingerprint([checkpoints.weights_fingerprint(each) for each in paths])[:12]
         add_bos = bool(bos if given is None else given)
-        self.served[name] = Served(name, aligner, path, add_bos, f"fp_{weights}", int(time.time()))
+        served = Served(name, aligner, path, add_bos, f"fp_{weights}", int(time.time()))
+        self.served = self.served | {name: served}  # a new one: others may be going through the old
 
     # ---- aligners that come and go -------------------------------------------------------------------------
 
@@ -122,8 +123,9 @@ class Models:
 
     def remove_aligner(self, name: str) -> None:
         """Serves an aligner no longer; what it is answering it finishes. Raises UnknownAligner."""
-        if name == PROPOSAL or self.served.pop(name, None) is None:
+        if name == PROPOSAL or name not in self.served:
             raise UnknownAligner(f"no aligner {name!r} is loaded")
+        self.served = {key: served for key, served in self.served.items() if key != name}
         self.engine.remove_aligner(name)
         log.info(f"aligner {name}: removed")
 
