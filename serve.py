@@ -188,6 +188,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     settings = serve_settings.compose(rest)
     if mode == "chat":
+        chat.check_streams()
         chat.run(Models(settings))
     else:
         serve(settings, worker=mode == "worker")

@@ -46,6 +46,8 @@ def folder(tmp_path_factory):
         (["proposal=x", "aligners={proposal: y}"], "other than 'proposal'"),
         (["proposal=x", "aligners={a: 3}"], "expected a folder"),
         (["proposal=x", "aligners=y"], "expected names and folders"),
+        (["proposal=x", "aligner="], "expected a folder"),
+        (["proposal=x", "aligners={aligner: y}", "aligner=z"], "give one of them"),
         (["proposal=x", "limits.max_length=99999"], "at most engine.max_tokens"),
         (["proposal=x", "limits.choices=500"], "could fill the queue"),
         (["proposal=x", "engine=3"], "expected keys below it"),
@@ -65,6 +67,14 @@ def test_mistakes_are_one_line(folder, arguments, said):
     with pytest.raises(UserError) as caught:
         serve.main(arguments if arguments else ["port=1"])
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_chat_needs_something_to_read(folder, monkeypatch):
+    """As where a script runs it with standard input closed; said before the models load."""
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(serve, "Models", None)
+    with pytest.raises(UserError, match="input or output is closed"):
+        serve.main(["chat", f"proposal={folder}/p"])
 
 
 def test_keys_are_not_shown(monkeypatch):
