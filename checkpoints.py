@@ -69,8 +69,8 @@ def load_tokenizer(source: str):
         files = [Path(source) / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
         if Path(source).is_dir() and not any(path.is_file() for path in files):
             raise UserError(
-                f"no tokenizer in {source}: expected its tokenizer.json; copy the files of the tokenizer that "
-                "the model was trained with"
+                f"no tokenizer in {source}: expected its tokenizer.json; copy the files of the tokenizer "
+                "that the model was trained with"
             ) from None
         raise UserError(f"no tokenizer in {source} ({_first_line(error)})") from None
     if tokenizer.eos_token_id is None:
