@@ -71,7 +71,7 @@ class Engine:
     max_waiting: requests that may be held beyond max_rows. max_read: tokens of prompts read in one round;
     others wait so long for their next tokens. Listeners are called from the engine's thread and must not
     block; one that raises loses its request. Raises ValueError for a model that keeps no keys and values by
-    position, or lacks rows for the tokenizer.
+    position, or lacks rows for the tokenizer, or where memory lacks room for a pool.
     """
 
     def __init__(
@@ -113,7 +113,14 @@ class Engine:
                 f"{type(model).__name__} cannot be served: expected a transformers decoder without a sliding "
                 f"window or a state, with at least the tokenizer's {self.vocab} vocabulary rows"
             )
-        pool = open_pool(model, self.max_tokens, self.max_rows, self.columns, self.vocab)
+        try:
+            pool = open_pool(model, self.max_tokens, self.max_rows, self.columns, self.vocab)
+        except (MemoryError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise ValueError(
+                f"no room for {self.max_tokens} positions and {self.max_rows} rows beside the weights "
+                f"({reason}): lower engine.max_tokens or engine.max_rows"
+            ) from None
         return Member(model, pool, eos_token_ids(self.tokenizer, *pair))
 
     # ---- what any thread may call -------------------------------------------------------------------------

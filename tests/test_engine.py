@@ -384,6 +384,13 @@ def test_aligners_come_and_go(start):
         served.remove_aligner("a")
 
 
+@pytest.mark.parametrize("sizes", [{"max_tokens": 10**14}, {"max_rows": 10**13}])
+def test_a_pool_beyond_memory_is_refused(sizes, start):
+    """By one line that says which settings to lower, whoever ran out of memory."""
+    with pytest.raises(ValueError, match=r"\Ano room for .* lower engine.max_tokens or engine.max_rows\Z"):
+        start(**sizes)
+
+
 @pytest.mark.parametrize("cancelled", ["waiting", "running", None])
 def test_a_removed_aligner_is_forgotten(cancelled, start):
     """Its weights go with the last request for it, even where somebody still has that request's ticket."""
