@@ -66,6 +66,12 @@ def load_tokenizer(source: str):
         tokenizer = AutoTokenizer.from_pretrained(source, **remote_code)
     except Exception as error:  # a damaged file makes it raise a dozen unrelated types
         _check_trust(source, error)
+        files = [Path(source) / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
+        if Path(source).is_dir() and not any(path.is_file() for path in files):
+            raise UserError(
+                f"no tokenizer in {source}: expected its tokenizer.json; copy the files of the tokenizer "
+                "that the model was trained with"
+            ) from None
         raise UserError(f"no tokenizer in {source} ({_first_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(

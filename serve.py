@@ -11,6 +11,7 @@ config/serve.yaml has every key with a comment.
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import configs
 from serving import chat, fastchat_worker, serve_settings
@@ -27,6 +29,38 @@ from serving.serve_settings import Settings
 from utils import UserError, log, nearest, run_entry_point, setup_logging
 
 MODES = ("serve", "chat", "worker", "fastchat")
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, which is closed where a request's head does not come within `seconds`, and at
+    once where there are `most` others: who opens many and says nothing would keep everybody else out.
+    """
+
+    seconds, most = 30.0, 1 << 30
+    due: asyncio.TimerHandle | None = None  # when a request must be there
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            transport.abort()
+        else:
+            self.due = self.loop.call_later(self.seconds, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cancel_due()
+        elif self.due is None:  # another head begins, or a body goes on whose request was refused
+            self.due = self.loop.call_later(self.seconds, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.cancel_due()
+        super().connection_lost(exc)
+
+    def cancel_due(self) -> None:
+        if self.due is not None:
+            self.due.cancel()
+            self.due = None
 
 
 class Server(uvicorn.Server):
@@ -72,6 +106,10 @@ def listen(settings: Settings) -> socket.socket:
     # Named TCP, for asyncio to turn Nagle's algorithm off: pieces of a stream would wait 40 ms each.
     found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Whoever reads no answer for so long loses the connection, which would stay for ever.
+        patience = min(1000 * settings.config.limits.seconds, (1 << 31) - 1)
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
     try:
         found.bind((host, port))
     except OSError as error:
@@ -87,15 +125,18 @@ def url_of(settings: Settings, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"http://{host}:{port}"
 
 
-def make_server(app, seconds: float, said: str = "") -> Server:
+def make_server(app, seconds: float, said: str = "", arrival: float = 30.0) -> Server:
     """A server of an application; told to stop, it lets what runs take so many seconds more.
 
-    said: lines to log once it listens.
+    said: lines to log once it listens. arrival: seconds that the head of a request may take to come.
     """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = files // 2 if files != resource.RLIM_INFINITY else Connection.most
     server = Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=type("Connection", (Connection,), {"seconds": arrival, "most": most}),
+            backlog=min(most // 4 + 1, 2048),  # so many are let in before any of them is counted
             ws="none",
             lifespan="off",
             log_config=None,
@@ -118,16 +159,17 @@ def serve(settings: Settings, worker: bool = False) -> None:
     (fastchat_worker.check_exposure if worker else serve_settings.check_exposure)(settings)
     found = listen(settings)  # before the models: a port that is taken shows at once
     with contextlib.closing(found):
-        url, seconds = url_of(settings, found.getsockname()[1]), settings.config.shutdown_seconds
+        url, config = url_of(settings, found.getsockname()[1]), settings.config
+        times = {"seconds": config.shutdown_seconds, "arrival": config.limits.body_seconds}
         models = Models(settings)
         try:
             said = f"{models.proposal} with {', '.join(settings.aligners) or 'no aligners'} at {url}"
             if worker:
                 with fastchat_worker.registered(models, url) as app:
-                    run_server(make_server(app, seconds, said), found)
+                    run_server(make_server(app, said=said, **times), found)
             else:
                 said += f"\na page to talk to them: {url}/  OpenAI's protocol: {url}/v1"
-                run_server(make_server(create_app(models), seconds, said), found)
+                run_server(make_server(create_app(models), said=said, **times), found)
         finally:
             models.engine.close(wait=False)
     log.info("stopped")
@@ -147,6 +189,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     settings = serve_settings.compose(rest)
     if mode == "chat":
+        chat.check_streams()
         chat.run(Models(settings))
     else:
         serve(settings, worker=mode == "worker")

@@ -19,7 +19,7 @@ from plain_loop import StopWatch
 from serving.engine import Done, EngineError, Piece, UnknownAligner
 from serving.models import Models
 from serving.serve_settings import PROPOSAL
-from utils import nearest
+from utils import UserError, nearest
 
 Turns = Sequence[tuple[bool, str]]
 Marked = list[tuple[str, bool]]  # pieces of a text, and whether each is one that differs
@@ -184,6 +184,12 @@ def typed(chat: Chat) -> Iterator[str]:
         except EOFError:
             chat.write("\n")
             return
+
+
+def check_streams() -> None:
+    """Raises UserError where there is nothing to read questions from, or to write answers to."""
+    if sys.stdin is None or sys.stdout is None:
+        raise UserError("chat: standard input or output is closed; give a terminal, a pipe or a file")
 
 
 def run(models: Models) -> None:

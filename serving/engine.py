@@ -71,7 +71,7 @@ class Engine:
     max_waiting: requests that may be held beyond max_rows. max_read: tokens of prompts read in one round;
     others wait so long for their next tokens. Listeners are called from the engine's thread and must not
     block; one that raises loses its request. Raises ValueError for a model that keeps no keys and values by
-    position, or lacks rows for the tokenizer.
+    position, or lacks rows for the tokenizer, or where memory lacks room for a pool.
     """
 
     def __init__(
@@ -113,7 +113,14 @@ class Engine:
                 f"{type(model).__name__} cannot be served: expected a transformers decoder without a sliding "
                 f"window or a state, with at least the tokenizer's {self.vocab} vocabulary rows"
             )
-        pool = open_pool(model, self.max_tokens, self.max_rows, self.columns, self.vocab)
+        try:
+            pool = open_pool(model, self.max_tokens, self.max_rows, self.columns, self.vocab)
+        except (MemoryError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise ValueError(
+                f"no room for {self.max_tokens} positions and {self.max_rows} rows beside the weights "
+                f"({reason}): lower engine.max_tokens or engine.max_rows"
+            ) from None
         return Member(model, pool, eos_token_ids(self.tokenizer, *pair))
 
     # ---- what any thread may call -------------------------------------------------------------------------
@@ -276,7 +283,7 @@ class Engine:
         if limit and limit < len(request.prompt_ids) + request.max_new_tokens:
             drafter = None
         watch = StopWatch(self.tokenizer, request.stop)
-        ticket.job = Job(
+        job = Job(
             row=Row(0, pair),
             tokens=list(request.prompt_ids),
             params=request.params,
@@ -290,12 +297,11 @@ class Engine:
             stop_token_ids=request.stop_token_ids,
             wants=request.logprobs,
         )
-        if not self.rounds.enter(ticket.job):
-            ticket.job = None
+        if not self.rounds.enter(job):
             return False
-        ticket.shown = ShownText(watch)
+        ticket.job, ticket.shown = job, ShownText(watch)
         self.running.append(ticket)
-        found = ticket.job.holds[self.proposal].read
+        found = job.holds[self.proposal].read
         self.counts["prompt_tokens"] += len(request.prompt_ids)
         self.counts["hits"] += found > 0
         self.counts["hit_tokens"] += found
@@ -398,6 +404,7 @@ class Engine:
             self.taken -= 1  # before the listener hears: who asks again at once finds the place free
         what = None if error is None else f"decoding failed: {error}".split("\n")[0]
         self.tell(ticket, Done(reason, len(ticket.request.prompt_ids), count, stats, what))
+        ticket.member = ticket.job = None  # whoever keeps the ticket keeps no aligner that was removed
 
     def tell(self, ticket: Ticket, event: Piece | Done) -> None:
         try:

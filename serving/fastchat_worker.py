@@ -113,7 +113,7 @@ def failure(error: Exception) -> dict[str, Any]:
         (Busy, ErrorCode.ENGINE_OVERLOADED),
         (UnknownAligner, ErrorCode.INVALID_MODEL),
         (TooLong, ErrorCode.CONTEXT_OVERFLOW),
-        ((EngineError, ValueError), ErrorCode.PARAM_OUT_OF_RANGE),
+        ((EngineError, ValueError, OverflowError), ErrorCode.PARAM_OUT_OF_RANGE),
     ):
         if isinstance(error, kind):
             code = found
@@ -123,7 +123,7 @@ def failure(error: Exception) -> dict[str, Any]:
 
 def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[list[engine.Request], str]:
     """FastChat's request as the engine takes it, and what is shown before its answer (the prompt, with
-    `echo`). Raises EngineError or ValueError for one that cannot be answered.
+    `echo`). Raises EngineError, ValueError, TypeError or OverflowError for one that cannot be answered.
     """
     prompt = params.get("prompt")
     if not isinstance(prompt, str):
@@ -194,7 +194,7 @@ def create_worker(models: Models) -> Guard:
             requests, shown = await asyncio.to_thread(to_request, models, params, served)
             async for item in growing(Running(models.engine, requests, streamed=True), shown):
                 yield item
-        except (EngineError, ApiError, ValueError, TypeError) as error:
+        except (EngineError, ApiError, ValueError, TypeError, OverflowError) as error:
             yield failure(error)
 
     async def generate_stream(request: Request) -> Response:

@@ -49,6 +49,10 @@ class Guard:
             await self._pass(scope, receive, counting)
         except ApiError as error:
             await respond(error, counting)
+        except asyncio.CancelledError:  # the server has waited for this one as long as it may
+            if status == HUNG_UP:
+                error = ApiError(503, "the server is shutting down", "shutting_down", retry_after=1)
+                await respond(error, counting)
         except Exception:
             log.exception(f"{scope['method']} {scope['path'][:80]!r} failed")
             if status == HUNG_UP:

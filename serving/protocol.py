@@ -64,9 +64,17 @@ class TextPart(Strict):
 
 
 class Message(Strict):
+    """The last block is what clients send back of an answer's message, by their own classes."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None  # not shown to the models
+
+    refusal: None = None
+    annotations: Nothing = None
+    audio: Nothing = None
+    function_call: Nothing = None
+    tool_calls: Nothing = None
 
     def text(self) -> str:
         if isinstance(self.content, str):
@@ -182,10 +190,16 @@ def explain(errors: list[dict[str, Any]], known: list[str]) -> ApiError:
     if key in UNSUPPORTED:
         return ApiError(400, f"{key}: {UNSUPPORTED[key]}", "unsupported", key)
     # Of alternatives (a text or a list of texts ...) pydantic names every one: their texts, each once.
-    texts = dict.fromkeys(each["msg"] for each in errors if key in each["loc"])
+    texts = dict.fromkeys(_said(each) for each in errors if key in each["loc"])
     inner = {name for kind in (Message, TextPart, StreamOptions, TextFormat) for name in kind.model_fields}
     where = ".".join(str(part) for part in place if isinstance(part, int) or part in inner or part == key)
     return ApiError(400, f"{where[:128]}: {'; or '.join(texts)[:500]}", "invalid_value", key)
+
+
+def _said(error: dict[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {str(error['loc'][-1])[:64]!r}"
+    return error["msg"]
 
 
 def _without_key(error: dict[str, Any]) -> str:

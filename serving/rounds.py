@@ -161,16 +161,20 @@ class _Frame:
         found = {key: value.view(-1, width) for key, value in found.items()}
         found |= {"as_draft": found["token"][:, : drafted.shape[1]] == drafted[at]}
         tokens, laws = found["token"], laws.view(-1, width, laws.shape[-1])
-        for index, job in enumerate(jobs):
-            if job.wants is not None:
-                job.logprobs = _report(laws[index], tokens[index], job.wants)
-        found = {key: value.tolist() for key, value in fetch(found).items()}
+        logprobs = [
+            [] if job.wants is None else _report(laws[index], tokens[index], job.wants)
+            for index, job in enumerate(jobs)
+        ]
+        found = {key: value.tolist() for key, value in fetch(found).items()} | {"logprobs": logprobs}
         return [{key: values[index] for key, values in found.items()} for index in range(len(jobs))]
 
 
 def _report(laws: torch.Tensor, tokens: torch.Tensor, count: int) -> list:
-    """Of each position the token's log-probability and the likeliest tokens with theirs; (W, V), (W,)."""
-    chosen = laws.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
+    """Of each position the token's log-probability and the likeliest tokens with theirs; (W, V), (W,).
+
+    What stands for a token that has no law (-1) means nothing: its row ends with an error.
+    """
+    chosen = laws.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
     values, ids = (each.tolist() for each in laws.topk(min(count, laws.shape[1]), dim=1))
     return [
         (own, [(token, value) for token, value in zip(ids[i], values[i], strict=True) if value > NEG_INF])
@@ -188,22 +192,23 @@ class Rounds:
         self.seen: torch.Tensor | None = None  # (lines, V), from the first penalty on
 
     def enter(self, job: Job) -> bool:
-        """Gives a job its line and positions, where there are some."""
+        """Gives a job its line and positions, where there are some; one that fails here has taken none."""
         if not self.free:
             return False
         job.line, count = self.free[-1], job.end - 1  # the last token is never read
-        for member in filter(None, (self.proposal, job.drafter)):
-            hold = member.pool.admit(job.line, job.tokens, count)
-            if hold is None:
-                for other, taken in job.holds.items():
-                    other.pool.give_back(taken.positions)
-                return False
-            job.holds[member] = hold
+        with contextlib.ExitStack() as undo:
+            for member in filter(None, (self.proposal, job.drafter)):
+                hold = member.pool.admit(job.line, job.tokens, count)
+                if hold is None:
+                    return False
+                undo.callback(member.pool.give_back, hold.positions)
+                job.holds[member] = hold
+            if job.penalised:
+                if self.seen is None:
+                    self.seen = torch.zeros(self.lines, self.vocab, dtype=torch.bool, device=self.device)
+                self.seen[job.line] = seen_mask(torch.tensor([job.tokens]), self.vocab)[0].to(self.device)
+            undo.pop_all()
         self.free.pop()
-        if job.penalised:
-            if self.seen is None:
-                self.seen = torch.zeros(self.lines, self.vocab, dtype=torch.bool, device=self.device)
-            self.seen[job.line] = seen_mask(torch.tensor([job.tokens]), self.vocab)[0].to(self.device)
         return True
 
     def leave(self, job: Job) -> None:
@@ -372,7 +377,7 @@ class Rounds:
         tried = grow(row, found, count, ends, job.watch, job.max_new_tokens)
         length, new = len(job.tokens), row.ids[before:]
         job.tokens += new
-        job.logprobs = job.logprobs[: len(new)]
+        job.logprobs = found["logprobs"][: len(new)]
         if job.penalised:
             self.seen[job.line, torch.tensor(new, device=self.device)] = True
         for member, count in ((self.proposal, frame.width), (job.drafter, frame.count)):

@@ -41,11 +41,13 @@ def compose(arguments: Sequence[str]) -> Settings:
     if not isinstance(aligners, DictConfig | dict):
         raise UserError(f"aligners={aligners!r}: expected names and folders, aligners='{{NAME: FOLDER}}'")
     aligners = {str(name): folder for name, folder in aligners.items()}
-    if config.aligner:
-        aligners.setdefault("aligner", config.aligner)
+    if config.aligner is not None:
+        if "aligner" in aligners:
+            raise UserError("aligner and aligners.aligner are both given: give one of them")
+        aligners["aligner"] = config.aligner
     for name, folder in aligners.items():
         check_name(name)
-        if not isinstance(folder, str):
+        if not isinstance(folder, str) or not folder:
             raise UserError(f"aligners.{name}={folder!r}: expected a folder")
     if len(aligners) > config.limits.aligners:
         raise UserError(f"{len(aligners)} aligners: limits.aligners={config.limits.aligners}; raise it")

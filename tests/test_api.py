@@ -60,6 +60,17 @@ def test_system_message_and_parts(server, client):
     assert answer.choices[0].message.content == expected(server[0], "a", text, 1, 9).text
 
 
+def test_an_answer_is_sent_back_as_it_came(server, client):
+    """The next turn of a dialogue has the answer's own message in it, as an object or as its whole dump."""
+    request = {"model": "a", "seed": 2, "max_tokens": 8}
+    message = client.chat.completions.create(messages=HELLO, **request).choices[0].message
+    text = chat_text(HELLO[0]["content"], message.content, "more")
+    for sent in (message, message.model_dump()):
+        turns = [*HELLO, sent, {"role": "user", "content": "more"}]
+        answer = client.chat.completions.create(messages=turns, **request)
+        assert answer.choices[0].message.content == expected(server[0], "a", text, 2, 8).text
+
+
 def test_choices_are_rows(server, client):
     """Choice i is drawn as row i, whatever else is asked for at the same time."""
     answer = client.chat.completions.create(model="a", messages=HELLO, n=3, seed=5, max_tokens=12)
@@ -216,6 +227,8 @@ def test_long_dialogues_are_cut_as_in_training(server, client):
             "last",
         ),
         ("chat", {"model": "a", "messages": [{"role": "boss", "content": "x"}]}, 400, "messages", "role"),
+        ("chat", {"model": "a", "messages": [HELLO[0] | {"nmae": "x"}]}, 400, "messages", "key 'nmae'"),
+        ("chat", {"model": "a", "messages": [HELLO[0] | {"tool_calls": [{}]}]}, 400, "messages", "tool"),
         (
             "chat",
             {"model": "a", "messages": [*HELLO, {"role": "system", "content": ""}]},

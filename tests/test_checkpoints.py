@@ -67,6 +67,14 @@ def test_a_broken_tokenizer_names_the_folder(tmp_path, name, text):
         checkpoints.load_tokenizer(source)
 
 
+def test_a_missing_tokenizer_is_said_to_be_missing(tmp_path):
+    """A folder with the weights alone; transformers' own error is a list of what it tried."""
+    source = saved(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=f"no tokenizer in {source}: expected its tokenizer.json; copy"):
+        checkpoints.load_tokenizer(source)
+
+
 @pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 2), ("hidden_size", 32)])
 def test_weights_of_another_config_are_refused(tmp_path, key, value):
     """Weights that config.json asks for and the folder lacks are never drawn at random."""

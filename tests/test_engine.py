@@ -6,6 +6,7 @@ import functools
 import gc
 import random
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -260,8 +261,9 @@ def test_a_failing_model_ends_its_own_rows(broken, ended, start, monkeypatch):
     assert_whole(served)
 
 
+@pytest.mark.parametrize("logprobs", [None, 2])
 @pytest.mark.parametrize("mode", ["par", "par_kl", "product", "snis", "mds"])
-def test_an_aligner_of_no_numbers_ends_its_own_rows(mode, start):
+def test_an_aligner_of_no_numbers_ends_its_own_rows(mode, logprobs, start):
     """Its answers end with an error that says so; rows beside it, of its forward too, do not notice."""
     broken = tiny_model(len(LETTERS), 9)
     with torch.no_grad():
@@ -270,11 +272,13 @@ def test_an_aligner_of_no_numbers_ends_its_own_rows(mode, start):
     heard = {name: Listener() for name in ("a", "x", "d", "b", None)}
     with served.lock:
         for name, listener in heard.items():
-            served.submit(ask(aligner=name, params=params), listener)
+            served.submit(ask(aligner=name, params=params, logprobs=logprobs), listener)
     done = heard.pop("x").done()
     assert done.finish_reason == "error" and "not numbers" in done.error
     for name, listener in heard.items():
-        assert_alone(ask(aligner=name, params=params), listener)
+        assert_alone(ask(aligner=name, params=params, logprobs=logprobs), listener)
+        for piece in listener.pieces:
+            assert logprobs is None or len(piece.logprobs) == len(piece.token_ids)
     assert_whole(served)
 
 
@@ -314,6 +318,27 @@ def test_a_failing_law_or_listener_harms_nobody_else(start, monkeypatch):
     assert heard[0].done().finish_reason == "error"
     assert_alone(ask(seed=3), heard[1])
     assert heard[2].done().finish_reason in ("cancelled", "stop")
+    assert_whole(served)
+
+
+def test_a_request_that_cannot_begin_takes_nothing(start, monkeypatch):
+    """Where it fails on the way in, as for want of memory, it alone ends; its line and positions are free."""
+    served, real, failed = start(max_rows=2), rounds.seen_mask, []
+
+    def seen_mask(*given):
+        if not failed:
+            failed.append(given)
+            raise RuntimeError("out of memory")
+        return real(*given)
+
+    monkeypatch.setattr(rounds, "seen_mask", seen_mask)
+    request, heard = ask(params=replace(PAR, repetition_penalty=1.3)), [Listener(), Listener()]
+    with served.lock:
+        for listener in heard:
+            served.submit(request, listener)
+    done = heard[0].done()
+    assert (done.finish_reason, done.error) == ("error", "decoding failed: out of memory")
+    assert_alone(request, heard[1])
     assert_whole(served)
 
 
@@ -357,6 +382,33 @@ def test_aligners_come_and_go(start):
         served.submit(ask(), Listener())
     with pytest.raises(UnknownAligner):
         served.remove_aligner("a")
+
+
+@pytest.mark.parametrize("sizes", [{"max_tokens": 10**14}, {"max_rows": 10**13}])
+def test_a_pool_beyond_memory_is_refused(sizes, start):
+    """By one line that says which settings to lower, whoever ran out of memory."""
+    with pytest.raises(ValueError, match=r"\Ano room for .* lower engine.max_tokens or engine.max_rows\Z"):
+        start(**sizes)
+
+
+@pytest.mark.parametrize("cancelled", ["waiting", "running", None])
+def test_a_removed_aligner_is_forgotten(cancelled, start):
+    """Its weights go with the last request for it, even where somebody still has that request's ticket."""
+    served, heard, tickets = start(aligners={}), Listener(), []
+    if cancelled == "running":
+        heard.then = lambda event: isinstance(event, Piece) and served.cancel(tickets[0])
+    served.add_aligner("x", tiny_model(len(LETTERS), 100))
+    model = weakref.ref(served.aligners["x"].model)
+    with served.lock:
+        tickets.append(served.submit(ask(aligner="x", new=150), heard))
+        if cancelled == "waiting":
+            served.cancel(tickets[0])
+    assert (heard.done().finish_reason == "cancelled") == (cancelled is not None)
+    served.remove_aligner("x")
+    served.submit(ask(aligner=None), later := Listener())
+    later.done()
+    gc.collect()
+    assert model() is None
 
 
 def test_memory_grows_by_the_aligners_alone(start):

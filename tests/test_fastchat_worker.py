@@ -121,6 +121,15 @@ def test_failures_have_fastchats_codes(worker, body, code):
     assert post(worker, "worker_get_embeddings", input=["x"]).json()["error_code"] == 40302
 
 
+@pytest.mark.parametrize("key", ["max_new_tokens", "seed"])
+def test_numbers_beyond_all_numbers(worker, key):
+    """1e400 is infinite to a parser of JSON, and no count."""
+    for path in ("worker_generate", "worker_generate_stream"):
+        body = f'{{"model": "a", "prompt": "hi", "{key}": 1e400}}'
+        (found,) = items(httpx.post(f"{worker[1]}/{path}", content=body))
+        assert found["error_code"] == 40302 and "infinity" in found["text"]
+
+
 def test_what_a_controller_asks(worker):
     assert httpx.post(f"{worker[1]}/worker_get_status").json() == {
         "model_names": ["proposal", "a", "b"],

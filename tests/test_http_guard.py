@@ -2,6 +2,7 @@
 leave.
 """
 
+import asyncio
 import contextlib
 import json
 import random
@@ -12,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from served import PLAIN, ask, chat_text, eventually, expected, get, post, running, save_models
+from served import PLAIN, ask, chat_text, eventually, expected, get, post, running, save_models, settings
 
 import checkpoints
 from serving import protocol
+from serving.http_guard import Guard
+from serving.metrics import Metrics
 
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "seed": 1}
 
@@ -177,6 +180,19 @@ def test_aligners_come_and_go(locked):
         stop.set()
         asking.join()
     assert set(seen) == {texts["a"]}
+
+
+def test_a_list_of_models_is_of_one_moment(locked):
+    """Whoever goes through them while an aligner comes or goes is not disturbed."""
+    models, url = locked
+    before, listing = list(models.served), iter(models.served)
+    first = next(listing)
+    models.add_aligner("late", "b")
+    assert [first, *listing] == before and "late" in models.served
+    listing = iter(models.served)
+    first = next(listing)
+    models.remove_aligner("late")
+    assert [first, *listing] == [*before, "late"] and list(models.served) == before
 
 
 @pytest.mark.parametrize(
@@ -401,6 +417,36 @@ def test_what_takes_too_long_is_cancelled(slow, monkeypatch):
     assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == "timeout"
     assert lines[-2] == "data: [DONE]"
     eventually(lambda: idle(models), seconds=2)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_who_is_not_finished_in_time_hears_that_it_stops(folder, begun):
+    """A server that has waited long enough for an answer ends it: 503 where nothing was sent."""
+
+    async def endless(scope, receive, send):
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(60)
+
+    async def stopped():
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(b"host", b"localhost")]}
+        guard = Guard(endless, settings(folder), Metrics())
+        task = asyncio.ensure_future(guard(scope, receive, send))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await task
+        return sent
+
+    start, *rest = asyncio.run(stopped())
+    assert start["status"] == (200 if begun else 503) and len(rest) == (not begun)
 
 
 def test_a_failing_engine_is_told_without_its_inside(server, monkeypatch):

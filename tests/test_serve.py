@@ -1,14 +1,19 @@
 """The command: what it refuses, a shutdown that finishes what runs."""
 
+import asyncio
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -19,6 +24,7 @@ from serving import serve_settings
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+LARGE = 16 << 20  # bytes
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +46,8 @@ def folder(tmp_path_factory):
         (["proposal=x", "aligners={proposal: y}"], "other than 'proposal'"),
         (["proposal=x", "aligners={a: 3}"], "expected a folder"),
         (["proposal=x", "aligners=y"], "expected names and folders"),
+        (["proposal=x", "aligner="], "expected a folder"),
+        (["proposal=x", "aligners={aligner: y}", "aligner=z"], "give one of them"),
         (["proposal=x", "limits.max_length=99999"], "at most engine.max_tokens"),
         (["proposal=x", "limits.choices=500"], "could fill the queue"),
         (["proposal=x", "engine=3"], "expected keys below it"),
@@ -59,6 +67,14 @@ def test_mistakes_are_one_line(folder, arguments, said):
     with pytest.raises(UserError) as caught:
         serve.main(arguments if arguments else ["port=1"])
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_chat_needs_something_to_read(folder, monkeypatch):
+    """As where a script runs it with standard input closed; said before the models load."""
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(serve, "Models", None)
+    with pytest.raises(UserError, match="input or output is closed"):
+        serve.main(["chat", f"proposal={folder}/p"])
 
 
 def test_keys_are_not_shown(monkeypatch):
@@ -100,6 +116,93 @@ def healthy(url):
         return get(f"{url}/health").status_code == 200
     except httpx.HTTPError:
         return False
+
+
+@contextlib.contextmanager
+def bare(**settings):
+    """The address of a server of nothing, which may open 40 files."""
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.6 if scope["path"] == "/slow" else 0)
+        body = b"ok" if scope["path"] != "/large" else bytes(LARGE)
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resource, "getrlimit", lambda kind: (40, 40))
+        server = serve.make_server(app, 1, **settings)
+    limits = SimpleNamespace(seconds=1)
+    found = serve.listen(SimpleNamespace(config=SimpleNamespace(host="127.0.0.1", port=0, limits=limits)))
+    thread = threading.Thread(target=serve.run_server, args=(server, found))
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        yield found.getsockname()
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        found.close()
+
+
+def closed(connection):
+    """Whether the other side ends a connection, without any word or after an answer."""
+    with contextlib.suppress(ConnectionError):
+        while connection.recv(1000):
+            pass
+    return True
+
+
+@pytest.mark.parametrize("said", ["", "GET / HT", "GET / HTTP/1.1\r\nHost:", "POST"])
+def test_who_says_nothing_is_not_waited_for(said):
+    """Nor who stops in the middle, at first or later, or goes on with a body after the answer; one that is
+    being answered is.
+    """
+    whole = "GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
+    if said == "POST":
+        said, whole = "", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(bare(arrival=0.3))
+        silent, other = (stack.enter_context(socket.create_connection(place, 5)) for _ in range(2))
+        silent.sendall(said.encode())
+        other.sendall(whole.encode())
+        assert closed(silent)
+        assert b"200 OK" in other.recv(1000)
+        deadline = time.monotonic() + 3  # before uvicorn's own five seconds
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < deadline:
+                other.sendall(b"G")
+                time.sleep(0.05)
+
+
+def test_who_does_not_read_is_not_waited_for():
+    """Some of a large answer lies in the machine's buffers, the rest is given up."""
+    with contextlib.ExitStack() as stack:
+        place, reader = stack.enter_context(bare()), stack.enter_context(socket.socket())
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.settimeout(5)
+        reader.connect(place)
+        reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(2.5)
+        read = 0
+        with pytest.raises(ConnectionError):
+            while more := len(reader.recv(1 << 20)):
+                read += more
+        assert 0 < read < LARGE
+
+
+def test_one_connection_too_many():
+    """It is closed at once; where another one goes there is room again."""
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(bare())
+        others = []
+        for _ in range(20):
+            others.append(stack.enter_context(socket.create_connection(place, 5)))
+            time.sleep(0.01)
+        with socket.create_connection(place, 5) as one_more:
+            assert closed(one_more)
+        others[0].close()
+        eventually(lambda: healthy("http://{}:{}".format(*place)))
 
 
 def test_sigterm_finishes_what_is_streamed(folder, tmp_path):
