@@ -52,3 +52,30 @@ def browser(tmp_path_factory):
         pytest.skip("no Chromium on this machine")
     with contextlib.closing(Browser(tmp_path_factory.mktemp("profile"))) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models to serve; tests of a module may change theirs."""
+    from served import save_models
+
+    found = tmp_path_factory.mktemp("models")
+    save_models(found)
+    return found
+
+
+@pytest.fixture
+def start():
+    """Makes engines (`engines.open_engine`) that are closed at the end of the test."""
+    from engines import open_engine
+
+    opened = []
+
+    def make(*models, **settings):
+        opened.append(open_engine(*models, **settings))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close(wait=False)
+        assert not each.thread.is_alive()

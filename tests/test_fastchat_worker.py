@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import chat_text, eventually, expected, listening, opened, save_models
+from served import chat_text, eventually, expected, listening, opened
 
 from serving import fastchat_worker
 
@@ -42,13 +42,6 @@ class Controller(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("models")
-    save_models(found)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from served import PLAIN, ask, chat_text, eventually, expected, get, post, running, save_models, settings
+from served import PLAIN, ask, chat_text, eventually, expected, get, post, running, settings
 
 import checkpoints
 from serving import protocol
@@ -21,13 +21,6 @@ from serving.http_guard import Guard
 from serving.metrics import Metrics
 
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "seed": 1}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("models")
-    save_models(found)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from served import PLAIN, eventually, get, save_models
+from served import PLAIN, eventually, get
 
 import serve
 from serving import serve_settings
@@ -25,13 +25,6 @@ from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE = 16 << 20  # bytes
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("models")
-    save_models(found)
-    return found
 
 
 @pytest.mark.parametrize(

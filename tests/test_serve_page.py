@@ -2,7 +2,7 @@
 
 import pytest
 from sample_report import HOSTILE
-from served import TOKENIZER, ask, chat_text, eventually, get, running, save_models
+from served import TOKENIZER, ask, chat_text, eventually, get, running
 
 from serving.answers import Busy, Closed, Done, Piece
 
@@ -11,13 +11,6 @@ IDLE = f"{LAST}?.getAttribute('aria-busy') === 'false'"
 STATUS = "document.getElementById('status').textContent"
 FIELD = "document.getElementById('text')"
 FOCUS = "document.activeElement.id"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("models")
-    save_models(found)
-    return found
 
 
 @pytest.fixture(scope="module")
