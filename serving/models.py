@@ -69,7 +69,7 @@ class Models:
             self._add(name, name, path, bos[name])
         self._check_length(model, self.proposal)
         try:
-            self.engine = Engine(model, self.tokenizer, aligners, **config.engine)
+            self.engine = Engine(model, self.tokenizer, aligners, **vars(config.engine))
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -164,8 +164,10 @@ class Models:
     def encode_cut(self, text: str, new_tokens: int, add_bos: bool) -> list[int]:
         """`encode_dialogue` of a dialogue that is text already."""
         room = self.max_length - new_tokens
+        most = max(MOST_CUT * room, 4096)
         with self.lock:
-            if (found := len(encode(self.tokenizer, [text])[0])) > max(MOST_CUT * room, 4096):
+            # A character has at most four bytes, and hardly a token is shorter: short texts are not counted.
+            if 4 * len(text) > most and (found := len(encode(self.tokenizer, [text])[0])) > most:
                 raise TooLong(
                     f"a dialogue of {found} tokens, and room for {room}: leave its oldest turns out"
                 )

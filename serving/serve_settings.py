@@ -2,11 +2,13 @@
 loads; keys from the environment.
 """
 
+import functools
 import ipaddress
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from omegaconf import DictConfig
 
@@ -21,9 +23,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server runs with. aligners: name -> folder. key, admin_key: None where none is wanted."""
+    """What a server runs with. config: config/serve.yaml's keys as attributes. aligners: name -> folder. key,
+    admin_key: None where none is wanted.
+    """
 
-    config: DictConfig
+    config: SimpleNamespace
     params: PARParams
     aligners: dict[str, str]
     key: str | None = field(repr=False)
@@ -64,7 +68,13 @@ def compose(arguments: Sequence[str]) -> Settings:
     keys = [_key(config[name]) for name in ("key_env", "admin_key_env")]
     if keys[0] and keys[0] == keys[1]:
         raise UserError(f"{config.key_env} and {config.admin_key_env} hold the same key: give two")
-    return Settings(config, par_params(config.sampling), aligners, *keys)
+    return Settings(_plain(config), par_params(config.sampling), aligners, *keys)
+
+
+def _plain(config: DictConfig) -> SimpleNamespace:
+    """Plain attributes: every request reads some, and OmegaConf takes its time for each."""
+    values = ((str(key), value) for key, value in config.items())
+    return SimpleNamespace(**{key: _plain(v) if isinstance(v, DictConfig) else v for key, v in values})
 
 
 def check_name(name: str) -> None:
@@ -76,6 +86,7 @@ def check_name(name: str) -> None:
         )
 
 
+@functools.lru_cache(maxsize=256)  # asked for every request's Host
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches `host`, an address or `localhost`."""
     try:

@@ -235,7 +235,7 @@ def test_bodies_too_large(server, size):
 
 def test_bodies_too_slow(server, monkeypatch):
     """A body that does not come is not waited for for ever."""
-    monkeypatch.setitem(server[0].settings.config.limits, "body_seconds", 0.1)
+    monkeypatch.setattr(server[0].settings.config.limits, "body_seconds", 0.1)
     host, port = server[1].removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(
@@ -403,7 +403,7 @@ def test_who_hangs_up_frees_the_place(slow, stream):
 
 def test_what_takes_too_long_is_cancelled(slow, monkeypatch):
     models, url = slow
-    monkeypatch.setitem(models.settings.config.limits, "seconds", 0.2)
+    monkeypatch.setattr(models.settings.config.limits, "seconds", 0.2)
     answer = ask(url, LONG)
     assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
     lines = ask(url, LONG | {"stream": True}).text.split("\n\n")
