@@ -220,7 +220,7 @@ def prompts_of(request: CompletionRequest) -> list[str] | list[list[int]]:
 
 
 def _add_answering(app: FastAPI, models: Models) -> None:
-    limits, streamed = models.settings.config.limits, {"text/event-stream": {"schema": {"type": "string"}}}
+    limits, streamed = models.settings.config.limits, {"text/event-stream": {}}
 
     async def answer(
         request: Request,
