@@ -4,7 +4,7 @@
 where they expect a model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,15 +85,13 @@ def generate_stream(
         stop=stop,
         stop_token_ids=params.get("stop_token_ids") or (),
     )
-    watch, sent = plain_loop.StopWatch(tokenizer, stop), 0
+    shown, told, sent = plain_loop.ShownText(plain_loop.StopWatch(tokenizer, stop)), "", 0
     for (row,) in rounds:
-        text = watch.text(row.shown_ids)
-        if row.finish is not None:
-            stopped = watch.cut(text)
-            text = text if stopped is None else stopped
-        elif len(row.ids) - sent < stream_interval or held_back(text, stop):
+        shown.more(row.shown_ids, row.finish is not None)
+        text, new = shown.shown, len(row.ids) - sent
+        if row.finish is None and (text == told or new < stream_interval):
             continue
-        sent = len(row.ids)
+        told, sent = text, len(row.ids)
         yield {
             "text": prompt + text if echo else text,
             "logprobs": None,
@@ -104,8 +102,3 @@ def generate_stream(
             },
             "finish_reason": row.finish,
         }
-
-
-def held_back(text: str, stop: Sequence[str]) -> bool:
-    """Whether the end of `text` may still become something else: a stop string, or a whole character."""
-    return text.endswith("\ufffd") or any(text.endswith(s[:n]) for s in stop for n in range(1, len(s)))

@@ -72,10 +72,6 @@ class TokenizedDataset:
     def part(self, name: str, index: int) -> np.ndarray:
         return self.ids[name][self.offsets[name][index] : self.offsets[name][index + 1]]
 
-    @property
-    def has_negative(self) -> bool:
-        return "negative" in self.ids
-
 
 def tokenize(
     examples: Sequence[Example], tokenizer, max_length: int, max_prompt_length: int, add_bos: bool = False
