@@ -144,9 +144,10 @@ class Choice:
 
     def chat_logprobs(self, entries: Sequence[tuple[int, Any, int]]) -> dict[str, Any]:
         content = []
-        for token, known, _ in entries:
+        for token, known, start in entries:
             top = [self._spelt(other, value) for other, value in known.top]
-            content.append(self._spelt(token, known.logprob) | {"top_logprobs": top})
+            said = {"top_logprobs": top, "text_offset": start}
+            content.append(self._spelt(token, known.logprob) | said)
         return {"content": content, "refusal": None}
 
     def _spelt(self, token: int, logprob: float) -> dict[str, Any]:

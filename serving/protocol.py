@@ -255,6 +255,7 @@ class ShownToken(Said):
 
 class ChatToken(ShownToken):
     top_logprobs: list[ShownToken]
+    text_offset: int  # ours: how many characters of the text come before the token's own
 
 
 class ChatLogprobs(Said):

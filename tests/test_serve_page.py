@@ -4,7 +4,7 @@ import pytest
 from sample_report import HOSTILE
 from served import TOKENIZER, ask, chat_text, eventually, get, running
 
-from serving.answers import Busy, Closed, Done, Piece
+from serving.answers import Busy, Closed, Done, Piece, TokenLogprobs
 
 LAST = "document.querySelector('.answers:last-child')"
 IDLE = f"{LAST}?.getAttribute('aria-busy') === 'false'"
@@ -53,7 +53,9 @@ class Told:
         self.left.append(ticket)
 
     def say(self, text, which=-1):
-        self.asked[which][1](Piece((1,), text, None))
+        request, hear = self.asked[which]
+        ids = tuple(TOKENIZER(text).input_ids)
+        hear(Piece(ids, text, None if request.logprobs is None else (TokenLogprobs(-1.0, ()),) * len(ids)))
 
     def end(self, text="", which=-1):
         self.say(text, which)
@@ -232,8 +234,8 @@ def test_a_refusal_is_shown_and_nothing_is_lost(server, told, visit, error):
 
 
 def test_two_answers_side_by_side(server, told, visit):
-    """Words that the other has not are marked, also where no spaces are; the proposal alone gets none of the
-    aligner's settings.
+    """Tokens that the other has not are marked, bytes of a character together; the proposal alone gets none
+    of the aligner's settings.
     """
     page = visit(server[1])
     for name, value in (("base_temperature", "0.5"), ("temperature", "2"), ("mode", "product")):
@@ -249,15 +251,16 @@ def test_two_answers_side_by_side(server, told, visit):
         marks = "Array.from({}.children[{}].querySelectorAll('mark'), (mark) => mark.textContent).join('|')"
         return [page.run(marks.format(LAST, side)) for side in (0, 1)]
 
-    assert compare("1", "It is teal.\nNot  red", "It's teal!\nNot green") == ["It|is|.|red", "It's|!|green"]
-    assert (shown(page), shown(page, 1)) == ("It is teal.\nNot  red", "It's teal!\nNot green")
+    assert compare("1", "It is teal.\nNot  red", "It's teal!\nNot red") == ["i|.", "'|!"]
+    assert (shown(page), shown(page, 1)) == ("It is teal.\nNot  red", "It's teal!\nNot red")
     tops = [page.run(f"{LAST}.children[{place}].getBoundingClientRect().top") for place in (0, 1)]
     assert tops[0] == tops[1] and "marked" in page.run(STATUS)
     laws = {request.aligner: request.params for request, _ in told.asked}
     assert (laws["a"].temperature, laws["a"].base_temperature, laws["a"].sample_mode) == (2, 0.5, "product")
     assert laws[None].base_temperature == 0.5 and len({r.seed for r, _ in told.asked}) == 1
-    assert compare("2", "我喜欢红色", "我喜欢蓝色") == ["红色", "蓝色"]
-    assert told.prompt()[1] == chat_text("1", "It's teal!\nNot green", "2")
+    assert compare("2", "我喜欢红色", "我喜欢蓝色") == ["红", "蓝"]
+    assert told.prompt()[1] == chat_text("1", "It's teal!\nNot red", "2")
+    assert compare("2", "a🙂b", "a🙃b") == ["🙂", "🙃"]
     assert compare("3", "same", "same") == ["", ""] and page.run(STATUS) == "both answers are the same"
     page.run("document.getElementById('other').value = 'a'")
     send(page, told, "4")

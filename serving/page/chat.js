@@ -2,7 +2,7 @@
 "use strict";
 
 const PROPOSAL = "proposal";
-const MOST_WORDS = 3000; // beyond that answers are shown without marks: comparing takes the product of both
+const MOST_TOKENS = 3000; // beyond that answers are shown without marks: comparing takes the product of both
 const $ = (id) => document.getElementById(id);
 let key = ""; // in this page's memory only
 let turns = []; // {role, content}, as the next request sends them
@@ -143,22 +143,23 @@ function facts(answer) {
   return told.map((each) => each.replaceAll(" ", "\u00a0")).join(" · "); // lines break between them
 }
 
-// One answer, shown while it grows.
-async function answer(model, seed, box, signal) {
+// One answer, shown while it grows; one that is to be compared comes with where its tokens begin.
+async function answer(model, seed, box, signal, compared) {
   const card = element("section", "answer"), shown = element("p"), below = element("p", "facts");
   const grown = document.createTextNode(""); // grows by what is new: what a reader selected stays selected
   shown.append(grown);
   shown.dir = "auto";
   card.append(element("h2", "", model), shown, below);
   atEnd(() => box.append(card));
-  const found = { text: "", shown, pair: model !== PROPOSAL };
+  const found = { text: "", starts: new Set(), shown, pair: model !== PROPOSAL };
   try {
-    await stream({ model, messages: turns, seed, ...settings(model) }, signal, (chunk) => {
+    await stream({ model, messages: turns, seed, logprobs: compared, ...settings(model) }, signal, (chunk) => {
       found.seed = chunk.seed;
       if (chunk.usage) found.usage = chunk.usage;
       for (const choice of chunk.choices) {
         const more = choice.delta.content || "";
         found.text += more;
+        for (const token of choice.logprobs ? choice.logprobs.content : []) found.starts.add(token.text_offset);
         atEnd(() => grown.appendData(more));
         if (choice.finish_reason) [found.finish, found.stats] = [choice.finish_reason, choice.stats];
       }
@@ -180,23 +181,22 @@ function atEnd(grow) {
   if (low) box.scrollTop = box.scrollHeight;
 }
 
-// Words, what stands between them, and the signs of a script without spaces.
-function words(text) {
-  if (!Intl.Segmenter) return text.match(/\s+|\S+/g) || [];
-  return Array.from(new Intl.Segmenter("en", { granularity: "word" }).segment(text), (each) => each.segment);
+// The texts of an answer's tokens; those that only together make a character are one.
+function tokens(answer) {
+  const letters = Array.from(answer.text), starts = [...answer.starts].filter((at) => at < letters.length);
+  return starts.map((at, i) => letters.slice(at, starts[i + 1]).join(""));
 }
 
-// Which words of two texts belong to no longest common subsequence: two arrays of [word, differs].
-function differences(first, second) {
-  const a = words(first), b = words(second);
-  if (a.length > MOST_WORDS || b.length > MOST_WORDS) return null;
+// Which tokens of two answers belong to no longest common subsequence: two arrays of [token, differs].
+function differences(a, b) {
+  if (a.length > MOST_TOKENS || b.length > MOST_TOKENS) return null;
   const best = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
   for (let i = a.length - 1; i >= 0; i--) {
     for (let j = b.length - 1; j >= 0; j--) {
       best[i][j] = a[i] === b[j] ? best[i + 1][j + 1] + 1 : Math.max(best[i + 1][j], best[i][j + 1]);
     }
   }
-  const left = a.map((word) => [word, true]), right = b.map((word) => [word, true]);
+  const left = a.map((token) => [token, true]), right = b.map((token) => [token, true]);
   for (let i = 0, j = 0; i < a.length && j < b.length;) {
     if (a[i] === b[j]) left[i++][1] = right[j++][1] = false;
     else if (best[i + 1][j] >= best[i][j + 1]) i++;
@@ -208,11 +208,11 @@ function differences(first, second) {
 // Marks what two answers do not share; gives a line that says what the marks mean.
 function markChanges(answers) {
   if (answers[0].text === answers[1].text) return "both answers are the same";
-  const sides = differences(answers[0].text, answers[1].text);
-  if (!sides) return "these answers are too long to be compared word by word";
-  answers.forEach((found, side) => found.shown.replaceChildren(...sides[side].map(([word, differs]) =>
-    differs && word.trim() ? element("mark", "", word) : document.createTextNode(word))));
-  return "marked: the words that the other answer has not";
+  const sides = differences(...answers.map(tokens));
+  if (!sides) return "these answers are too long to be compared token by token";
+  answers.forEach((found, side) => found.shown.replaceChildren(...sides[side].map(([token, differs]) =>
+    differs && token.trim() ? element("mark", "", token) : document.createTextNode(token))));
+  return "marked: the tokens that the other answer has not";
 }
 
 // ---- the dialogue -------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ async function ask(text) {
   if (unfocused()) $("text").focus();
   setRunning(mine);
   say("answering …");
-  const answers = await Promise.all(models.map((model) => answer(model, seed, box, mine.signal)));
+  const answers = await Promise.all(models.map((model) => answer(model, seed, box, mine.signal, models.length > 1)));
   if (asked !== turns) return; // forgotten meanwhile
   const last = answers[answers.length - 1]; // the chosen model's answer goes on in the dialogue
   if (last.failed && !last.text) {
