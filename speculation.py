@@ -159,9 +159,7 @@ class _Round(NamedTuple):
     seen: torch.Tensor | None  # (R, V)
     places: torch.Tensor  # (R, W) columns of the caches
     mask: torch.Tensor  # (R, 1, W, S)
-    row_ids: torch.Tensor  # (R, W)
-    steps: torch.Tensor  # (R, W) how many tokens the row had drawn before
-    noise: Noise  # of those
+    noise: Noise  # of those places
 
 
 def fetch(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -241,9 +239,9 @@ class _Loop:
         wanted = length.unsqueeze(1) - 1 + ahead
         places = torch.where(wanted < end.unsqueeze(1) - 1, wanted, batch.columns)
         mask = self.visible(batch, places, max(lengths) + width - 1)
-        row_ids, steps = row_ids.unsqueeze(1).expand(-1, width), step.unsqueeze(1) + ahead
-        noise = Noise(self.seed, row_ids, steps, self.vocab)
-        return _Round(width, slots, lines, lengths, length, last, seen, places, mask, row_ids, steps, noise)
+        row_ids = row_ids.unsqueeze(1).expand(-1, width)
+        noise = Noise(self.seed, row_ids, step.unsqueeze(1) + ahead, self.vocab)
+        return _Round(width, slots, lines, lengths, length, last, seen, places, mask, noise)
 
     @staticmethod
     def visible(batch: _Batch, places: torch.Tensor, columns: int) -> torch.Tensor:
