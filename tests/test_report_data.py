@@ -210,6 +210,7 @@ def test_an_evaluation_reaches_wandb_offline(tmp_path, monkeypatch):
     found = report_data.save(tmp_path, whole(make_report(rows=2)))
     settings = SimpleNamespace(project="p", entity=None, mode="offline")
     metrics_log.log_evaluation(settings, "demo: facts", tmp_path, found)
+    wandb.teardown()  # as at a process's end: only then is all of the run's file written
     (run,) = tmp_path.glob("wandb/offline-run-*")
     tables = sorted(run.glob("files/media/table/*.table.json"))
     board, answers = sorted(
