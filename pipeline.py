@@ -21,22 +21,17 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-import ablations
-import checkpoints
-import configs
-import evaluation
-import influence
-import judges
-import length_control
-import marked_files
-import metrics_log
-import paper_table
-import processes
-import recipes
-import report_data
-import sampling
-from files import BadRows, fingerprint, read_rows, write_csv, write_json, write_jsonl, write_text
-from systems import System, check_models, job_of, resolve_systems
+from ram.answers import answer_files, influence
+from ram.distributed import processes
+from ram.evaluation import ablations, length_control, paper_table, statistics
+from ram.evaluation.judges import judges
+from ram.evaluation.report import gather
+from ram.evaluation.systems import System, check_models, job_of, resolve_systems
+from ram.models import checkpoints
+from ram.settings import compose, recipes
+from ram.storage import provenance
+from ram.storage.files import BadRows, fingerprint, read_rows, write_csv, write_json, write_jsonl, write_text
+from ram.training import metrics
 from utils import UserError, commit, log, pick, run_entry_point, setup_logging
 
 ALPACA_EVAL = "alpaca_eval_gpt4_baseline.json"
@@ -109,20 +104,20 @@ def judge(
         texts = [answer["text"] for answer in answers[name]]
         inputs = fingerprint([judges.identity(settings), records, texts, references])
         path = judgements_path(system, config)
-        if not config.overwrite and marked_files.is_made_from(path, inputs):
+        if not config.overwrite and provenance.is_made_from(path, inputs):
             judgements[name] = [row for _, row in read_rows(path)]
             continue
         found = judges.JUDGES[config.judge.name](records, texts, references, settings, cache)
         judgements[name] = found
         if failed := [row for row in found if "failed" in row]:  # the next run asks for these again
-            marked_files.marker(path).unlink(missing_ok=True)
+            provenance.marker(path).unlink(missing_ok=True)
             write_jsonl(path, found)
             log.warning(
                 f"{name}: {len(failed)} of {len(found)} judgements failed ({failed[0]['failed']}), listed in "
                 f"{path}; the same command asks for them again"
             )
         else:
-            marked_files.write_marked(path, found, inputs)
+            provenance.write_marked(path, found, inputs)
     return judgements
 
 
@@ -138,17 +133,17 @@ def leaderboard(
     """One row of figures per system, also written beside its answers."""
     rows, judge_settings = [], judges.describe(judges.settings_for(task, config.judge))
     for name, system in systems.items():
-        figures = evaluation.summarise(
+        figures = statistics.summarise(
             judgements[name], answers[name], references, config.evaluation.bootstrap, config.seed
         )
         row = {"system": name, "dataset": config.evaluation.dataset, "task": task, **figures}
         if gamed:
-            row |= evaluation.alpaca_figures(judgements[name], answers[name], references, gamed)
-        row |= evaluation.style_shares(judgements[name])
+            row |= statistics.alpaca_figures(judgements[name], answers[name], references, gamed)
+        row |= statistics.style_shares(judgements[name])
         first = next(iter(systems))
         if name != first:
             given = judgements[name], judgements[first]
-            row |= evaluation.paired_difference(*given, config.evaluation.bootstrap, config.seed)
+            row |= statistics.paired_difference(*given, config.evaluation.bootstrap, config.seed)
             row["compared_with"] = first
         row |= {
             "judge": config.judge.name,
@@ -163,17 +158,17 @@ def leaderboard(
         }
         write_csv(system.folder / "leaderboard.csv", [row])
         rows.append(row)
-        if warning := evaluation.gate_warning(row):
+        if warning := statistics.gate_warning(row):
             log.warning(warning)
     return rows
 
 
-def identical_to_plain(answers: list[dict], job: sampling.Job) -> bool:
+def identical_to_plain(answers: list[dict], job: answer_files.Job) -> bool:
     """Decodes the first rows of a job again, one at a time by the plain loop, and compares token by token."""
-    import decoding
+    from ram.decoding import generation
 
     tokenizer, ids = job.encoded
-    again = decoding.generate(
+    again = generation.generate(
         *job.load()[:2],
         tokenizer,
         ids,
@@ -186,7 +181,7 @@ def identical_to_plain(answers: list[dict], job: sampling.Job) -> bool:
         batch_size=1,
     )
     return [answer["tokens"] for answer in answers] == [
-        sampling.pieces(tokenizer, g.token_ids) for g in again
+        answer_files.pieces(tokenizer, g.token_ids) for g in again
     ]
 
 
@@ -217,10 +212,10 @@ def run_task(
         return
     for name, system in systems.items():
         if system.corrects:
-            drafts = sampling.read_answers(systems[system.corrects].output, jobs[system.corrects])
+            drafts = answer_files.read_answers(systems[system.corrects].output, jobs[system.corrects])
             jobs[name] = job_of(system, rows, config, [answer["text"] for answer in drafts])
         if "generate" in steps:
-            sampling.answer_file(system.output, jobs[name], config.overwrite)
+            answer_files.answer_file(system.output, jobs[name], config.overwrite)
     if "influence" in steps:
         for name, system in systems.items():
             if system.pair.proposal and system.pair.aligner:
@@ -228,26 +223,26 @@ def run_task(
                 influence.figures_file(system.output, jobs[name], n, config.overwrite)
     if not set(steps) & {"judge", "leaderboard", "report"} or not processes.is_first():
         return
-    answers = {name: sampling.read_answers(system.output, jobs[name]) for name, system in systems.items()}
+    answers = {name: answer_files.read_answers(system.output, jobs[name]) for name, system in systems.items()}
     references = references_of(systems, answers, rows, config)
     judgements = judge(systems, answers, references, rows, task, config)
     if not set(steps) & {"leaderboard", "report"}:
         return
     board = leaderboard(systems, answers, judgements, references, gamed, task, config)
     write_csv(folder / "leaderboard.csv", board)
-    write_text(folder / "leaderboard.md", evaluation.markdown(board))
-    write_text(folder / "leaderboard.tex", evaluation.latex(board))
+    write_text(folder / "leaderboard.md", statistics.markdown(board))
+    write_text(folder / "leaderboard.tex", statistics.latex(board))
     pairs = [s for s in systems.values() if s.pair.proposal and s.pair.aligner]
     n, identical = config.evaluation.verify_rows, None
     if n and pairs:
         identical = all(identical_to_plain(answers[s.name][:n], job_of(s, rows[:n], config)) for s in pairs)
     write_json(
         folder / "results.json",
-        report_data.results(board, systems, identical, report_data.training_seconds(stages)),
+        gather.results(board, systems, identical, gather.training_seconds(stages)),
     )
     log.info(
         f"{config.experiment_name}, task {task}, judge {config.judge.name}, "
-        f"against {config.evaluation.reference}\n\n{evaluation.table(board)}\n"
+        f"against {config.evaluation.reference}\n\n{statistics.table(board)}\n"
     )
     if named := OmegaConf.to_container(config.evaluation.paper).get(task):
         about = (
@@ -261,17 +256,17 @@ def run_task(
         ablations.add_point(folder, task, board, config)
     if "report" in steps:
         judged = {name: (judgements_path(systems[name], config), found) for name, found in judgements.items()}
-        curves = report_data.training_curves(stages)
+        curves = gather.training_curves(stages)
         given = systems, jobs, answers, judged, rows, board, curves, config, task, folder
-        found = report_data.save(folder, report_data.gather(*given))
+        found = gather.save(folder, gather.gather(*given))
         if config.wandb.enabled:
-            metrics_log.log_evaluation(config.wandb, f"{config.experiment_name}-{task}", folder, found)
+            metrics.log_evaluation(config.wandb, f"{config.experiment_name}-{task}", folder, found)
 
 
 def run(config: DictConfig, overrides: list[str]) -> None:
     """Evaluates every task of a recipe, then rebuilds the leaderboard of everything evaluated so far."""
     if config.report is not None:
-        report_data.rebuild(Path(config.report))
+        gather.rebuild(Path(config.report))
         return
     if not config.evaluation.systems:
         raise UserError("evaluation.systems is empty: give experiment=NAME (config/experiment/*.yaml)")
@@ -282,7 +277,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
     for step in config.evaluation.steps:
         pick(dict.fromkeys(STEPS), step, "step")
     judges.check(config.judge)
-    given = {configs.key_of(override) for override in overrides}
+    given = {compose.key_of(override) for override in overrides}
     processes.start()
     try:
         for task in tasks:
@@ -313,7 +308,7 @@ def main(config: DictConfig) -> None:
 
 def start() -> None:
     """`main` with a log file and a command line that were checked."""
-    sys.argv[1:] = configs.preflight(sys.argv[1:])
+    sys.argv[1:] = compose.preflight(sys.argv[1:])
     setup_logging(Path("_log") / f"pipeline-{datetime.now():%Y%m%d-%H%M%S}.log")
     main()
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import prompts
-from files import BadRows, count_lines, read_rows
-from tokenization import Example, TokenizedDataset, tokenize_cached
+from ram.data import prompts
+from ram.data.tokenization import Example, TokenizedDataset, tokenize_cached
+from ram.storage.files import BadRows, count_lines, read_rows
 from utils import UserError, hub_cache, log, nearest, progress
 
 IGNORE_INDEX = -100

@@ -21,11 +21,12 @@ from collections.abc import Iterator, Sequence
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-import configs
-from serving import chat, fastchat_worker, serve_settings
-from serving.api import create_app
-from serving.models import Models
-from serving.serve_settings import Settings
+from ram.serving import terminal
+from ram.serving.api import create_app
+from ram.serving.fastchat import worker as fastchat_worker
+from ram.serving.registry import Models
+from ram.settings import compose, serving
+from ram.settings.serving import Settings
 from utils import UserError, log, nearest, run_entry_point, setup_logging
 
 MODES = ("serve", "chat", "worker", "fastchat")
@@ -156,7 +157,7 @@ def run_server(server: Server, found: socket.socket) -> None:
 
 def serve(settings: Settings, worker: bool = False) -> None:
     """Runs the server, or FastChat's worker, until SIGTERM or Ctrl-C."""
-    (fastchat_worker.check_exposure if worker else serve_settings.check_exposure)(settings)
+    (fastchat_worker.check_exposure if worker else serving.check_exposure)(settings)
     found = listen(settings)  # before the models: a port that is taken shows at once
     with contextlib.closing(found):
         url, config = url_of(settings, found.getsockname()[1]), settings.config
@@ -180,17 +181,17 @@ def main(arguments: Sequence[str]) -> None:
         (arguments[0], arguments[1:]) if arguments[:1] and "=" not in arguments[0] else ("serve", arguments)
     )
     if mode in ("-h", "--help"):
-        sys.stdout.write(f"{__doc__}\n{(configs.CONFIG_DIR / 'serve.yaml').read_text(encoding='utf-8')}")
+        sys.stdout.write(f"{__doc__}\n{(compose.CONFIG_DIR / 'serve.yaml').read_text(encoding='utf-8')}")
         return
     if mode not in MODES:
         raise UserError(f"{mode!r}: expected key=value or one of {nearest(mode, MODES)}")
     if mode == "fastchat":
         fastchat_worker.run_fastchat(rest)
         return
-    settings = serve_settings.compose(rest)
+    settings = serving.read_settings(rest)
     if mode == "chat":
-        chat.check_streams()
-        chat.run(Models(settings))
+        terminal.check_streams()
+        terminal.run(Models(settings))
     else:
         serve(settings, worker=mode == "worker")
 

@@ -18,17 +18,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-import checkpoints
-import configs
-import demo
-import marked_files
-import processes
-import recipes
-import resume
-import sampling
-from files import BadRows, differences, only_run, set_aside, write_json
-from losses import LOSSES
 from preference_datasets import load_tokenized
+from ram.answers import answer_files
+from ram.data import toy_world
+from ram.distributed import processes
+from ram.models import checkpoints
+from ram.settings import compose, recipes
+from ram.storage import provenance
+from ram.storage.files import BadRows, differences, only_run, set_aside, write_json
+from ram.training import resume
+from ram.training.losses import LOSSES
 from trainers import pick_trainer
 from utils import UserError, log, pick_dtype, run_entry_point, seed_everything, setup_logging
 
@@ -123,7 +122,7 @@ def make_trainer(stage: recipes.Stage, source: str | None, architecture, tokeniz
 
 
 def sample_stage(stage: recipes.Stage, overwrite: bool) -> None:
-    sampling.sample_training_set(stage, overwrite)
+    answer_files.sample_training_set(stage, overwrite)
 
 
 def locked(run_stage):
@@ -140,7 +139,7 @@ def world_stage(stage: recipes.Stage, overwrite: bool) -> None:
     """Writes the toy world's data files and tokenizer."""
     settings = OmegaConf.to_container(stage.config.world, resolve=True)
     with processes.first_goes_first():
-        demo.build_world(stage.output, settings, stage.config.seed, overwrite and processes.is_first())
+        toy_world.build_world(stage.output, settings, stage.config.seed, overwrite and processes.is_first())
 
 
 RUN = {"train": locked(train_stage), "sample": sample_stage, "world": locked(world_stage)}
@@ -194,8 +193,8 @@ def check_samples(stages: list[recipes.Stage], running: list[recipes.Stage]) -> 
         read = any(stage.output in other.reads for other in running)
         if stage.kind == "sample" and stage not in running and read and Path(stage.source).is_dir():
             recipes.check_trained(stages, stage.source)
-            job, _ = sampling.sample_job(stage)
-            marked_files.check(stage.output, job.made_from, job.label)
+            job, _ = answer_files.sample_job(stage)
+            provenance.check(stage.output, job.made_from, job.label)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
@@ -224,7 +223,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
 
 def start() -> None:
     """`main` with a log file and a command line that were checked."""
-    sys.argv[1:] = configs.preflight(sys.argv[1:])
+    sys.argv[1:] = compose.preflight(sys.argv[1:])
     setup_logging(Path("_log") / f"train-{datetime.now():%Y%m%d-%H%M%S}.log")
     main()
 

@@ -17,17 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoints
-import logps
-import packing
-import processes
-import resume
-import sharding
-from losses import LOSSES
-from metrics_log import MetricsLog, show_samples
-from optimizers import lr_factor, pick_optimizer, run_length
 from preference_datasets import get_batch_iterator
-from tokenization import TokenizedDataset
+from ram.data.tokenization import TokenizedDataset
+from ram.distributed import processes
+from ram.models import checkpoints
+from ram.training import logps, packing, resume, sharding
+from ram.training.losses import LOSSES
+from ram.training.metrics import MetricsLog, show_samples
+from ram.training.optimizers import lr_factor, pick_optimizer, run_length
 from utils import Preempted, UserError, log, pick, pick_device, pick_dtype, progress
 
 

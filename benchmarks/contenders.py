@@ -14,11 +14,11 @@ import torch
 from exactness import DEMO, demo_run
 from transformers import DynamicCache
 
-import checkpoints
-import decoding
-from files import read_rows
-from par import PARParams
-from prompts import render
+from ram.data.prompts import render
+from ram.decoding import generation
+from ram.decoding.par import PARParams
+from ram.models import checkpoints
+from ram.storage.files import read_rows
 from utils import pick_device
 
 
@@ -83,7 +83,7 @@ class Bench:
 
     def ours(self, batch: int, pair: bool = True, **settings):
         start = time.perf_counter()
-        found = decoding.generate(
+        found = generation.generate(
             self.proposal,
             self.aligner if pair else None,
             self.tokenizer,

@@ -19,8 +19,8 @@ import time
 
 from contenders import Bench, describe, load, parser
 
-import decoding
-from serving.engine import Done, Engine, Request
+from ram.decoding import generation
+from ram.decoding.engine import Done, Engine, Request
 from utils import run_entry_point
 
 CLIENTS = 16
@@ -100,7 +100,7 @@ def throughput(bench: Bench, served: Served, rows: int, rounds: int) -> dict:
             tokens, seconds, found[name] = contender()
             speeds[name] += [tokens / seconds] * bool(turn)
         start = time.perf_counter()
-        offline = decoding.generate(
+        offline = generation.generate(
             bench.proposal, bench.aligner, bench.tokenizer, prompts, bench.params, **settings
         )
         found["offline"] = [g.token_ids for g in offline]

@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import checkpoints
-import decoding
-from files import read_rows
-from par import PARParams
-from prompts import render
-from tokenization import encode_prompts
+from ram.data.prompts import render
+from ram.data.tokenization import encode_prompts
+from ram.decoding import generation
+from ram.decoding.par import PARParams
+from ram.models import checkpoints
+from ram.storage.files import read_rows
 from utils import UserError, pick_device, run_entry_point
 
 DEMO = Path("_output/demo")
@@ -43,7 +43,7 @@ MODES = ("par", "par_kl", "product", "snis", "mds")
 FAST, SLOW = {"batch_size": 16}, {"batch_size": 1, "speculative": False}
 
 
-def flips(fast: list[decoding.Generation], slow: list[decoding.Generation]) -> tuple[int, int]:
+def flips(fast: list[generation.Generation], slow: list[generation.Generation]) -> tuple[int, int]:
     """(rows that part, tokens compared up to there)."""
     parted = compared = 0
     for a, b in zip(fast, slow, strict=True):
@@ -87,7 +87,7 @@ def main() -> None:
             for seed in range(args.repeats):
                 settings = {"max_new_tokens": args.new_tokens, "seed": seed}
                 fast, slow = (
-                    decoding.generate(*pair, tokenizer, ids, params, **settings, **how)
+                    generation.generate(*pair, tokenizer, ids, params, **settings, **how)
                     for how in (FAST, SLOW)
                 )
                 new = flips(fast, slow)

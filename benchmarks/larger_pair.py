@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import configs  # noqa: E402
-import demo  # noqa: E402
 import train  # noqa: E402
-from files import read_rows, write_json, write_jsonl  # noqa: E402
+from ram.data import toy_world  # noqa: E402
+from ram.settings import compose  # noqa: E402
+from ram.storage.files import read_rows, write_json, write_jsonl  # noqa: E402
 from utils import setup_logging  # noqa: E402
 
 WORLD = {"entities": 60, "general_rows": 10, "aligned_rows": 10}
@@ -34,7 +34,7 @@ SENTENCES = 24  # at most
 
 def write_texts(folder: Path, rows: int) -> None:
     """The general corpus and the test file: a request and a list of facts in random order."""
-    demo.build_world(folder, WORLD, seed=0)
+    toy_world.build_world(folder, WORLD, seed=0)
     facts = [row for _, row in read_rows(folder / "test" / "toy_test.json")]
     rng = random.Random(0)
 
@@ -85,7 +85,7 @@ def main() -> None:
             "save_every=null",
             "n_eval_examples=32",
         ]
-        train.run(configs.compose(overrides), overrides)
+        train.run(compose.compose(overrides), overrides)
 
 
 if __name__ == "__main__":

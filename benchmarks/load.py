@@ -27,11 +27,11 @@ from pathlib import Path
 
 from exactness import DEMO, demo_run
 
-import checkpoints
-import decoding
-from files import read_rows
-from par import PARParams
-from prompts import render
+from ram.data.prompts import render
+from ram.decoding import generation
+from ram.decoding.par import PARParams
+from ram.models import checkpoints
+from ram.storage.files import read_rows
 from utils import run_entry_point
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ class Expected:
             aligner = path and checkpoints.load_model(path, "auto", "cpu")
             settings = {"max_new_tokens": new_tokens, "seed": seed, "row_ids": [0] * len(ids)}
             settings |= {"stop": ["\n\nHuman"]}
-            for row, found in enumerate(decoding.generate(model, aligner, tokenizer, ids, law, **settings)):
+            for row, found in enumerate(generation.generate(model, aligner, tokenizer, ids, law, **settings)):
                 self.texts[name, row, seed] = found.text
                 self.tokens[name, row, seed] = len(found.token_ids)
         self.requests = sorted(self.texts, key=lambda asked: (asked[1], asked[0]))

@@ -186,14 +186,14 @@ def worker() -> None:
     from training import dataset
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import configs
-    import processes
+    from ram.distributed import processes
+    from ram.settings import compose
     from trainers import FSDPTrainer
 
     torch.set_num_threads(1)
     processes.start(alone=True)
     checkpointing = bool(int(sys.argv[2]))
-    settings = configs.compose(
+    settings = compose.compose(
         [
             *("loss=sft", "trainer=FSDPTrainer", "model.block_name=LlamaDecoderLayer", f"batch_size={ROWS}"),
             *("datasets=[hh]", f"max_length={LENGTH}", "optimizer=RMSprop", "debug=true"),
@@ -300,7 +300,7 @@ def measure() -> dict:
 
 def main() -> None:
     if "--worker" in sys.argv:
-        import processes
+        from ram.distributed import processes
 
         processes.run(worker)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

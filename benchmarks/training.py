@@ -33,13 +33,11 @@ from contenders import measured_in_a_process, memory_status
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl_steps import trl_step
 
-import configs
-import logps
-import losses
-import packing
-from files import read_rows
 from preference_datasets import collate, get_batch_iterator, split_dialogue
-from tokenization import TokenizedDataset
+from ram.data.tokenization import TokenizedDataset
+from ram.settings import compose
+from ram.storage.files import read_rows
+from ram.training import logps, losses, packing
 from trainers import BasicTrainer
 from utils import UserError, run_entry_point
 
@@ -119,7 +117,7 @@ def dataset(lengths: np.ndarray, vocabulary: int, max_length: int) -> TokenizedD
 def make_run(args, vocabulary: int, *overrides: str, max_length: int | None = None) -> BasicTrainer:
     """A trainer of the benchmark's model and data; nothing is written."""
     max_length = max_length or args.max_length
-    settings = configs.compose(
+    settings = compose.compose(
         [
             "datasets=[hh]",
             "model.name_or_path=none",

@@ -5,7 +5,7 @@ set -uo pipefail
 source "$(dirname "$0")/env.sh"
 failed=()
 for recipe in llama_uc llama_summ llama_hh qwen_uc qwen_summ qwen_hh; do
-    "$PYTHON" launch.py pipeline.py experiment="$recipe" "$@" || failed+=("$recipe")
+    "$PYTHON" -m ram.distributed.launch pipeline.py experiment="$recipe" "$@" || failed+=("$recipe")
 done
 if [ ${#failed[@]} -gt 0 ]; then
     echo "not evaluated: ${failed[*]} (the reason stands above each)" >&2

@@ -12,5 +12,5 @@ fi
 experiment="$1_$2"
 shift 2
 source "$(dirname "$0")/env.sh"
-"$PYTHON" launch.py train.py experiment="$experiment" baselines=true "$@"
-exec "$PYTHON" launch.py pipeline.py experiment="$experiment" baselines=true "$@"
+"$PYTHON" -m ram.distributed.launch train.py experiment="$experiment" baselines=true "$@"
+exec "$PYTHON" -m ram.distributed.launch pipeline.py experiment="$experiment" baselines=true "$@"

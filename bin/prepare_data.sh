@@ -4,4 +4,4 @@
 #   bash bin/prepare_data.sh hh --from downloads/helpful-base/test.jsonl.gz
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
-exec "$PYTHON" prepare_data.py "$@"
+exec "$PYTHON" -m ram.data.prepare "$@"

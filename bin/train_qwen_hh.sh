@@ -4,4 +4,4 @@
 #   bash bin/train_qwen_hh.sh stages=[aligner]    one stage
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
-exec "$PYTHON" launch.py train.py experiment=qwen_hh "$@"
+exec "$PYTHON" -m ram.distributed.launch train.py experiment=qwen_hh "$@"

@@ -11,12 +11,11 @@ import pytest
 from small import ROOT, run
 from tiny import byte_tokenizer, tiny_model
 
-import checkpoints
-import configs
 import pipeline
-import recipes
 import train
-from files import write_json, write_jsonl
+from ram.models import checkpoints
+from ram.settings import compose, recipes
+from ram.storage.files import write_json, write_jsonl
 from utils import run_entry_point
 
 
@@ -63,6 +62,7 @@ def instead_of_python(folder, cases):
     return path
 
 
+LAUNCHER = ["-m", "ram.distributed.launch"]
 TRAINING = sorted(path.name for path in (ROOT / "bin").glob("train_*.sh"))
 
 
@@ -73,8 +73,9 @@ def test_training_scripts_dry_run(name, small_world, caplog):
     """
     given = ["dry_run=true", f"data_dir={small_world / 'data'}", f"output_dir={small_world / 'new'}"]
     done = script(name, *given, python="echo")
-    launcher, entry, *arguments = done.stdout.split()
-    assert done.returncode == 0 and (launcher, entry) == ("launch.py", "train.py")
+    *launcher, entry, recipe, data, output = done.stdout.split()
+    arguments = [recipe, data, output]
+    assert done.returncode == 0 and (launcher, entry) == (LAUNCHER, "train.py")
     assert arguments == [f"experiment={name.removeprefix('train_').removesuffix('.sh')}", *given]
     run(train, *arguments)
     assert "everything they need is there" in caplog.text and "ours_sft_" in caplog.text
@@ -105,8 +106,8 @@ def test_eval_ours_evaluates_the_eight_settings(small_world, tmp_path):
     done = script("eval_ours.sh", *common, python=python)
     assert done.returncode == 0, done.stdout + done.stderr
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [call[:2] + call[3:] for call in calls] == [["launch.py", "pipeline.py", *common]] * 6
-    for _, _, *arguments in calls[1:]:
+    assert [call[:3] + call[4:] for call in calls] == [[*LAUNCHER, "pipeline.py", *common]] * 6
+    for _, _, _, *arguments in calls[1:]:
         run(pipeline, *arguments)
     with open(small_world / "out" / "all_systems.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -188,10 +189,10 @@ def test_readme_commands_are_real(small_world):
         if target.startswith("bin/train_"):
             overrides.insert(0, f"experiment={target.removeprefix('bin/train_').removesuffix('.sh')}")
         if target == "train.py" or target.startswith("bin/train_"):
-            stages = recipes.resolve(configs.preflight(overrides))
-            recipes.select(stages, configs.compose(configs.preflight(overrides)).stages)
+            stages = recipes.resolve(compose.preflight(overrides))
+            recipes.select(stages, compose.compose(compose.preflight(overrides)).stages)
         elif target == "pipeline.py":
-            configs.preflight(overrides)
+            compose.preflight(overrides)
 
 
 def test_readme_lists_every_file():

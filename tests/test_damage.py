@@ -15,11 +15,11 @@ from small import ROOT, run
 from test_processes import FLAT, go_on, stopped
 from test_trainers import path_of, trainer, weights
 
-import checkpoints
-import resume
 import train
-from files import only_run, replacing
-from metrics_log import rows_until
+from ram.models import checkpoints
+from ram.storage.files import only_run, replacing
+from ram.training import resume
+from ram.training.metrics import rows_until
 from utils import UserError, run_entry_point
 
 GIVEN = ("loss=ours_sft", *FLAT)
@@ -176,7 +176,7 @@ def test_a_folder_that_cannot_be_written_is_said_first(tmp_path, monkeypatch, ca
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import files
+from ram.storage import files
 from pathlib import Path
 with files.only_run(Path(sys.argv[1])):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("serving/*.py") if path.stem != "__init__")]
+FILES = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("ram/**/*.py") if path.stem != "__init__")]
 MODULES = {str(path.relative_to(ROOT).with_suffix("")): path for path in FILES}
 LATE = {"wandb", "fastchat", "datasets", "alpaca_eval", "openai", "matplotlib"}
 
@@ -17,11 +17,10 @@ def top_level_imports(path):
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "serving":
-            yield from (f"serving/{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             name = node.module.replace(".", "/")
-            yield name if name in MODULES else name.split("/")[0]
+            inside = [f"{name}/{alias.name}" for alias in node.names if f"{name}/{alias.name}" in MODULES]
+            yield from inside or [name if name in MODULES else name.split("/")[0]]
 
 
 def test_imports_follow_the_readme_downwards():
@@ -47,7 +46,10 @@ class Blocked:
         if name.split(".")[0] in {sorted(LATE | {"hydra", "omegaconf"})}:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
-import decoding, losses, par, streaming, trainers
+import trainers
+from ram.decoding import generation, par
+from ram.serving.fastchat import stream
+from ram.training import losses
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

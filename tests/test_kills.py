@@ -24,7 +24,10 @@ KILLS = 20
 def commands(folder, count):
     trainer = ["trainer=FSDPTrainer"] if count > 1 else []
     given = ["experiment=demo", f"output_dir={folder}", *SETTINGS, *trainer]
-    return [[sys.executable, "launch.py", script, *given] for script in ("train.py", "pipeline.py")]
+    return [
+        [sys.executable, "-m", "ram.distributed.launch", script, *given]
+        for script in ("train.py", "pipeline.py")
+    ]
 
 
 def start(command, count, log):

@@ -9,10 +9,10 @@ import pytest
 from small import SMALL, run
 
 import pipeline
-import sampling
 import train
 import trainers
-from files import write_json
+from ram.answers import answer_files
+from ram.storage.files import write_json
 from utils import UserError, commit
 
 SYSTEMS = {
@@ -234,7 +234,7 @@ def test_interrupted_anywhere_the_same_command_finishes_alike(finished, tmp_path
     """Ctrl-C in training, in sampling and in generation: started again, everything ends as if
     uninterrupted.
     """
-    update, add = trainers.BasicTrainer.update, sampling.PartFiles.add
+    update, add = trainers.BasicTrainer.update, answer_files.PartFiles.add
 
     def stop_at_fourth(original, wanted):
         calls = iter(range(1000))
@@ -252,8 +252,8 @@ def test_interrupted_anywhere_the_same_command_finishes_alike(finished, tmp_path
             "update",
             stop_at_fourth(update, lambda trainer: "sft_toy_" in trainer.run_dir.name),
         ),
-        (sampling.PartFiles, "add", stop_at_fourth(add, lambda part: "sampling" in part.path.name)),
-        (sampling.PartFiles, "add", stop_at_fourth(add, lambda part: "output.json" in part.path.name)),
+        (answer_files.PartFiles, "add", stop_at_fourth(add, lambda part: "sampling" in part.path.name)),
+        (answer_files.PartFiles, "add", stop_at_fourth(add, lambda part: "output.json" in part.path.name)),
     ]
     for owner, name, call in stops:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

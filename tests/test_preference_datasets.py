@@ -14,11 +14,10 @@ from tiny import SHARED, byte_tokenizer, needs_shared
 from transformers import AutoTokenizer
 
 import preference_datasets
-import prompts
-import tokenization
-from files import BadRows, read_rows
 from preference_datasets import DATASETS, collate, get_batch_iterator, get_dataset, load_tokenized, parse_name
-from tokenization import Example, encode, encode_prompts, tokenize
+from ram.data import prompts, tokenization
+from ram.data.tokenization import Example, encode, encode_prompts, tokenize
+from ram.storage.files import BadRows, read_rows
 from utils import UserError
 
 TOKENIZER = byte_tokenizer()

@@ -9,13 +9,13 @@ import torch
 from small import run
 from tiny import SHARED, needs_shared
 
-import checkpoints
-import logps
 import pipeline
 import train
-from files import write_json, write_jsonl
 from preference_datasets import split_dialogue
-from tokenization import Example, tokenize
+from ram.data.tokenization import Example, tokenize
+from ram.models import checkpoints
+from ram.storage.files import write_json, write_jsonl
+from ram.training import logps
 
 pytestmark = needs_shared
 STORIES = SHARED / "models" / "tinystories-260k"

@@ -12,13 +12,11 @@ from omegaconf import OmegaConf
 from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-import checkpoints
-import configs
-import metrics_log
-import optimizers
-import resume
 from preference_datasets import collate
-from tokenization import Example, tokenize
+from ram.data.tokenization import Example, tokenize
+from ram.models import checkpoints
+from ram.settings import compose
+from ram.training import metrics, optimizers, resume
 from trainers import BasicTrainer, Diverged
 from utils import UserError
 
@@ -68,7 +66,7 @@ def settings(*overrides):
         "do_first_eval=false",
         "model.fsdp_policy_mp=float32",
     ]
-    config = configs.compose([*base, *overrides])
+    config = compose.compose([*base, *overrides])
     OmegaConf.resolve(config.sampling)
     return config
 
@@ -290,7 +288,7 @@ def test_counts_and_columns(tmp_path):
     assert [int(row["examples"]) for row in rows if row["split"] == "heldout"] == [0, 16, 36, 40]
     answers = sum(len(run.train_data.ids[part]) for part in ("target", "negative"))
     assert int(train[-1]["tokens"]) == 2 * answers
-    assert set(rows[0]) == set(metrics_log.COLUMNS)
+    assert set(rows[0]) == set(metrics.COLUMNS)
     for row in train:
         assert float(row["loss"]) == pytest.approx(
             -float(row["target_logp"]) + 1e-4 * float(row["sampled_logp"]), rel=1e-5
@@ -302,7 +300,7 @@ def test_counts_and_columns(tmp_path):
 def test_evaluation_reads_heldout_data_only(tmp_path):
     """The held-out loss is that of the held-out examples, all of them, whatever the forward batch."""
     run = trainer(tmp_path, "eval_batch_size=4", "loss=ours_sft")
-    log = metrics_log.MetricsLog(tmp_path, run.settings)
+    log = metrics.MetricsLog(tmp_path, run.settings)
     found = run.evaluate(log)
     log.close()
     with torch.no_grad():

@@ -129,7 +129,7 @@ def test_a_process_exits_without_a_traceback():
     assert (done.returncode, done.stderr, done.stdout) == (2, "error: bad\n", "")
 
 
-@pytest.mark.parametrize("entry", ["train.py", "pipeline.py", "prepare_data.py"])
+@pytest.mark.parametrize("entry", ["train.py", "pipeline.py", "ram/data/prepare.py"])
 def test_ctrl_c_during_the_imports_is_quiet(tmp_path, entry):
     """The seconds in which torch loads end like any others: without a traceback."""
     (tmp_path / "torch.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")

@@ -1,0 +1,140 @@
+"""A recipe repeated over the values of a key (config/ablation/*.yaml): what each point gave, one plot of all.
+
+leaderboard of a point -> point.json beside it -> all points there are -> ablation.html, ablation.csv
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ram.evaluation.report import charts, page
+from ram.evaluation.report.charts import text
+from ram.storage.files import read_json, write_csv, write_json, write_text
+from utils import UserError, log
+
+POINT = "point.json"
+PANELS = {  # column -> title; drawn where a curve has values
+    "win_rate": "Win rate (95 %)",
+    "both": "Right and aligned (95 %)",
+    "changed_fraction": "Tokens that the aligner changed",
+    "fallback_fraction": "Tokens that fell back",
+    "acceptance": "Acceptance",
+    "average_length": "Characters per answer",
+}
+COLOURS = 6  # of report_page/charts.css
+Curves = dict[str, list[tuple[Any, dict[str, Any]]]]  # name -> (value of the key, leaderboard row)
+
+
+def add_point(folder: Path, task: str, board: Sequence[dict[str, Any]], config: DictConfig) -> None:
+    """Keeps a point's leaderboard in `folder` and draws the plot of all points beside it again.
+
+    config: evaluation.ablation has name, key (dotted, of the configuration) and, for a second key whose
+    values become curves of their own, by. Raises UserError where the key is not in the configuration.
+    """
+    ablation = config.evaluation.ablation
+    point = {"task": task, "rows": list(board)}
+    for role in ("key", "by"):
+        if ablation.get(role):
+            value = OmegaConf.select(config, ablation[role])
+            if value is None:
+                raise UserError(f"evaluation.ablation.{role}={ablation[role]!r}: no such key here")
+            point[role] = value
+    write_json(folder / POINT, point)
+    root = Path(config.report_dir).parent
+    points = [read_json(path) for path in sorted(root.rglob(POINT))]
+    draw(root / f"{task}.html", [p for p in points if p["task"] == task], ablation, config.experiment_name)
+
+
+def draw(path: Path, points: Sequence[dict[str, Any]], ablation: DictConfig, experiment: str) -> None:
+    """Writes the plot of a task's points, and beside it a CSV file of their leaderboards."""
+    values = sorted({p["key"] for p in points}, key=lambda value: (isinstance(value, str), value))
+    figures = ""
+    for heading, curves in sections_of(points).items():
+        panels = "".join(panel(title, column, curves, values) for column, title in PANELS.items())
+        figures += f'<h2>{text(heading)}</h2><div class="all">{panels}</div>\n'
+    about = f"{experiment}, {path.stem}: {ablation.key} from {values[0]} to {values[-1]}"
+    about += f", {ablation.by} by curve" if ablation.get("by") else ""
+    write_text(
+        path,
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{text(ablation.name)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{page.STYLE}
+.all {{ display: grid; gap: 2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }}
+</style></head>
+<body><main><h1>{text(ablation.name)}</h1><p>{text(about)}</p>
+{figures}</main></body></html>
+""",
+    )
+    rows = [{"value": p["key"], "by": p.get("by", ""), **row} for p in points for row in p["rows"]]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    write_csv(path.with_suffix(".csv"), [{key: row.get(key, "") for key in columns} for row in rows])
+    log.info(f"ablation {path} ({len(points)} points)")
+
+
+def sections_of(points: Sequence[dict[str, Any]]) -> dict[str, Curves]:
+    """Heading -> curves: all systems over the key; where there is a second key, its values for each system.
+
+    Systems that no point changes are left out, the first one excepted.
+    """
+    found: dict[str, Curves] = {}
+    for point in points:
+        for row in point["rows"]:
+            by = point.get("by")
+            heading, name = ("All systems", row["system"]) if by is None else (row["system"], str(by))
+            found.setdefault(heading, {}).setdefault(name, []).append((point["key"], row))
+
+    def still(rows: Sequence[dict[str, Any]]) -> bool:
+        return all(row.get(key) == rows[0].get(key) for row in rows for key in PANELS)
+
+    sections = {}
+    for heading, curves in found.items():
+        if heading != "All systems":
+            if not still([row for curve in curves.values() for _, row in curve]):
+                sections[heading] = dict(sorted(curves.items(), key=lambda curve: float(curve[0])))
+            continue
+        first = next(iter(curves))
+        kept = {n: c for n, c in curves.items() if n == first or not still([row for _, row in c])}
+        sections[heading] = kept
+    return sections
+
+
+def panel(title: str, column: str, curves: Curves, values: Sequence[Any]) -> str:
+    """One column of the leaderboard over the values of the key, which stand at equal distances."""
+    shown = {
+        name: [(values.index(value), row) for value, row in curve if row.get(column) is not None]
+        for name, curve in curves.items()
+    }
+    shown = {name: sorted(curve, key=lambda point: point[0]) for name, curve in shown.items() if curve}
+    if not any(row[column] for curve in shown.values() for _, row in curve):
+        return ""  # nothing there, or nothing but zeros
+    ends = [
+        row[key]
+        for curve in shown.values()
+        for _, row in curve
+        for key in (column, f"{column}_low", f"{column}_high")
+        if row.get(key) is not None
+    ]
+    least = max(0.04, 0.05 * max(map(abs, ends)))  # curves that do not move look so
+    frame = charts.Frame(-0.3, len(values) - 0.7, *charts.spread(ends, least))
+    shapes, legend = frame.y_axis(""), ""
+    for place, value in enumerate(values):
+        x = frame.x(place)
+        shapes += f'<path class="grid" d="M{x} {frame.bottom:g}v4"/>'
+        shapes += f'<text x="{x}" y="{frame.bottom + 16:g}" text-anchor="middle">{text(value)}</text>'
+    for name, curve in shown.items():
+        style = f"c{list(curves).index(name) % COLOURS} heldout"
+        line = "L".join(f"{frame.x(x)} {frame.y(row[column])}" for x, row in curve)
+        shapes += f'<path class="{style}" d="M{line}h0"/>'
+        for x, row in curve:
+            if row.get(f"{column}_low") is not None:
+                low, high = frame.y(row[f"{column}_low"]), frame.y(row[f"{column}_high"])
+                shapes += f'<path class="whisker" d="M{frame.x(x)} {low}V{high}"/>'
+            shapes += charts.dot(
+                style, frame.x(x), frame.y(row[column]), f"{name}, {values[x]}: {row[column]:.3f}"
+            )
+        sample = f'<path class="{style}" d="M1 6H25"/>'
+        legend += f'<span><svg viewBox="0 0 26 12" aria-hidden="true">{sample}</svg>{text(name)}</span>'
+    return charts.figure(title, f"{title} over {', '.join(map(str, values))}", 200, shapes, legend)

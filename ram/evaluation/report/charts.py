@@ -1,0 +1,326 @@
+"""Charts as SVG text: curves, points with intervals, boxes, histograms.
+
+Each function gives a <figure> with its own legend and a sentence for who cannot see it. Its looks come from
+report_page/charts.css (`STYLE`), whose colours the page's own style sheet names (--ink, --blue and so on), so
+that it has both schemes; nothing here is fetched or scripted.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+STYLE = (Path(__file__).parent / "assets" / "charts.css").read_text(encoding="utf-8")
+WIDTH = 340  # of every drawing, in units that are pixels where the figure is as wide as that
+# What a control character, and what would turn a line's direction, is shown as: a sign that it was there.
+VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n\r"} | {127: "\u2421"}
+VISIBLE |= dict.fromkeys(
+    [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)], "\ufffd"
+)
+
+
+class Point(NamedTuple):
+    """One system in a plot; low and high are the ends of y's interval, mark a second value of y."""
+
+    label: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    mark: float | None = None
+
+
+class Curve(NamedTuple):
+    """One line of a chart. colour: 0 to 5. style: train (thin), sampled (thin, dashed) or heldout (dots)."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    colour: int = 0
+    style: str = "train"
+
+
+def text(value: Any) -> str:
+    """A value as HTML text or the value of an attribute; what would not be visible there is."""
+    return html.escape(str(value).translate(VISIBLE), quote=True)
+
+
+def finite(value: Any) -> float | None:
+    """The number in a float or in a field of a CSV file; None for what is missing, empty, NaN or infinite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def ticks(low: float, high: float, at_most: int = 5) -> list[float]:
+    """Two or more round values between low and high."""
+    raw = (high - low) / at_most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def short(value: float) -> str:
+    """12.5k for 12500, 2M for 2000000, with a true minus sign."""
+    size, suffix = next((pair for pair in ((1e6, "M"), (1e3, "k")) if pair[0] <= abs(value) < 1e9), (1, ""))
+    return f"{value / size:.6g}{suffix}".replace("-", "−")
+
+
+def figure(title: str, label: str, height: float, shapes: str, legend: str = "", width: float = WIDTH) -> str:
+    """A drawing with its title above and its legend below. label: the drawing in words."""
+    key = f'<p class="key">{legend}</p>' if legend else ""
+    return f"""<figure><figcaption>{text(title)}</figcaption>
+<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{text(label)}">{shapes}</svg>
+{key}</figure>
+"""
+
+
+def spread(values: Sequence[float], least: float = 1e-6) -> tuple[float, float]:
+    """The values' range with a margin, so that a flat curve still gets an axis whose ticks all differ."""
+    low, high = min(values), max(values)
+    pad = max(0.05 * (high - low), 1e-3 * max(abs(low), abs(high)), least)
+    return low - pad, high + pad
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where data lies in a drawing: the pixels of its edges and the values there."""
+
+    x_low: float
+    x_high: float
+    y_low: float = 0.0
+    y_high: float = 1.0
+    left: float = 46
+    right: float = 330
+    top: float = 22
+    bottom: float = 176
+
+    def x(self, value: float) -> str:
+        share = (value - self.x_low) / (self.x_high - self.x_low)
+        return f"{self.left + (self.right - self.left) * share:.1f}"
+
+    def y(self, value: float) -> str:
+        share = (value - self.y_low) / (self.y_high - self.y_low)
+        return f"{self.bottom - (self.bottom - self.top) * share:.1f}"
+
+    def x_axis(self, unit: str = "", grid: bool = False, at_most: int = 5) -> str:
+        shapes = ""
+        for tick in ticks(self.x_low, self.x_high, at_most):
+            x, line = self.x(tick), f"{self.top:g}V{self.bottom:g}" if grid else f"{self.bottom:g}v4"
+            shapes += f'<path class="grid" d="M{x} {line}"/>'
+            shapes += f'<text x="{x}" y="{self.bottom + 16:g}" text-anchor="middle">{short(tick)}</text>'
+        if unit:
+            place = f'x="{self.right:g}" y="{self.bottom + 31:g}" text-anchor="end"'
+            shapes += f"<text {place}>{text(unit)}</text>"
+        return shapes
+
+    def y_axis(self, unit: str) -> str:
+        shapes = f'<text x="0" y="11">{text(unit)}</text>'
+        for tick in ticks(self.y_low, self.y_high):
+            y = self.y(tick)
+            shapes += f'<path class="grid" d="M{self.left:g} {y}H{self.right:g}"/>'
+            shapes += f'<text x="{self.left - 6:g}" y="{y}" dy="4" text-anchor="end">{short(tick)}</text>'
+        return shapes
+
+
+# ---- kinds of charts ---------------------------------------------------------------------------------------
+
+
+def lines(title: str, label: str, unit: str, x_unit: str, curves: Sequence[Curve]) -> str:
+    """Curves over one axis; those of style heldout show their points and, in the legend, first and last."""
+    values = [y for curve in curves for _, y in curve.points]
+    x_high = max(x for curve in curves for x, _ in curve.points) or 1.0
+    frame = Frame(0.0, x_high, *spread(values))
+    shapes, legend = frame.y_axis(unit) + frame.x_axis(x_unit), ""
+    for curve in curves:
+        style, words, dots = f"c{curve.colour} {curve.style}", curve.label, ""
+        line = "L".join(f"{frame.x(x)} {frame.y(y)}" for x, y in curve.points)
+        shapes += f'<path class="{style}" d="M{line}h0"/>'  # h0: a point alone shows too
+        if curve.style == "heldout":
+            (_, first), (_, last) = curve.points[0], curve.points[-1]
+            words, dots = f"{words}, {first:.4g} → {last:.4g}".replace("-", "−"), dot(style, "13", "6")
+            for x, y in curve.points:
+                shapes += dot(style, frame.x(x), frame.y(y), f"{x:,.0f} {x_unit}: {y:.4g}")
+        sample = f'<path class="{style}" d="M1 6H25"/>{dots}'
+        legend += f'<span><svg viewBox="0 0 26 12" aria-hidden="true">{sample}</svg>{text(words)}</span>'
+    return figure(title, label, 212, shapes, legend)
+
+
+def dot(style: str, x: str, y: str, title: str = "") -> str:
+    return f'<circle class="{style}" cx="{x}" cy="{y}" r="2.5"><title>{text(title)}</title></circle>'
+
+
+def cut(label: str, width: int) -> str:
+    return label if len(label) <= width else f"{label[: width - 1]}…"
+
+
+def row_label(number: int, y: float, label: str, value: str) -> str:
+    """A line of text above a bar: which one it is, its value at the right."""
+    name = (
+        f'<tspan class="number">{number}</tspan> {text(cut(label, 40))}' if number else text(cut(label, 42))
+    )
+    right = f'<text class="figure" x="{WIDTH - 4}" y="{y:g}" text-anchor="end">{text(value)}</text>'
+    return f'<text x="4" y="{y:g}">{name}<title>{text(label)}</title></text>{right}'
+
+
+def intervals(title: str, points: Sequence[Point], unit: str, half: float | None, mark: str) -> str:
+    """Every point's y with its interval on one scale, a line each; mark: what a point's second value is.
+
+    half: where a dotted line stands.
+    """
+    ends = [end for p in points for end in (p.y, p.low, p.high, p.mark, half) if end is not None]
+    frame = Frame(*spread(ends), left=8, right=332, top=4, bottom=8 + 34 * len(points))
+    shapes = frame.x_axis(unit, grid=True)
+    if half is not None:
+        shapes += f'<path class="half" d="M{frame.x(half)} {frame.top:g}V{frame.bottom:g}"/>'
+    for number, point in enumerate(points, start=1):
+        y = 34 * number - 10
+        shapes += row_label(number, y - 8, point.label, f"{point.y:.3f}")
+        if point.low is not None and point.high is not None:
+            a, b = frame.x(point.low), frame.x(point.high)
+            shapes += f'<path class="whisker" d="M{a} {y}v8M{a} {y + 4}H{b}M{b} {y}v8"/>'
+        if point.mark is not None:
+            x = float(frame.x(point.mark))
+            shapes += f'<path class="mark" d="M{x:.1f} {y - 1}l5 5l-5 5l-5 -5z"/>'
+        shapes += f'<circle class="point" cx="{frame.x(point.y)}" cy="{y + 4}" r="4"/>'
+    legend = (
+        '<span><svg viewBox="0 0 26 12" aria-hidden="true"><path class="whisker" d="M2 2v8M2 6H24M24 2v8"/>'
+    )
+    legend += '<circle class="point" cx="13" cy="6" r="4"/></svg>95 % interval</span>'
+    if any(point.mark is not None for point in points):
+        diamond = '<path class="mark" d="M13 1l5 5l-5 5l-5 -5z"/>'
+        legend += f'<span><svg viewBox="0 0 26 12" aria-hidden="true">{diamond}</svg>{text(mark)}</span>'
+    said = "; ".join(f"{point.label} {point.y:.3f}" for point in points)
+    return figure(title, f"{title}: {said}", frame.bottom + 36, shapes, legend)
+
+
+def scatter(
+    title: str, points: Sequence[Point], units: tuple[str, str], lines_at: tuple[float | None, float]
+):
+    """Points with intervals, numbered in their order. lines_at: dotted lines at an x (or None) and a y."""
+    xs = [p.x for p in points] + [x for x in lines_at[:1] if x is not None]
+    ends = [end for p in points for end in (p.y, p.low, p.high) if end is not None]
+    frame = Frame(*spread(xs), *spread([*ends, lines_at[1]]), bottom=216, top=22)
+    shapes = frame.y_axis(units[1]) + frame.x_axis(units[0])
+    shapes += f'<path class="half" d="M{frame.left:g} {frame.y(lines_at[1])}H{frame.right:g}"/>'
+    if lines_at[0] is not None:
+        shapes += f'<path class="half" d="M{frame.x(lines_at[0])} {frame.top:g}V{frame.bottom:g}"/>'
+    legend = ""
+    for number, point in enumerate(points, start=1):
+        x, y = frame.x(point.x), frame.y(point.y)
+        if point.low is not None and point.high is not None:
+            shapes += f'<path class="whisker" d="M{x} {frame.y(point.low)}V{frame.y(point.high)}"/>'
+        name = f"{number} {point.label}: {point.x:,.1f}, {point.y:.3f}"
+        shapes += f'<circle class="point" cx="{x}" cy="{y}" r="3.5"><title>{text(name)}</title></circle>'
+        legend += f"<span><b>{number}</b> {text(point.label)}</span>"
+    shapes += _numbers([(float(frame.x(p.x)), float(frame.y(p.y))) for p in points], frame)
+    return figure(title, f"{title}: {units[1]} over {units[0]}", 252, shapes, legend)
+
+
+def _numbers(places: Sequence[tuple[float, float]], frame: Frame) -> str:
+    """The numbers of points beside them: one text for those that lie too close together to have their own,
+    on the side where there is room, above those there already.
+    """
+    shapes, taken = "", []
+    for cluster in clusters(places):
+        xs, ys = ([places[i][axis] for i in cluster] for axis in (0, 1))
+        words = ranges([i + 1 for i in cluster])
+        width, left = 6.5 * len(words), sum(xs) / len(xs) > (frame.left + frame.right) / 2
+        x, y = min(xs) - 8 - width if left else max(xs) + 8, sum(ys) / len(ys) + 4
+        while any(x < b and a < x + width and abs(y - c) < 11 for a, b, c in taken):
+            y -= 11
+        taken.append((x, x + width, y))
+        at, anchor = (x + width, "end") if left else (x, "start")
+        shapes += f'<text class="number" x="{at:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
+    return shapes
+
+
+def clusters(places: Sequence[tuple[float, float]], near: float = 11.0) -> list[list[int]]:
+    """Which points belong together: each lies within `near` pixels, both ways, of another one of its own."""
+    found: list[list[int]] = []
+    for i, (x, y) in enumerate(places):
+        beside = [
+            cluster
+            for cluster in found
+            if any(abs(x - places[j][0]) < near and abs(y - places[j][1]) < near for j in cluster)
+        ]
+        found = [cluster for cluster in found if cluster not in beside]
+        found.append(sorted([i, *(j for cluster in beside for j in cluster)]))
+    return found
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in words: 1, 2, 4–7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def quantile(ranked: Sequence[float], share: float) -> float:
+    """Of sorted values, linear between neighbours."""
+    place = share * (len(ranked) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ranked) - 1)
+    return ranked[low] + (place - low) * (ranked[high] - ranked[low])
+
+
+def boxes(title: str, rows: Sequence[tuple[int, str, Sequence[float]]], unit: str) -> str:
+    """Quartiles, median, mean and the middle 90 % of each row's values. rows: number (0: none), label,
+    values.
+    """
+    ranked = [sorted(values) for _, _, values in rows]
+    frame = Frame(
+        *spread([quantile(v, share) for v in ranked for share in (0.05, 0.95)]),
+        left=8,
+        right=332,
+        top=4,
+        bottom=8 + 34 * len(rows),
+    )
+    shapes = frame.x_axis(unit, grid=True)
+    for place, ((number, label, _), values) in enumerate(zip(rows, ranked, strict=True), start=1):
+        y = 34 * place - 10
+        a, b, c, d, e = (frame.x(quantile(values, share)) for share in (0.05, 0.25, 0.5, 0.75, 0.95))
+        shapes += row_label(number, y - 8, label, f"median {quantile(values, 0.5):,.0f}")
+        shapes += f'<path class="whisker" d="M{a} {y + 4}H{b}M{d} {y + 4}H{e}"/>'
+        shapes += f'<rect class="box" x="{b}" y="{y - 1}" width="{float(d) - float(b):.1f}" height="10"/>'
+        shapes += f'<path class="median" d="M{c} {y - 1}v10"/>'
+        shapes += f'<circle class="point" cx="{frame.x(sum(values) / len(values))}" cy="{y + 4}" r="2.5"/>'
+    legend = '<span><svg viewBox="0 0 26 12" aria-hidden="true"><path class="whisker" d="M1 6H7M19 6H25"/>'
+    legend += '<rect class="box" x="7" y="1" width="12" height="10"/><path class="median" d="M12 1v10"/>'
+    legend += '<circle class="point" cx="15" cy="6" r="2.5"/></svg>middle half and 90 %, median, mean</span>'
+    said = "; ".join(
+        f"{label} {quantile(v, 0.5):,.0f}" for (_, label, _), v in zip(rows, ranked, strict=True)
+    )
+    return figure(title, f"{title}, medians: {said}", frame.bottom + 36, shapes, legend)
+
+
+def histogram(title: str, label: str, values: Sequence[float], high: float, unit: str, bins: int = 20) -> str:
+    """How many values lie in each of `bins` equal parts of [0, high]; the mean as a line."""
+    counts = [0] * bins
+    for value in values:
+        counts[min(int(bins * value / high), bins - 1)] += 1
+    frame = Frame(0.0, high, 0.0, max(counts), left=4, right=216, top=6, bottom=66)
+    shapes, width = "", (frame.right - frame.left) / bins
+    for place, count in enumerate(counts):
+        if count:
+            top = float(frame.y(count))
+            x, height = frame.left + place * width, frame.bottom - top
+            edge = f"{high * place / bins:.3g} to {high * (place + 1) / bins:.3g}: {count:,}"
+            shapes += f'<rect class="bar" x="{x + 0.5:.1f}" y="{top:.1f}" width="{width - 1:.1f}" '
+            shapes += f'height="{height:.1f}"><title>{edge}</title></rect>'
+    mean = sum(values) / len(values)
+    x = frame.x(min(mean, high))
+    shapes += (
+        f'<path class="grid" d="M{frame.left:g} {frame.bottom:g}H{frame.right:g}"/>{frame.x_axis(at_most=4)}'
+    )
+    shapes += f'<path class="median" d="M{x} {frame.top:g}V{frame.bottom:g}"/>'
+    legend = f"<span>mean of the rows {mean:.3f}, most {max(values):.3g} {text(unit)}</span>"
+    said = f"{label}: {title}, mean {mean:.3f} over {len(values):,} rows"
+    return figure(title, said, 84, shapes, legend, width=220)

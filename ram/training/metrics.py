@@ -1,0 +1,195 @@
+"""What a run says while it trains: metrics.csv with every step, the console and wandb every few seconds; and
+what an evaluation sends to wandb.
+"""
+
+import csv
+import math
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from ram.data.tokenization import TokenizedDataset
+from ram.distributed import processes
+from ram.models import checkpoints
+from ram.storage.files import naming, replacing
+from utils import log
+
+# Columns of metrics.csv; the README says what each one means.
+COLUMNS = (
+    "split",
+    "updates",
+    "examples",
+    "epoch",
+    "loss",
+    "target_logp",
+    "target_logp_per_token",
+    "sampled_logp",
+    "sampled_logp_per_token",
+    "chosen_reward",
+    "rejected_reward",
+    "reward_margin",
+    "reward_accuracy",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "examples_per_second",
+    "tokens_per_second",
+)
+
+
+class MetricsLog:
+    """Writes every step to metrics.csv, and to the console and wandb at most every few seconds.
+
+    after: the updates after which the run goes on; what an earlier attempt wrote of later ones is dropped.
+    Only the first of several processes writes.
+    """
+
+    def __init__(self, run_dir: Path, settings, after: int | None = None) -> None:
+        self.interval, self.last = settings.minimum_log_interval_secs, -math.inf
+        # With debug the folder may be a finished run's: nothing in it is touched.
+        nowhere = settings.debug or not processes.is_first()
+        self.path = Path(os.devnull) if nowhere else run_dir / checkpoints.METRICS
+        if not nowhere:
+            kept = [] if after is None else rows_until(self.path, after)
+            with replacing(self.path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept)
+        self.file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+        self.writer = csv.DictWriter(self.file, fieldnames=COLUMNS)
+        self.wandb = None
+        if settings.wandb.enabled and not nowhere:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=settings.wandb.project,
+                entity=settings.wandb.entity,
+                mode=settings.wandb.mode,
+                name=run_dir.name,
+                dir=str(run_dir),
+            )
+
+    def write(self, split: str, row: dict[str, float]) -> None:
+        with naming(self.path):
+            self.writer.writerow({"split": split} | {key: f"{value:.8g}" for key, value in row.items()})
+            self.file.flush()  # before the state that goes on from here is saved
+        now = time.monotonic()
+        if split == "train" and now - self.last < self.interval:
+            return
+        if split == "train":
+            self.last = now
+        shown = (
+            "loss",
+            "target_logp_per_token",
+            "sampled_logp_per_token",
+            "reward_accuracy",
+            "grad_norm",
+            "lr",
+        )
+        figures = "  ".join(f"{key} {row[key]:.4g}" for key in shown if key in row)
+        speed = f"  {row['examples_per_second']:.1f} examples/s" if "examples_per_second" in row else ""
+        log.info(f"{split:<8} {int(row['examples']):>8,} examples  {figures}{speed}")
+        if self.wandb is not None:
+            self.wandb.log({f"{split}/{key}": value for key, value in row.items()}, step=int(row["updates"]))
+
+    def close(self) -> None:
+        with naming(self.path):
+            self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def rows_until(path: Path, updates: int) -> list[dict[str, str]]:
+    """The rows of a metrics.csv of up to so many updates; none from the first damaged one on."""
+    if not path.is_file():
+        return []
+    kept = []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(file):
+            whole = set(row) == set(COLUMNS) and None not in row.values()
+            if not whole or not row["updates"].isdigit():
+                break
+            if int(row["updates"]) <= updates:
+                kept.append(row)
+    return kept
+
+
+def show_samples(model, tokenizer, data: TokenizedDataset, n: int, settings) -> None:
+    """Logs answers of a model as it stands to the first n prompts, by the `sampling` keys of an aligner."""
+    from ram.decoding import generation
+    from ram.decoding.par import PARParams
+
+    s = settings.sampling
+    params = PARParams(
+        temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, repetition_penalty=s.repetition_penalty
+    )
+    ids = [data.part("prompt", i).tolist() for i in range(n)]
+    answers = generation.generate(
+        None,
+        model,
+        tokenizer,
+        ids,
+        params,
+        seed=settings.seed,
+        stop=[s.stop_str],
+        max_new_tokens=settings.max_length - settings.max_prompt_length,
+    )
+    for prompt, answer in zip(ids, answers, strict=True):
+        log.info(f"sample   {tokenizer.decode(prompt)!r} -> {answer.text!r}")
+
+
+ARTIFACTS = (
+    "leaderboard.csv",
+    "leaderboard.md",
+    "leaderboard.tex",
+    "results.json",
+    "report.json",
+    "report.html",
+)
+
+
+def log_evaluation(settings, name: str, folder: Path, report: dict[str, Any]) -> None:
+    """Sends an evaluation to wandb as a run of its own: as tables the leaderboard and the figures of every
+    answer, which the report's plots are made of; the page; the result files in `folder` as an artifact.
+
+    settings: the `wandb` keys. report: what `report_data.save` returned.
+    """
+    import wandb
+
+    run = wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        mode=settings.mode,
+        name=name,
+        job_type="evaluation",
+        dir=str(folder),
+    )
+    columns = list(dict.fromkeys(key for row in report["board"] for key in row))
+    board = [[row.get(key) for key in columns] for row in report["board"]]
+    figures = [
+        [
+            row["id"],
+            system["name"],
+            answer["length"],
+            answer["judged"].get("preference"),
+            *(answer.get("stats", {}).get(key) for key in ("fallback", "kl", "acceptance")),
+        ]
+        for row in report["rows"]
+        for system, answer in zip(report["systems"], row["answers"], strict=True)
+    ]
+    keys = ["row", "system", "length", "preference", "fallback_fraction", "mean_kl", "acceptance"]
+    run.log(
+        {
+            "leaderboard": wandb.Table(columns=columns, data=board, allow_mixed_types=True),
+            "answers": wandb.Table(columns=keys, data=figures),
+            "report": wandb.Html(str(folder / "report.html"), inject=False),
+        }
+    )
+    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type="evaluation")
+    for file in ARTIFACTS:
+        if (folder / file).is_file():
+            artifact.add_file(str(folder / file))
+    run.log_artifact(artifact)
+    run.finish()

@@ -1,0 +1,276 @@
+"""The launcher: exit codes, dead processes, and whole stages by two processes, typed as a user types them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small import ROOT, run
+from tiny import byte_tokenizer, save_model_folder, tiny_model
+
+import train
+from ram.distributed import processes
+from ram.storage.files import fingerprint, only_run, write_json
+from utils import UserError
+
+
+def launch(*command, cwd=ROOT, **environment):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NPROC": "2", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ram.distributed.launch", *command], cwd=cwd, env=env, **pipes
+    )
+
+
+def script(folder, text):
+    """A script whose two processes have found each other before `text` runs."""
+    path = folder / "script.py"
+    start = "import os, sys, time\nimport utils\nfrom ram.distributed import processes\n"
+    start += "processes.start()\nrank = processes.rank()\n"
+    path.write_text(f"{start}def main():\n    {text}\n    processes.wait()\nprocesses.run(main)\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "text, code, said",
+    [
+        ("raise utils.UserError('no such thing')", 2, "error: no such thing\n"),
+        ("rank and sys.exit(3)", 3, ""),
+        ("rank and os.kill(os.getpid(), 9)", 137, "process 1 was ended by SIGKILL"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_exit_code_and_words_are_the_first_process_to_end(text, code, said, tmp_path):
+    """What failed says why, once, and the others are not waited for."""
+    start = time.monotonic()
+    running = launch(script(tmp_path, text), cwd=tmp_path)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == code, errors
+    assert said in errors and "ChildFailedError" not in errors and "torchrun" not in errors
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_reach_every_process(number, code, tmp_path):
+    text = "print('ready\\n', end='', flush=True); [time.sleep(0.05) for _ in range(1200)]"
+    running = launch(script(tmp_path, text), cwd=tmp_path)
+    said = ""
+    while said.count("ready\n") < 2:
+        said += running.stdout.readline()
+        assert running.poll() is None
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert "stopped: what is finished stands" in errors and "Traceback" not in errors
+
+
+def test_processes_end_with_their_launcher(tmp_path):
+    """kill -9 of the launcher leaves nobody behind."""
+    running = launch(
+        script(
+            tmp_path,
+            "print(f'pid {os.getpid()}\\n', end='', flush=True); [time.sleep(0.05) for _ in range(1200)]",
+        ),
+        cwd=tmp_path,
+    )
+    said = ""
+    while len(found := [int(pid) for pid in re.findall(r"pid (\d+)\n", said)]) < 2:
+        said += running.stdout.readline()
+        assert running.poll() is None
+    running.kill()
+    running.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in found):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "command, environment, message",
+    [
+        ((), {}, "expected a script"),
+        (("nothing.py",), {}, "expected a script"),
+        (("train.py",), {"NPROC": "two"}, "NPROC=two: expected a number of at least 1"),
+        (("train.py",), {"NPROC": "²"}, "expected a number of at least 1"),
+        (("train.py",), {"NNODES": "2"}, "no RDZV_ENDPOINT"),
+        (("train.py",), {"NNODES": "2", "RDZV_ENDPOINT": "localhost:abc"}, "did not find each other"),
+    ],
+)
+def test_what_cannot_be_launched(command, environment, message):
+    running = launch(*command, **environment)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 2 and message in errors and "Traceback" not in errors
+
+
+def test_one_process_needs_no_launcher(tmp_path):
+    """NPROC=1 runs the script itself."""
+    path = tmp_path / "script.py"
+    path.write_text("import os, sys; print('RANK' in os.environ, sys.argv[1:])")
+    running = launch(str(path), "a=1", NPROC="1")
+    assert running.communicate(timeout=60)[0] == "False ['a=1']\n"
+
+
+def test_two_machines(tmp_path):
+    """The same command twice with NNODES=2, as two machines run it, makes one group of four."""
+    text = "print(f'here {rank} {processes.count()}\\n', end='', flush=True)"
+    path, port = script(tmp_path, text), processes_port()
+    two = [
+        launch(path, cwd=tmp_path, NNODES="2", RDZV_ENDPOINT=f"127.0.0.1:{port}", RDZV_ID="test")
+        for _ in range(2)
+    ]
+    said = "".join(running.communicate(timeout=120)[0] for running in two)
+    assert sorted(re.findall(r"here (\d) 4", said)) == ["0", "1", "2", "3"]
+
+
+def processes_port():
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+TOGETHER = """
+    from pathlib import Path
+    from ram.storage.parts import PartFiles
+    read = PartFiles._read
+    PartFiles._read = lambda self, path: (time.sleep(rank), read(self, path))[1]
+    if rank == 0:
+        Path("out.part").write_text('{"identity": "x"}\\n{"index": 0}\\n')
+    processes.wait()
+    parts = PartFiles(Path("out").absolute(), "x", False)
+    if rank == 0:
+        parts.add({"index": 1})
+    began = f"rank {rank} began with {len(parts.done) - (rank == 0)}"
+    processes.wait()
+    os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = "0", str(1 + rank)
+    with processes.in_turn():
+        pass
+    sys.stdout.write(f"{began}, sum {processes.total({'x': 1.0 + rank})['x']}\\n")
+    sys.stdout.flush()
+"""
+
+
+def test_two_processes_wait_for_each_other(tmp_path):
+    """No process adds answers while another, however slow, reads what is there: else their shares of the rest
+    would overlap. Taking turns waits equally often everywhere, though machines have different numbers of
+    processes. What ends well ends with 0 and no word of the launcher's.
+    """
+    running = launch(script(tmp_path, TOGETHER), cwd=tmp_path)
+    said, errors = running.communicate(timeout=120)
+    assert running.returncode == 0 and "torchrun" not in errors, errors
+    assert sorted(said.splitlines()) == [f"rank {i} began with 1, sum 3.0" for i in (0, 1)]
+
+
+def test_two_processes_share_a_file(tmp_path, caplog):
+    """Sampling by two processes leaves the file of one, which is this one; stopped after some rows, another
+    number goes on.
+    """
+    tokenizer = byte_tokenizer()
+    save_model_folder(tmp_path / "model", tiny_model(len(tokenizer), 1, layers=2), tokenizer)
+    rows = [{"instruction": f"row {i} " + "x" * (7 * i % 30), "output": "y"} for i in range(24)]
+    given = [
+        f"+stage.sample={{kind: sample, proposal: {tmp_path / 'model'}, dataset: uc}}",
+        "sampling.max_prompt_length=80",
+        "sampling.max_length=110",
+        "sampling.batch_size=2",
+        "sampling.base_temperature=1.0",
+        "sampling.dtype=float32",
+    ]
+    output = {}
+    for count in ("1", "2"):
+        write_json(tmp_path / count / "train" / "ultrachat_round_one.json", rows)
+        output[count] = tmp_path / count / "train" / "ultrachat_round_one_sampling_model.json"
+    running = launch("train.py", f"data_dir={tmp_path / '2'}", *given)
+    run(train, f"data_dir={tmp_path / '1'}", *given)
+    said, errors = running.communicate(timeout=200)
+    assert running.returncode == 0, said + errors
+    assert output["1"].read_bytes() == output["2"].read_bytes()
+
+    # As a run of two that was killed leaves it: each process's part holds some of its rows.
+    trace = output["1"].with_suffix(".trace.jsonl").read_text()
+    traces = [json.loads(line) for line in trace.splitlines()]
+    meta = output["1"].with_name(output["1"].name + ".meta.json")
+    identity = fingerprint(json.loads(meta.read_text())["made_from"])
+    output["1"].unlink()
+    for rank in (0, 1):
+        part = output["1"].with_name(output["1"].name + ".part" + ("-1" if rank else ""))
+        mine = [json.dumps(row) for row in traces if row["index"] % 2 == rank][: 5 + rank]
+        part.write_text("\n".join([json.dumps({"identity": identity}), *mine]) + "\n" + '{"index": 9, "te')
+    run(train, f"data_dir={tmp_path / '1'}", *given)
+    assert "going on after 11 of 24 answers" in caplog.text and "13 answers" in caplog.text
+    assert output["1"].read_bytes() == output["2"].read_bytes()
+    assert not list(output["1"].parent.glob("*.part*"))
+
+
+def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
+    """SIGTERM, sent to the launcher and, as a scheduler does, to its processes too: a state within 30 s, exit
+    code 75, and the next start, by another number of processes (this one), continues there.
+    """
+    given = [
+        *("experiment=demo", f"output_dir={tmp_path}", "stages=[world,general_proposal]"),
+        *(
+            "world.entities=20",
+            "world.general_rows=2000",
+            "world.aligned_rows=12",
+            "trainer=FSDPTrainer",
+            "eval_every=100000",
+        ),
+        "stage.general_proposal.n_examples=1600",
+    ]
+    running = launch("train.py", *given)
+    while "train " not in (line := running.stdout.readline()):
+        assert line, running.stderr.read()
+    start = time.monotonic()
+    for pid in (running.pid, *children(running.pid)):
+        os.kill(pid, signal.SIGTERM)
+    said, errors = running.communicate(timeout=60)
+    assert running.returncode == 75 and time.monotonic() - start < 30, errors
+    assert "to go on from" in said and "Traceback" not in errors
+    (state,) = tmp_path.glob("model/*/states/[0-9]*/state.json")
+    examples = json.loads(state.read_text())["examples"]
+    assert 0 < examples < 1600
+    try:
+        run(train, *given)
+    finally:
+        processes.stop()
+    assert f"going on after {examples:,} of 1,600 examples" in caplog.text
+    assert not list(tmp_path.glob("model/*/states"))
+
+
+def children(pid):
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in found.split()]
+
+
+def test_a_second_run_is_kept_out(tmp_path):
+    """Whoever writes a file or folder has it alone, and leaves no lock that could go stale."""
+    with only_run(tmp_path / "run"):
+        with pytest.raises(UserError, match="another run is writing it"), only_run(tmp_path / "run"):
+            pass
+        with only_run(tmp_path / "other"):
+            pass
+    with only_run(tmp_path / "run"):
+        pass
+
+
+def test_a_signal_that_comes_twice_is_one(monkeypatch):
+    """torchrun and a scheduler both pass SIGTERM on; only Ctrl-C again, later, means that somebody
+    insists.
+    """
+    monkeypatch.setattr(processes, "PATIENCE", 0.05)
+    with processes.stop_signals() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked[0] == signal.SIGTERM and len(asked) == 4
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)

@@ -1,0 +1,253 @@
+"""Many processes and stopped runs: the same losses, gradient norms and weights as one process in one go."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainers import TOKENIZER, dataset, path_of, settings, trainer, weights
+from tiny import tiny_model
+
+from ram.training import resume, sharding
+from trainers import BasicTrainer, FSDPTrainer, Preempted
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAT = ("lr=1e-3", "eval_every=16", "save_every=8", "n_epochs=2", "keep_states=3")
+
+
+LOSSES = ("ours_sft", "dpo")
+SPREAD = ("gradient_accumulation_steps=2", *FLAT)
+
+
+def torchrun(count, folder, stop):
+    """What `fsdp_run.py` says when it is run by so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / path) for path in (".", "tests", "tests/helpers")),
+    }
+    done = subprocess.run(
+        [
+            *command,
+            str(ROOT / "tests" / "helpers" / "fsdp_run.py"),
+            str(folder),
+            str(stop),
+            ",".join(LOSSES),
+            *SPREAD,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def near(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def same_weights(folder, run):
+    saved = load_file(folder / "LATEST" / "model.safetensors")
+    for name, weight in weights(run).items():
+        torch.testing.assert_close(saved[name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    """Runs of each loss by two processes that were told to stop after 4 updates, gone on from by three:
+    the folders of both, and what they said.
+    """
+    folder = tmp_path_factory.mktemp("spread")
+    two = torchrun(2, folder / "two", 4)
+    shutil.copytree(folder / "two", folder / "three")
+    return folder / "two", two, folder / "three", torchrun(3, folder / "three", 0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_stopped_and_three_going_on_equal_one(loss, spread, tmp_path):
+    """Two processes follow one process's path; told to stop they save; three, and one, go on to the same end.
+
+    Three do not divide a batch of 8 or a weight of 16; of the 2 rows that 18 leave, one of them has none.
+    """
+    two, said_by_two, three, said_by_three = spread
+    reference = tiny_model(len(TOKENIZER), seed=7, layers=2) if loss == "dpo" else None
+    given = (f"loss={loss}", *SPREAD)
+    one = trainer(tmp_path / "one", *given, n=18, reference=reference)
+    one.train()
+    assert said_by_two.count("2 processes") == len(LOSSES) and states(two / loss)[-1] == "000000004"
+    near(path_of_folder(two / loss), path_of(one)[:4])
+    assert not (two / loss / "LATEST").exists()
+
+    alone = tmp_path / "alone"  # what two processes saved, gone on from by one
+    shutil.copytree(two / loss, alone)
+    last = trainer(
+        alone, *given, n=18, reference=tiny_model(len(TOKENIZER), seed=7, layers=2) if reference else None
+    )
+    last.train(resume.newest(alone, {"it": 1}))
+    near(path_of(last), path_of(one))
+    same_weights(alone, one)
+
+    assert said_by_three.count("going on after 26 of 36 examples") == len(LOSSES)
+    near(path_of_folder(three / loss), path_of(one))
+    same_weights(three / loss, one)
+    assert (three / loss / "LATEST" / "config.json").read_text().count("LlamaForCausalLM") == 1
+
+
+def path_of_folder(folder):
+    run = type("Run", (), {"run_dir": folder})
+    return path_of(run)
+
+
+def states(folder):
+    return [path.name for path in resume.found(folder)]
+
+
+def stopped(folder, after, *overrides, number=signal.SIGTERM):
+    """A run that is told to stop after so many updates."""
+
+    class Told(BasicTrainer):
+        def after_update(self, metrics):
+            super().after_update(metrics)
+            if self.updates == after:
+                os.kill(os.getpid(), number)
+
+    folder.mkdir(parents=True)
+    model = tiny_model(len(TOKENIZER), seed=0, layers=2)
+    data = dataset(20), dataset(6, seed=99)
+    run = Told(settings(*overrides), model, TOKENIZER, *data, folder, {}, None, {"it": 1})
+    with pytest.raises(Preempted) as error:
+        run.train()
+    assert error.value.args == (number,)
+    return run
+
+
+def go_on(folder, *overrides, origin=None):
+    run = trainer(folder, *overrides)
+    state = resume.newest(folder, origin or {"it": 1})
+    run.train(state)
+    return run, state
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW"])
+def test_a_stopped_run_ends_as_if_it_had_not(number, optimizer, tmp_path):
+    """A signal saves after the update at hand; the next start gives the same weights, bit by bit, and log."""
+    given = ("loss=ours_sft", "loss.sampled_fraction=0.5", f"optimizer={optimizer}", *FLAT)
+    whole = trainer(tmp_path / "whole", *given)
+    whole.train()
+    folder = tmp_path / "cut"
+    stopped(folder, 4, *given, number=number)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    run, state = go_on(folder, *given)
+    assert state["updates"] == 4 and run.updates == whole.updates == 6
+    assert path_of(run) == path_of(whole)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weights(run)[name], weight), name
+    log = (folder / "metrics.csv").read_text(), (tmp_path / "whole" / "metrics.csv").read_text()
+    assert [line.split(",")[:8] for line in log[0].splitlines()] == [
+        line.split(",")[:8] for line in log[1].splitlines()
+    ]
+
+
+def test_a_state_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+    """Training goes on while a state is written, and what it changes meanwhile is not in it; a second state
+    waits for the first.
+    """
+    begin, order = threading.Event(), []
+    write = resume.write_state
+    monkeypatch.setattr(
+        resume, "write_state", lambda *args: (begin.wait(30), order.append(args), write(*args))
+    )
+    run = trainer(tmp_path, *FLAT, "optimizer=AdamW")
+    run.update(np.arange(8))
+    before = {name: weight.clone() for name, weight in weights(run).items()}
+    run.remember()
+    run.update(np.arange(8))
+    assert not order and resume.found(tmp_path) == []
+    assert not all(torch.equal(weights(run)[name], weight) for name, weight in before.items())
+    threading.Timer(0.2, begin.set).start()
+    run.remember()
+    run.saver.wait()
+    assert [path.name for path in resume.found(tmp_path)] == ["000000001", "000000002"]
+    other = trainer(tmp_path, *FLAT, "optimizer=AdamW")
+    other.update(np.arange(3))  # its moments are there to be filled
+    resume.load(resume.found(tmp_path)[0], other.model, other.optimizer)
+    for name, weight in before.items():
+        assert torch.equal(weights(other)[name], weight), name
+
+
+def test_a_run_stopped_in_its_last_evaluation_has_nothing_to_do_again(tmp_path, monkeypatch):
+    """The state after the last update is there before the last evaluation begins."""
+    run = trainer(tmp_path, "lr=1e-3", "save_every=null", "do_first_eval=false")
+
+    def told(metrics):
+        raise Preempted(signal.SIGTERM)
+
+    monkeypatch.setattr(run, "evaluate", told)
+    with pytest.raises(Preempted):
+        run.train()
+    state = resume.newest(tmp_path, run.origin)
+    assert state["updates"] == run.total_updates
+    again = trainer(tmp_path, "lr=1e-3", "save_every=null", "do_first_eval=false")
+    again.train(state)
+    assert again.updates == run.updates and (tmp_path / "LATEST").is_dir()
+    for name, weight in weights(run).items():
+        assert torch.equal(weights(again)[name], weight), name
+
+
+def test_what_fails_while_a_state_is_written_is_raised(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device", "states")
+
+    monkeypatch.setattr(resume, "write_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer(tmp_path, *FLAT).train()
+
+
+def test_only_whole_states_of_the_same_run_count(tmp_path):
+    """The newest complete state is taken; a damaged or half-written one is passed over, another run's not
+    used.
+    """
+    folder = tmp_path / "run"
+    stopped(folder, 5, *FLAT)
+    assert states(folder) == ["000000002", "000000004", "000000005"]
+    half = folder / "states" / "000000009.aside"
+    half.mkdir()
+    (half / "state.json").write_text("{}")
+    assert resume.newest(folder, {"it": 1})["updates"] == 5
+    (file,) = (folder / "states" / "000000005").glob("__0_*")
+    file.write_bytes(file.read_bytes()[:-7])
+    assert resume.newest(folder, {"it": 1})["updates"] == 4
+    (folder / "states" / "000000004" / "state.json").write_text('{"files"')
+    assert resume.newest(folder, {"it": 1})["updates"] == 2
+    assert resume.newest(folder, {"it": 2}) is None
+    resume.clear(folder)
+    assert states(folder) == [] and resume.newest(folder, {"it": 1}) is None
+
+
+def test_nothing_is_saved_to_go_on_from_in_a_trial(tmp_path):
+    run = trainer(tmp_path, *FLAT, "debug=true")
+    run.train()
+    assert not (tmp_path / "states").exists()
+
+
+def test_a_block_that_is_not_there_is_named(tmp_path):
+    """FSDP without a matching block would be one shard of everything: it is refused, with what would fit."""
+    with pytest.raises(UserError, match="block_name='Layr': .*LlamaDecoderLayer"):
+        sharding.shard(tiny_model(9, 0, layers=2), "Layr", torch.device("cpu"), None, print)
+    config = settings("sample_during_eval=true", "trainer=FSDPTrainer")
+    with pytest.raises(UserError, match="sample_during_eval=true"):
+        data = dataset(4)
+        FSDPTrainer(config, tiny_model(len(TOKENIZER), 0), TOKENIZER, data, data, tmp_path, {})

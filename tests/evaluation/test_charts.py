@@ -1,0 +1,86 @@
+"""Charts: where things are drawn, and what is counted."""
+
+import itertools
+import re
+
+import pytest
+
+from ram.evaluation.report import charts
+from ram.evaluation.report.charts import Curve, Point
+
+
+@pytest.mark.parametrize(
+    "low, high", [(0, 1), (0, 44800), (-2.3, -0.4), (5, 5.0001), (1e-7, 3e-7), (-1e9, 3e9)]
+)
+def test_ticks_are_few_round_and_inside(low, high):
+    ticks = charts.ticks(low, high)
+    assert 2 <= len(ticks) <= 6
+    assert low - 1e-9 * abs(low) <= ticks[0] and ticks[-1] <= high + 1e-9 * abs(high)
+    assert len({charts.short(tick) for tick in ticks}) == len(ticks)
+    assert charts.short(12500) == "12.5k" and charts.short(-2e6) == "−2M" and charts.short(0.25) == "0.25"
+
+
+def test_frame_maps_the_ends_to_its_edges():
+    frame = charts.Frame(2.0, 4.0, -1.0, 1.0)
+    assert (frame.x(2.0), frame.x(4.0)) == (f"{frame.left:.1f}", f"{frame.right:.1f}")
+    assert (frame.y(-1.0), frame.y(1.0)) == (f"{frame.bottom:.1f}", f"{frame.top:.1f}")
+    assert float(frame.x(3.0)) == (frame.left + frame.right) / 2
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, 1.0), (1.0, 9.0), (0.5, 3.0), (0.25, 2.0), (0.9, 7.0)])
+def test_quantiles_are_linear_between_neighbours(share, expected):
+    assert charts.quantile([1.0, 2.0, 3.0, 4.0, 9.0], share) == pytest.approx(expected)
+    assert charts.quantile([4.0], share) == 4.0
+
+
+def test_histogram_counts_every_value_once():
+    """The last bin holds its upper end; the bars' heights are their counts."""
+    found = charts.histogram("T", "who", [0.0, 0.04, 0.5, 0.99, 1.0, 1.0], 1.0, "u", bins=10)
+    assert re.findall(r"<title>(.*?)</title>", found) == ["0 to 0.1: 2", "0.5 to 0.6: 1", "0.9 to 1: 3"]
+    heights = [float(h) for h in re.findall(r'height="([\d.]+)"><title>', found)]
+    assert heights == pytest.approx([40, 20, 60], abs=0.11)
+
+
+def test_flat_and_single_curves_get_an_axis():
+    for points in ([(0.0, 2.0)], [(0.0, 0.0), (5.0, 0.0)], [(1.0, -3.0), (2.0, -3.0)]):
+        found = charts.lines("t", "label", "u", "x", [Curve("a", points)])
+        assert "nan" not in found and found.count('class="grid"') >= 4
+
+
+def test_intervals_and_boxes_stand_where_their_numbers_say():
+    point = Point("a", 0.0, 0.5, 0.25, 0.75)
+    found = charts.intervals("t", [point], "u", None, "mark")
+    a, b = re.search(r'class="whisker" d="M([\d.]+) .*?H([\d.]+)M', found).groups()
+    middle = float(re.search(r'class="point" cx="([\d.]+)"', found)[1])
+    assert float(a) + float(b) == pytest.approx(2 * middle, abs=0.2)
+    box = charts.boxes("t", [(1, "a", [float(i) for i in range(101)])], "u")
+    x, width = re.search(r'class="box" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', box).groups()
+    median = float(re.search(r'class="median" d="M([\d.]+)', box)[1])
+    assert float(x) + float(width) / 2 == pytest.approx(median, abs=0.2) and "median 50" in box
+
+
+def test_points_too_close_for_numbers_of_their_own_share_a_text():
+    """Every number stands once, beside its points and on no other number; chains of neighbours are one."""
+    near = [Point("a", 1.0, 0.5)] * 3 + [Point("b", 3.0, 0.6), Point("c", 1.01, 0.5), Point("d", 3.0, 0.9)]
+    found = charts.scatter("t", near, ("x", "y"), (None, 0.5))
+    words = re.findall(r'class="number" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]*)<', found)
+    assert sorted(text for *_, text in words) == ["1–3, 5", "4", "6"]
+    points = [tuple(map(float, place)) for place in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', found)]
+    for x, y, anchor, text in words:
+        px, py = points[int(text[0]) - 1]
+        assert 0 < (px - float(x) if anchor == "end" else float(x) - px) < 15 and abs(py - float(y)) < 8
+    assert charts.clusters([(0, 0), (20, 0), (10, 0), (10, 30)]) == [[0, 1, 2], [3]]
+    assert charts.ranges([1, 2, 4, 5, 6, 9]) == "1, 2, 4–6, 9"
+
+
+def test_numbers_do_not_cover_each_other():
+    """A text that would run into another one's stands above it."""
+    points = [Point("a", 0.0, 0.5), Point("b", 0.1, 0.5), Point("c", 2.0, 0.5)]
+    found = charts.scatter("t", points, ("x", "y"), (None, 0.5))
+    boxes = [(float(x), float(y)) for x, y in re.findall(r'class="number" x="([\d.]+)" y="([\d.]+)"', found)]
+    assert all(abs(a - c) > 6 or abs(b - d) >= 11 for (a, b), (c, d) in itertools.combinations(boxes, 2))
+
+
+def test_text_is_escaped_and_shows_what_is_invisible():
+    assert charts.text('<a b="c">&\'') == "&lt;a b=&quot;c&quot;&gt;&amp;&#x27;"
+    assert charts.text("a\0b\x7fc\u202ed\ud83d\n") == "a␀b␡c\ufffdd\ufffd\n"

@@ -1,0 +1,22 @@
+"""Figures of judgements: the simplest judges, and intervals."""
+
+import pytest
+
+from ram.evaluation import statistics
+from ram.evaluation.judges import judges
+from utils import UserError
+
+
+def test_judges_and_bootstrap():
+    """The dummy prefers length, ties half; the interval holds the mean, is seeded, and is exact for
+    constants.
+    """
+    found = judges.dummy_judge([{}] * 3, ["aa", "a", "b"], ["a", "aa", "c"])
+    assert [row["preference"] for row in found] == [1.0, 0.0, 0.5]
+    values = [0.0, 1.0] * 50
+    low, high = statistics.bootstrap_interval(values, 1000, seed=0)
+    assert (low, high) == statistics.bootstrap_interval(values, 1000, seed=0)
+    assert 0.37 < low < 0.43 and 0.57 < high < 0.63  # 0.5 +- 1.96 * 0.05
+    assert statistics.bootstrap_interval([0.25] * 9, 100, seed=1) == (0.25, 0.25)
+    with pytest.raises(UserError, match="judge=exact needs the toy world's rows"):
+        judges.exact_judge([{"instruction": "x"}], ["a"], ["b"])

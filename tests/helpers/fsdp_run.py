@@ -1,0 +1,61 @@
+"""Run by torchrun in test_processes.py: trains the tests' tiny model with FSDPTrainer, once for each loss,
+and leaves its files in FOLDER/LOSS.
+
+    fsdp_run.py FOLDER STOP LOSS,LOSS [key=value ...]
+
+STOP: the number of updates after which every process is told to stop; 0 = never.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from test_trainers import TOKENIZER, dataset, settings
+from tiny import tiny_model
+
+import trainers
+import utils
+from ram.distributed import processes
+from ram.training import resume
+
+
+class Told(trainers.FSDPTrainer):
+    stop_after = 0
+
+    def after_update(self, metrics):
+        super().after_update(metrics)
+        if self.updates == self.stop_after and processes.rank() == processes.count() - 1:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)  # one process is told, all of them stop
+
+
+def main():
+    folder, stop, losses, *overrides = sys.argv[1:]
+    torch.set_num_threads(1)
+    utils.setup_logging()
+    utils.quiet_transformers()
+    processes.start(alone=True)
+    Told.stop_after = int(stop)
+    for loss in losses.split(","):
+        train(Path(folder) / loss, f"loss={loss}", *overrides)
+
+
+def train(folder, *overrides):
+    config = settings("trainer=FSDPTrainer", "model.block_name=LlamaDecoderLayer", *overrides)
+    reference = tiny_model(len(TOKENIZER), seed=7, layers=2) if config.loss.name == "dpo" else None
+    model = tiny_model(len(TOKENIZER), seed=0, layers=2)
+    if processes.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+    processes.wait()
+    run = Told(config, model, TOKENIZER, dataset(18), dataset(6, seed=99), folder, {}, reference, {"it": 1})
+    try:
+        run.train(resume.newest(folder, {"it": 1}))
+    except trainers.Preempted:
+        assert Told.stop_after
+    processes.wait()
+
+
+if __name__ == "__main__":
+    processes.run(main)

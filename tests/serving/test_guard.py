@@ -1,0 +1,461 @@
+"""What strangers may not do: keys, hosts, origins, sizes, malformed requests; full queues, clients that
+leave.
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from served import PLAIN, ask, chat_text, eventually, expected, get, post, running, settings
+
+from ram.models import checkpoints
+from ram.serving import protocol
+from ram.serving.guard import Guard
+from ram.serving.metrics import Metrics
+
+CHAT = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with running(folder, "limits.body_bytes=20000", "max_new_tokens=4") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def locked(folder):
+    """A server with keys."""
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAM_API_KEY", "open sesame")
+            patch.setenv("RAM_ADMIN_KEY", "admin")
+            found = stack.enter_context(running(folder, "limits.aligners=3"))
+        yield found
+
+
+@pytest.fixture(scope="module")
+def slow(folder):
+    """A server with room for two answers at once and three that wait, whose proposal takes its time."""
+    load = checkpoints.load_model
+
+    def load_slowly(source, *args, **kwargs):
+        model = load(source, *args, **kwargs)
+        model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+        return model
+
+    settings = ["engine.max_rows=2", "engine.max_waiting=3", "limits.choices=2", "limits.seconds=20"]
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints, "load_model", load_slowly)
+            found = stack.enter_context(running(folder, *settings))
+        yield found
+
+
+def bearer(key):
+    return {"headers": {"Authorization": f"Bearer {key}"}}
+
+
+# ---- who asks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["v1/models", "metrics", "openapi.json", "nowhere", "v1/models/a"])
+@pytest.mark.parametrize(
+    "header", [None, "Bearer", "Bearer wrong", "Basic open sesame", "open sesame", "Bearer \xff"]
+)
+def test_without_the_key_there_is_nothing(locked, path, header):
+    """The same 401 whatever was asked for; only the page's files and /health are open."""
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    answer = get(f"{locked[1]}/{path}", headers=headers)
+    assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+    error = protocol.ErrorBody.model_validate_json(answer.content).error
+    assert (error.code, error.param) == ("invalid_api_key", None)
+
+
+def test_the_key_opens(locked):
+    url = locked[1]
+    assert ask(url, CHAT).status_code == 401
+    assert ask(url, CHAT, **bearer("open sesame")).json()["choices"][0]["message"]["content"]
+    for path in ("", "chat.css", "chat.js", "health"):
+        assert get(f"{url}/{path}").status_code == 200
+    assert post(f"{url}/health").status_code == 401
+    document = get(f"{url}/openapi.json", **bearer("open sesame")).json()
+    assert document["paths"]["/v1/chat/completions"]["post"]["security"] == [{"key": []}]
+    assert document["paths"]["/admin/aligners"]["post"]["security"] == [{"adminKey": []}]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example:80"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "localhost"}, 200),
+        ({"Host": "[::1]:99"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost:3000"}, 403),
+        ({"Origin": "OWN"}, 200),
+    ],
+)
+def test_pages_of_others_may_not_ask(server, headers, status):
+    """Nor may names that only point to this machine; no answer says that another origin may read it."""
+    url = server[1]
+    headers = {name: url if value == "OWN" else value for name, value in headers.items()}
+    for answer in (get(f"{url}/v1/models", headers=headers), ask(url, CHAT, headers=headers)):
+        assert answer.status_code == status
+        assert not any(name.startswith("access-control") for name in answer.headers)
+    headers = {**headers, "Access-Control-Request-Method": "POST"}
+    preflight = httpx.options(f"{url}/v1/models", headers=headers, **PLAIN)
+    assert preflight.status_code in (403, 405)
+
+
+def test_what_a_page_can_send_unasked_is_refused(server):
+    """A form or a plain text, which browsers send to anybody, is no request even without an Origin."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        headers = {"Content-Type": kind}
+        answer = post(f"{server[1]}/v1/chat/completions", content=json.dumps(CHAT), headers=headers)
+        assert answer.status_code == 400 and "application/json" in answer.json()["error"]["message"]
+
+
+def test_no_admin_without_its_key(server, locked):
+    body = {"name": "c", "path": "b"}
+    assert post(f"{server[1]}/admin/aligners", json=body).status_code == 404
+    for key in ("open sesame", "wrong"):
+        assert post(f"{locked[1]}/admin/aligners", json=body, **bearer(key)).status_code == 401
+        assert httpx.delete(f"{locked[1]}/admin/aligners/a", **PLAIN, **bearer(key)).status_code == 401
+    assert get(f"{locked[1]}/v1/models", **bearer("admin")).status_code == 401
+
+
+# ---- aligners that come and go -----------------------------------------------------------------------------
+
+
+def test_aligners_come_and_go(locked):
+    """One is added, replaced and removed while another one answers; its answers are its own each time."""
+    models, url = locked
+
+    def answer(name):
+        return ask(url, CHAT | {"model": name}, **bearer("open sesame"))
+
+    def add(name, path):
+        return post(f"{url}/admin/aligners", json={"name": name, "path": path}, **bearer("admin"))
+
+    texts = {name: expected(models, name, chat_text("hi"), 1, 8).text for name in ("a", "b")}
+    stop, seen = threading.Event(), []
+
+    def keep_asking():
+        while not stop.is_set():
+            seen.append(answer("a").json()["choices"][0]["message"]["content"])
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    try:
+        assert answer("new").status_code == 404
+        assert add("new", "b").json()["id"] == "new"
+        assert answer("new").json()["choices"][0]["message"]["content"] == texts["b"]
+        fingerprint = answer("new").json()["system_fingerprint"]
+        assert add("new", f"{models.settings.config.aligner_root}/a").status_code == 200
+        assert answer("new").json()["choices"][0]["message"]["content"] == texts["a"]
+        assert answer("new").json()["system_fingerprint"] != fingerprint
+        assert add("newer", "a").json()["error"]["message"].startswith("3 aligners are loaded")
+        removed = httpx.delete(f"{url}/admin/aligners/new", **PLAIN, **bearer("admin"))
+        assert removed.json() == {"id": "new", "object": "model", "deleted": True}
+        assert answer("new").status_code == 404
+        assert httpx.delete(f"{url}/admin/aligners/new", **PLAIN, **bearer("admin")).status_code == 404
+        assert httpx.delete(f"{url}/admin/aligners/proposal", **PLAIN, **bearer("admin")).status_code == 404
+    finally:
+        stop.set()
+        asking.join()
+    assert set(seen) == {texts["a"]}
+
+
+def test_a_list_of_models_is_of_one_moment(locked):
+    """Whoever goes through them while an aligner comes or goes is not disturbed."""
+    models, url = locked
+    before, listing = list(models.served), iter(models.served)
+    first = next(listing)
+    models.add_aligner("late", "b")
+    assert [first, *listing] == before and "late" in models.served
+    listing = iter(models.served)
+    first = next(listing)
+    models.remove_aligner("late")
+    assert [first, *listing] == [*before, "late"] and list(models.served) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "said"),
+    [
+        ("c", "damaged", "cannot load a model"),
+        ("c", "other", "the tokenizer of the aligner"),
+        ("c", "nowhere", "no model at"),
+        ("c", ".", "no config.json"),
+        ("c", "../..", "does not lie below"),
+        ("c", "/etc", "does not lie below"),
+        ("c", "leading_out", "does not lie below"),
+        ("c", "a\0b", "does not lie below"),
+        ("c", "x" * 4000, "File name too long"),
+        ("proposal", "a", "expected a name"),
+        ("../c", "a", "expected a name"),
+        ("", "a", "expected a name"),
+    ],
+)
+def test_a_folder_that_fails_harms_nobody(locked, folder, tmp_path, name, path, said):
+    """The reason is told, the aligners stay what they were."""
+    link = folder / "leading_out"
+    if not link.is_symlink():
+        link.symlink_to(tmp_path)
+    before = sorted(locked[0].served), sorted(locked[0].engine.aligners)
+    answer = post(f"{locked[1]}/admin/aligners", json={"name": name, "path": path}, **bearer("admin"))
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+    assert (sorted(locked[0].served), sorted(locked[0].engine.aligners)) == before
+    assert ask(locked[1], CHAT, **bearer("open sesame")).status_code == 200
+
+
+# ---- sizes and shapes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [20_001, 100_000, 1_000_000])
+def test_bodies_too_large(server, size):
+    body = b'{"model": "a", "x": "' + b"x" * (size - 23) + b'"}'
+    for content in (body, iter([body[: size // 2], body[size // 2 :]])):
+        try:
+            answer = post(f"{server[1]}/v1/completions", content=content)
+        except (httpx.WriteError, httpx.RemoteProtocolError):  # far too large: cut off while it is sent
+            assert size > 160_000
+            continue
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+    assert ask(server[1], CHAT).status_code == 200
+
+
+def test_bodies_too_slow(server, monkeypatch):
+    """A body that does not come is not waited for for ever."""
+    monkeypatch.setattr(server[0].settings.config.limits, "body_seconds", 0.1)
+    host, port = server[1].removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 100\r\n\r\n{{".encode()
+        )
+        assert b"408" in connection.recv(1000).split(b"\r\n")[0]
+
+
+MALFORMED = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b'"text"',
+    b"\xff\xfe",
+    b'{"model": "\xff"}',
+    b'{"model": "\\ud800"}',
+    b'{"model": NaN}',
+    b'{"model": "a", "temperature": Infinity}',
+    b'{"model": "a", "temperature": 1e999, "prompt": "x"}',
+    b'{"model": "a", "seed": 1' + b"0" * 6000 + b', "prompt": "x"}',
+    b"[" * 9000,
+    b'{"a":' * 3000,
+    b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
+]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_malformed_bodies(server, path):
+    for body in MALFORMED:
+        headers = {"Content-Type": "application/json"}
+        answer = post(f"{server[1]}/v1/{path}", content=body, headers=headers)
+        assert answer.status_code == 400, body[:60]
+        assert len(answer.content) < 2000
+        protocol.ErrorBody.model_validate_json(answer.content)
+
+
+def fuzzed(rng):
+    """(method, path, headers, body): a request of the protocol in which something may be wrong."""
+    odd = [
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        1e308,
+        -1e-320,
+        2**31,
+        2**63,
+        2**64,
+        10**400,
+        "",
+        "x",
+        "\0",
+        "\U0001f600" * 9,
+    ]
+    odd += [[], {}, [[]], [None], ["x", 1], {"x": {}}, [[1], ["a"]], "a" * 3000, [0] * 500, "\u202e\u2028"]
+    chat = rng.random() < 0.5
+    body = {"model": rng.choice([*["a", "b", "proposal"] * 5, "nobody"]), "max_tokens": rng.choice([1, 2, 3])}
+    if chat:
+        roles = [*["user", "assistant"] * 5, "system"]
+        turns = [{"role": rng.choice(roles), "content": "x"} for _ in range(rng.randrange(3))]
+        body["messages"] = [
+            *turns,
+            {"role": "user", "content": rng.choice(["hi", [{"type": "text", "text": "y"}]])},
+        ]
+    else:
+        body["prompt"] = rng.choice(["hi", ["a", "b"], [1, 2], [[1], [2, 3]]])
+    model = protocol.ChatRequest if chat else protocol.CompletionRequest
+    keys = [*model.model_fields, "unknown", "__proto__", "\0"]
+    for _ in range(rng.choice([0, 1, 1, 2])):
+        key = rng.choice(keys)
+        if key == "messages" and rng.random() < 0.7:
+            body[key] = [{rng.choice(["role", "content", "x"]): rng.choice(odd)} for _ in range(2)]
+        else:
+            body[key] = rng.choice(odd)
+    if rng.random() < 0.05:
+        del body["model"]
+    data = json.dumps(body, ensure_ascii=rng.random() < 0.5).encode()
+    if rng.random() < 0.1:  # bytes that fell over
+        at = rng.randrange(len(data))
+        data = (
+            data[:at]
+            + bytes(rng.randrange(256) for _ in range(rng.randrange(4)))
+            + data[at + rng.randrange(3) :]
+        )
+    headers = {"Content-Type": "application/json"}
+    if rng.random() < 0.05:
+        headers = rng.choice(
+            [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/json; charset=x"}]
+        )
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    if rng.random() < 0.05:
+        path = rng.choice(
+            ["/v1/models/%00", "/v1/models/..%2f..", "/chat.js/", "/%ff", "/admin/aligners", "//", "/v1"]
+        )
+    return rng.choice(["POST"] * 50 + ["GET", "PUT", "DELETE"]), path, headers, data
+
+
+def test_a_thousand_generated_requests(server):
+    """None crashes the server, none is answered by a 500 or a stack trace; whoever comes after is served."""
+    rng, codes = random.Random(0), {}
+    with httpx.Client(base_url=server[1], **PLAIN) as client:
+        for number in range(1000):
+            method, path, headers, data = fuzzed(rng)
+            answer = client.request(method, path, headers=headers, content=data)
+            codes[answer.status_code] = codes.get(answer.status_code, 0) + 1
+            assert answer.status_code in (200, 400, 404, 405, 413), (number, answer.text, data[:500])
+            assert "Traceback" not in answer.text and ".py" not in answer.text, (number, data[:500])
+            if answer.status_code != 200:
+                protocol.ErrorBody.model_validate_json(answer.content)
+    assert codes[200] > 150 and codes[400] > 300, codes
+    assert (
+        ask(server[1], CHAT).json()["choices"][0]["message"]["content"]
+        == expected(server[0], "a", chat_text("hi"), 1, 8).text
+    )
+
+
+# ---- many at once, and those that leave --------------------------------------------------------------------
+
+LONG = CHAT | {"max_tokens": 200, "model": "proposal"}
+
+
+def idle(models):
+    figures = models.engine.figures()
+    return figures["rows"] == figures["waiting"] == 0
+
+
+def test_a_full_queue_says_so_and_recovers(slow):
+    """429 with Retry-After at once, and service as usual when the others are done."""
+    models, url = slow
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda seed: ask(url, LONG | {"seed": seed, "max_tokens": 15}), range(12)))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.status_code for answer in answers} == {200, 429} and len(refused) >= 4
+    for answer in refused:
+        assert (
+            int(answer.headers["retry-after"]) >= 1 and answer.json()["error"]["type"] == "rate_limit_error"
+        )
+    assert ask(url, CHAT).status_code == 200
+    text = get(f"{url}/metrics").text
+    assert f'ram_http_requests_total{{route="/v1/chat/completions",code="429"}} {len(refused)}' in text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_hangs_up_frees_the_place(slow, stream):
+    """The engine stops at once, wherever the request was: decoding or waiting."""
+    models, url = slow
+    body = json.dumps(LONG | {"stream": stream}).encode()
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    connections = [socket.create_connection((host, int(port)), timeout=10) for _ in range(3)]
+    for connection in connections:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    eventually(lambda: models.engine.figures()["rows"] + models.engine.figures()["waiting"] == 3)
+    before = models.engine.figures()["finished"]["cancelled"]
+    if stream:
+        assert b"200 OK" in connections[0].recv(100)
+    for connection in connections:
+        connection.close()
+    eventually(lambda: idle(models), seconds=2)  # an answer would take 4 seconds
+    assert models.engine.figures()["finished"]["cancelled"] == before + 3
+    assert ask(url, CHAT).status_code == 200
+
+
+def test_what_takes_too_long_is_cancelled(slow, monkeypatch):
+    models, url = slow
+    monkeypatch.setattr(models.settings.config.limits, "seconds", 0.2)
+    answer = ask(url, LONG)
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+    lines = ask(url, LONG | {"stream": True}).text.split("\n\n")
+    assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == "timeout"
+    assert lines[-2] == "data: [DONE]"
+    eventually(lambda: idle(models), seconds=2)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_who_is_not_finished_in_time_hears_that_it_stops(folder, begun):
+    """A server that has waited long enough for an answer ends it: 503 where nothing was sent."""
+
+    async def endless(scope, receive, send):
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(60)
+
+    async def stopped():
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(b"host", b"localhost")]}
+        guard = Guard(endless, settings(folder), Metrics())
+        task = asyncio.ensure_future(guard(scope, receive, send))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await task
+        return sent
+
+    start, *rest = asyncio.run(stopped())
+    assert start["status"] == (200 if begun else 503) and len(rest) == (not begun)
+
+
+def test_a_failing_engine_is_told_without_its_inside(server, monkeypatch):
+    """An answer that cannot be decoded is a 500 in OpenAI's shape; /health and the next answer are fine."""
+    models, url = server
+    monkeypatch.setattr(models, "law", lambda given: 1 / 0)
+    answer = ask(url, CHAT)
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal"
+    assert "division" not in answer.text
+    monkeypatch.undo()
+    assert ask(url, CHAT).status_code == 200 and get(f"{url}/health").json() == {"status": "ok"}
+
+
+def test_health_tells_of_an_engine_that_ended(folder):
+    with running(folder) as (models, url):
+        models.engine.close(wait=False)
+        assert get(f"{url}/health").status_code == 503
+        answer = ask(url, CHAT)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"

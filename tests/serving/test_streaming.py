@@ -1,0 +1,123 @@
+"""FastChat's protocol: the stream grows into the text that `decoding.generate` gives, and its tools can
+drive it.
+"""
+
+import pytest
+from tiny import Scripted, byte_tokenizer, tiny_model
+
+from ram.decoding import generation
+from ram.decoding.par import PARParams
+from ram.serving.fastchat.stream import PairModel, generate_stream, request_params
+
+TOKENIZER = byte_tokenizer()
+PARAMS = PARParams(sample_mode="par", temperature=1.0, base_temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return PairModel(tiny_model(len(TOKENIZER), 1, layers=2), tiny_model(len(TOKENIZER), 2), PARAMS)
+
+
+def stream(pair, prompt="Q: hello A:", **request):
+    request = {"prompt": prompt, "max_new_tokens": 30, "echo": False, **request}
+    return list(generate_stream(pair, TOKENIZER, request, "cpu", 200, stream_interval=1))
+
+
+def test_stream_grows_into_the_generated_text(pair):
+    """Each item's text continues the one before; the last equals the plain call with the same seed, counts
+    exact.
+    """
+    items = stream(pair, seed=3)
+    (whole,) = generation.generate(
+        pair.proposal, pair.aligner, TOKENIZER, ["Q: hello A:"], PARAMS, max_new_tokens=30, seed=3
+    )
+    assert items[-1]["text"] == whole.text and items[-1]["finish_reason"] == whole.finish_reason
+    assert items[-1]["usage"] == {
+        "prompt_tokens": 11,
+        "completion_tokens": len(whole.token_ids),
+        "total_tokens": 11 + len(whole.token_ids),
+    }
+    assert all(b["text"].startswith(a["text"]) for a, b in zip(items, items[1:], strict=False))
+    assert [item["finish_reason"] for item in items[:-1]] == [None] * (len(items) - 1)
+    assert stream(pair, seed=4)[-1]["text"] != whole.text
+
+
+def test_request_settings_reach_the_law(pair):
+    """A request's temperature near 0 is argmax, and PAR's own keys are taken too."""
+    assert request_params(PARAMS, {"temperature": 1e-6, "top_k": 3}) == PARParams(
+        sample_mode="par", temperature=0.0, top_k=3, base_temperature=1.0
+    )
+    greedy = {"temperature": 0.0, "base_temperature": 0.0}
+    assert len({stream(pair, seed=seed, **greedy)[-1]["text"] for seed in range(3)}) == 1
+    with pytest.raises(ValueError, match="sample_mode='best'"):
+        stream(pair, sample_mode="best")
+
+
+def scripted(text):
+    ids = TOKENIZER(text).input_ids
+    return PairModel(
+        Scripted(TOKENIZER, [*ids, TOKENIZER.eos_token_id], prompt_length=2),
+        None,
+        PARParams(base_temperature=0),
+    )
+
+
+def test_the_beginning_of_a_stop_string_is_held_back():
+    """Nothing of a stop string is ever shown, and text that only begins like one is shown in the end."""
+    texts = [item["text"] for item in stream(scripted("one\n\nHumans"), prompt="Q:", stop="\n\nHuman")]
+    assert texts[-1] == "one" and all("one".startswith(text) for text in texts)
+    texts = [item["text"] for item in stream(scripted("one\n\nHum."), prompt="Q:", stop=["\n\nHuman"])]
+    assert texts[-1] == "one\n\nHum." and "one\n\nHum" not in texts
+
+
+def test_split_characters_are_not_shown_half():
+    texts = [item["text"] for item in stream(scripted("aé日!"), prompt="Q:")]
+    assert texts[-1] == "aé日!" and not any("\ufffd" in text for text in texts)
+
+
+def test_stop_token_ids_end_the_answer():
+    (full_stop,) = TOKENIZER(".").input_ids
+    last = stream(scripted("ab.cd"), prompt="Q:", stop_token_ids=[full_stop])[-1]
+    assert (last["text"], last["finish_reason"]) == ("ab", "stop")
+
+
+def test_a_prompt_at_the_limit_loses_no_token(pair):
+    """The published decoder lost a token here: prompt + answer may fill the context exactly."""
+    prompt = "x" * 170
+    assert stream(pair, prompt=prompt)[-1]["usage"]["prompt_tokens"] == 170
+    assert stream(pair, prompt=prompt + "y")[-1]["usage"]["prompt_tokens"] == 170
+    with pytest.raises(ValueError, match="max_new_tokens=200"):
+        stream(pair, max_new_tokens=200)
+
+
+def test_fastchat_loop_drives_a_pair(pair, monkeypatch):
+    """FastChat's own command-line loop holds a conversation with a pair in the project's template."""
+    inference = pytest.importorskip("fastchat.serve.inference")
+    from ram.data.prompts import conversation_template
+
+    said, heard = iter(["hello", "!!exit"]), []
+
+    class ChatIO:
+        def prompt_for_input(self, role):
+            return next(said)
+
+        def prompt_for_output(self, role):
+            pass
+
+        def stream_output(self, output_stream):
+            items = list(output_stream)
+            heard.append(items[-1])
+            return items[-1]["text"]
+
+        def print_output(self, text):
+            heard.append(text)
+
+    conversation_template()
+    monkeypatch.setattr(inference, "load_model", lambda *args, **kwargs: (pair, TOKENIZER))
+    monkeypatch.setattr(inference, "get_generate_stream_function", lambda model, path: generate_stream)
+    monkeypatch.setattr(inference, "get_context_length", lambda config: 200)
+    inference.chat_loop(
+        "pair", "cpu", 1, None, None, False, False, "ram", None, 0.7, 1.0, 20, ChatIO(), debug=False
+    )
+    assert heard[0]["finish_reason"] in ("stop", "length")
+    assert heard[0]["usage"]["prompt_tokens"] == len("\n\nHuman: hello\n\nAssistant: ")
