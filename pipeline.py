@@ -23,16 +23,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from ram.answers import answer_files, influence
 from ram.distributed import processes
+from ram.errors import UserError, pick, run_entry_point
 from ram.evaluation import ablations, length_control, paper_table, statistics
 from ram.evaluation.judges import judges
-from ram.evaluation.report import gather
+from ram.evaluation.report import gather, wandb_run
 from ram.evaluation.systems import System, check_models, job_of, resolve_systems
+from ram.log import log, setup_logging
 from ram.models import checkpoints
 from ram.settings import compose, recipes
 from ram.storage import provenance
 from ram.storage.files import BadRows, fingerprint, read_rows, write_csv, write_json, write_jsonl, write_text
-from ram.training import metrics
-from utils import UserError, commit, log, pick, run_entry_point, setup_logging
+from ram.storage.provenance import commit
+from utils import TABLES
 
 ALPACA_EVAL = "alpaca_eval_gpt4_baseline.json"
 # data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
@@ -260,7 +262,7 @@ def run_task(
         given = systems, jobs, answers, judged, rows, board, curves, config, task, folder
         found = gather.save(folder, gather.gather(*given))
         if config.wandb.enabled:
-            metrics.log_evaluation(config.wandb, f"{config.experiment_name}-{task}", folder, found)
+            wandb_run.log_evaluation(config.wandb, f"{config.experiment_name}-{task}", folder, found)
 
 
 def run(config: DictConfig, overrides: list[str]) -> None:
@@ -271,7 +273,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
     if not config.evaluation.systems:
         raise UserError("evaluation.systems is empty: give experiment=NAME (config/experiment/*.yaml)")
     checkpoints.remote_code["trust_remote_code"] = config.trust_remote_code
-    stages, tasks = recipes.resolve(overrides), list(config.evaluation.tasks)
+    stages, tasks = recipes.resolve(overrides, TABLES), list(config.evaluation.tasks)
     if not tasks:
         raise UserError("evaluation.tasks is empty: name at least one, e.g. evaluation.tasks.helpful={}")
     for step in config.evaluation.steps:

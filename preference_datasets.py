@@ -9,44 +9,27 @@ task.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ram.data import prompts
+from ram.data.catalogue import LoadRequest, Source, hub_cache, local_or_hub, parse_name, sampled_name
 from ram.data.tokenization import Example, TokenizedDataset, tokenize_cached
-from ram.storage.files import BadRows, count_lines, read_rows
-from utils import UserError, hub_cache, log, nearest, progress
+from ram.errors import UserError
+from ram.log import log, progress
+from ram.storage.files import BadRows, read_rows
 
-IGNORE_INDEX = -100
-VARIANTS = ("aligner_warmup", "aligner_common")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a loader needs to know: which part and whose samples, and where data lies."""
-
-    part: str  # "train" or "test": the folder under data_dir, or the hub's split
-    proposal: str | None  # whose samples to use as the second answer
-    data_dir: Path
-    cache_dir: str | None
-    bad: BadRows
+Request = LoadRequest  # its name in earlier versions
 
 
 # ---- loaders -----------------------------------------------------------------------------------------------
 
 
-def sampled_name(file_name: str, proposal: str | None) -> str:
-    """`x.json` -> `x_sampling_{proposal}.json`; unchanged without a proposal."""
-    stem, suffix = file_name.split(".", 1)
-    return f"{stem}_sampling_{proposal}.{suffix}" if proposal else file_name
-
-
 def _instruction_examples(
-    data_file: Path, request: Request, template: str | None = prompts.TEMPLATE
+    data_file: Path, request: LoadRequest, template: str | None = prompts.TEMPLATE
 ) -> list[Example]:
     required = ("instruction", "output") + (("sampling",) if request.proposal else ())
     return [
@@ -61,38 +44,32 @@ def _instruction_examples(
     ]
 
 
-def get_uc(request: Request) -> list[Example]:
+def get_uc(request: LoadRequest) -> list[Example]:
     """UltraChat's first rounds: {instruction, output}, and `sampling` in the sampled file."""
     data_file = request.data_dir / "train" / sampled_name("ultrachat_round_one.json", request.proposal)
     return _instruction_examples(data_file, request)
 
 
-def get_summ_sft(request: Request) -> list[Example]:
+def get_summ_sft(request: LoadRequest) -> list[Example]:
     """TL;DR posts with the human summary: {instruction, output}, and `sampling` in the sampled file."""
     data_file = request.data_dir / "train" / sampled_name("openai_summarize_tldr.jsonl", request.proposal)
     return _instruction_examples(data_file, request)
 
 
-def get_alpaca(request: Request) -> list[Example]:
+def get_alpaca(request: LoadRequest) -> list[Example]:
     """Alpaca, cleaned. With a proposal's samples the prompt is the raw instruction, as those runs had it."""
     data_file = request.data_dir / "train" / sampled_name("alpaca_data_cleaned.json", request.proposal)
     return _instruction_examples(data_file, request, template=None if request.proposal else prompts.TEMPLATE)
 
 
-def get_toy(request: Request, part: str = "aligned") -> list[Example]:
+def get_toy(request: LoadRequest, part: str = "aligned") -> list[Example]:
     """The demo's world (demo.py): its general corpus or its aligned subset."""
     return _instruction_examples(
         request.data_dir / "train" / sampled_name(f"toy_{part}.jsonl", request.proposal), request
     )
 
 
-def split_dialogue(text: str) -> tuple[str, str] | None:
-    """A dialogue as (all up to its last "\\n\\nAssistant: ", the last answer); None where there is none."""
-    prompt, header, answer = text.rpartition(prompts.ASSISTANT.rstrip())
-    return (prompt + prompts.ASSISTANT, answer.removeprefix(" ")) if header else None
-
-
-def get_hh(request: Request, subset: str = "") -> list[Example]:
+def get_hh(request: LoadRequest, subset: str = "") -> list[Example]:
     """Anthropic HH: `chosen` and `rejected` whole dialogues; local files in data_dir/{train,test}/hh, else
     the hub.
 
@@ -104,7 +81,7 @@ def get_hh(request: Request, subset: str = "") -> list[Example]:
         data_file = request.data_dir / "train" / sampled_name(whole, request.proposal)
         rows = read_rows(data_file, ("chosen", "rejected", "sampling"), request.bad)
     else:
-        rows = _local_or_hub(
+        rows = local_or_hub(
             request,
             "hh",
             f"{subset.split('-')[0]}*.jsonl*",
@@ -114,7 +91,7 @@ def get_hh(request: Request, subset: str = "") -> list[Example]:
         )
     examples, unequal = [], 0
     for index, row in rows:
-        chosen, rejected = split_dialogue(row["chosen"]), split_dialogue(row["rejected"])
+        chosen, rejected = prompts.split_dialogue(row["chosen"]), prompts.split_dialogue(row["rejected"])
         if chosen is None or rejected is None:
             where = f"{subset or 'hh'}, row {index} counted over its {request.part} files"
             request.bad.add(where, "no '\\n\\nAssistant:' in the dialogue")
@@ -128,14 +105,14 @@ def get_hh(request: Request, subset: str = "") -> list[Example]:
     return examples
 
 
-def get_harmless(request: Request) -> list[Example]:
+def get_harmless(request: LoadRequest) -> list[Example]:
     """The harmless-base part of Anthropic HH alone."""
     return get_hh(request, subset="harmless-base")
 
 
-def get_summ(request: Request) -> list[Example]:
+def get_summ(request: LoadRequest) -> list[Example]:
     """TL;DR comparisons: prompt + "\\nTL;DR:", two summaries."""
-    rows = _local_or_hub(
+    rows = local_or_hub(
         request, "summ", "*.jsonl*", "CarperAI/openai_summarize_comparisons", ("prompt", "chosen", "rejected")
     )
 
@@ -148,12 +125,12 @@ def get_summ(request: Request) -> list[Example]:
     ]
 
 
-def get_shp(request: Request) -> list[Example]:
+def get_shp(request: LoadRequest) -> list[Example]:
     """Stanford Human Preferences: pairs whose scores differ by a factor of two or more."""
     numbers = dict.fromkeys(("score_A", "score_B", "labels"), int)
     required = {"history": str, "human_ref_A": str, "human_ref_B": str, **numbers}
     examples = []
-    for index, row in _local_or_hub(request, "shp", "*.jsonl*", "stanfordnlp/SHP", required):
+    for index, row in local_or_hub(request, "shp", "*.jsonl*", "stanfordnlp/SHP", required):
         low, high = sorted((row["score_A"], row["score_B"]))
         if high < 2 * low:
             continue
@@ -163,11 +140,11 @@ def get_shp(request: Request) -> list[Example]:
     return examples
 
 
-def get_se(request: Request) -> list[Example]:
+def get_se(request: LoadRequest) -> list[Example]:
     """StackExchange preferences: every pair of differently scored answers, HTML as text, <code> kept."""
     examples = []
     required = {"question": str, "answers": list}
-    rows = _local_or_hub(request, "se", "*.jsonl*", "HuggingFaceH4/stack-exchange-preferences", required)
+    rows = local_or_hub(request, "se", "*.jsonl*", "HuggingFaceH4/stack-exchange-preferences", required)
     for index, row in progress(rows, desc="stack exchange"):
         prompt = f"\n\nHuman: {prompts.html_to_text(row['question'])}\n\nAssistant:"
         try:
@@ -187,74 +164,7 @@ def get_se(request: Request) -> list[Example]:
     return examples
 
 
-def _local_or_hub(
-    request: Request,
-    folder: str,
-    pattern: str,
-    hub_id: str,
-    required: Sequence[str] | dict[str, type],
-    hub_dir: str = "",
-) -> list[tuple[int, dict]]:
-    """Rows of data_dir/{part}/{folder}/{pattern} where such files lie, else of the hub's data set."""
-    local = local_files(request.data_dir / request.part / folder, pattern)
-    if not local:
-        return list(enumerate(_hub_rows(hub_id, hub_dir, request, folder)))
-    found: list[tuple[int, dict]] = []
-    before = 0  # rows of the earlier files, the bad ones included: no row's id depends on another row
-    for path in local:
-        found += [(before + index, row) for index, row in read_rows(path, required, request.bad)]
-        before += count_lines(path)
-    return found
-
-
-def local_files(folder: Path, pattern: str) -> list[Path]:
-    """Matching files in order of their names; hidden ones are leftovers of a write that was cut, not data."""
-    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-
-
-def _hub_rows(hub_id: str, hub_dir: str, request: Request, folder: str) -> list[dict]:
-    import datasets
-
-    local = request.data_dir / request.part / folder
-    log.info(f"{hub_id}: no local files in {local}, asking the hub")
-    try:
-        data = datasets.load_dataset(
-            hub_id, data_dir=hub_dir or None, split=request.part, cache_dir=request.cache_dir
-        )
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        raise UserError(
-            f"{hub_id} ({request.part}) cannot be loaded from the hub ({type(error).__name__}); put its "
-            ".jsonl or "
-            f".jsonl.gz files into {local} (hh: `bash bin/prepare_data.sh hh --from FILE` does it)"
-        ) from None
-    return list(data)
-
-
 # ---- the table ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """One data set: its loader, its file, whether proposals may sample it, the folder of its own test
-    split.
-    """
-
-    load: Callable[[Request], list[Example]]
-    file: str | None = None  # under data_dir/train; what sampled variants are named after
-    sampled: bool = True  # whether `NAME_PROPOSAL` exists
-    on_hub: bool = False  # whether the hub serves what is not in local files
-    test_folder: str | None = None  # under data_dir/{train,test}; None: held-out prompts are split off
-    pattern: str = "*.jsonl*"  # of the local files there
-    correction: str = prompts.CORRECTION  # what asks the Aligner baseline for a corrected answer
-
-    def has_test_split(self, data_dir: Path) -> bool:
-        """Whether the set brings its own test split: not if only its training part lies in local files."""
-        if self.test_folder is None:
-            return False
-        train, test = (
-            local_files(data_dir / part / self.test_folder, self.pattern) for part in ("train", "test")
-        )
-        return bool(test) or not train
 
 
 DATASETS: dict[str, Source] = {
@@ -274,32 +184,6 @@ DATASETS: dict[str, Source] = {
 }
 
 
-def parse_name(name: str) -> tuple[str, str | None, str | None]:
-    """`uc_llama8b_aligner_warmup` -> ("uc", "llama8b", "aligner_warmup"); raises UserError if unknown."""
-    rest, variant = name, None
-    for candidate in VARIANTS:
-        if name.endswith(f"_{candidate}"):
-            rest, variant = name.removesuffix(f"_{candidate}"), candidate
-    base, _, proposal = rest.partition("_")
-    source = DATASETS.get(base)
-    if source is None or rest.endswith("_"):
-        forms = "each also as NAME_PROPOSAL and NAME[_PROPOSAL]_aligner_warmup or _aligner_common"
-        raise UserError(f"unknown data set {name!r}: {nearest(base, DATASETS)}; {forms}")
-    if proposal and not source.sampled:
-        raise UserError(f"data set {name!r}: {base!r} has no sampled variant; drop '_{proposal}'")
-    return base, proposal or None, variant
-
-
-def local_file(name: str, data_dir: str | Path) -> Path | None:
-    """The one training file of a data set's name; None for a set that may come in other files or from the
-    hub.
-    """
-    base, proposal, _ = parse_name(name)
-    if DATASETS[base].on_hub and not proposal:
-        return None
-    return Path(data_dir) / "train" / sampled_name(DATASETS[base].file, proposal)
-
-
 def get_dataset(
     name: str,
     split: str,
@@ -316,13 +200,13 @@ def get_dataset(
     distinct prompts that come first by hash of their text, the same ones in the plain and in the sampled
     file. Raises UserError for an unknown name, a missing or broken file, or an empty result.
     """
-    base, proposal, variant = parse_name(name)
+    base, proposal, variant = parse_name(name, DATASETS)
     source = DATASETS[base]
     if split not in ("train", "heldout", "all"):
         raise ValueError(f"split={split!r}: expected 'train', 'heldout' or 'all'")
     own_split = not proposal and source.has_test_split(Path(data_dir))
     part = "test" if own_split and split == "heldout" else "train"
-    examples = source.load(Request(part, proposal, Path(data_dir), cache_dir, bad or BadRows()))
+    examples = source.load(LoadRequest(part, proposal, Path(data_dir), cache_dir, bad or BadRows()))
     if split != "all" and not own_split:
         heldout = heldout_prompts(map(question, examples), heldout_fraction)
         examples = [example for example in examples if (question(example) in heldout) == (split == "heldout")]
@@ -419,22 +303,3 @@ def get_batch_iterator(
         left, epoch = left - len(order), epoch + 1
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
-
-
-def collate(data: TokenizedDataset, rows: Sequence[int], answer: str, pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded input_ids, attention_mask and labels (B, T) of prompt + `answer` ("target" or "negative").
-
-    Labels are -100 on the prompt and on padding by *position*, so a pad token that equals the EOS is never
-    learnt, and an EOS that ends an answer always is.
-    """
-    pairs = [(data.part("prompt", row), data.part(answer, row)) for row in rows]
-    width = max(len(prompt) + len(response) for prompt, response in pairs)
-    input_ids = torch.full((len(pairs), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(len(pairs), width, dtype=torch.int64)
-    labels = torch.full((len(pairs), width), IGNORE_INDEX, dtype=torch.int64)
-    for i, (prompt, response) in enumerate(pairs):
-        end = len(prompt) + len(response)
-        input_ids[i, :end] = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
-        attention_mask[i, :end] = 1
-        labels[i, len(prompt) : end] = input_ids[i, len(prompt) : end]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -21,13 +21,14 @@ from collections.abc import Iterator, Sequence
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ram.errors import UserError, nearest, run_entry_point
+from ram.log import log, setup_logging
 from ram.serving import terminal
 from ram.serving.api import create_app
 from ram.serving.fastchat import worker as fastchat_worker
 from ram.serving.registry import Models
 from ram.settings import compose, serving
 from ram.settings.serving import Settings
-from utils import UserError, log, nearest, run_entry_point, setup_logging
 
 MODES = ("serve", "chat", "worker", "fastchat")
 

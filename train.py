@@ -18,25 +18,29 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from preference_datasets import load_tokenized
+from preference_datasets import get_dataset, load_tokenized
 from ram.answers import answer_files
 from ram.data import toy_world
+from ram.data.catalogue import hub_cache
+from ram.decoding.par import PARParams
 from ram.distributed import processes
-from ram.models import checkpoints
+from ram.errors import UserError, run_entry_point
+from ram.log import log, pick_dtype, setup_logging
+from ram.models import checkpoints, run_folder
 from ram.settings import compose, recipes
 from ram.storage import provenance
 from ram.storage.files import BadRows, differences, only_run, set_aside, write_json
 from ram.training import resume
 from ram.training.losses import LOSSES
 from trainers import pick_trainer
-from utils import UserError, log, pick_dtype, run_entry_point, seed_everything, setup_logging
+from utils import TABLES, seed_everything
 
 
 def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     """Trains one model into its run folder; a finished run of other settings there is set aside."""
     config, run_dir = stage.config, stage.output
     identity = recipes.identity(config)
-    done = None if overwrite else checkpoints.finished_run(run_dir)
+    done = None if overwrite else run_folder.finished_run(run_dir)
     source, architecture = None, None
     if not config.model.architecture or config.model.archive:
         source = checkpoints.find_model(stage.source, None if config.model.archive else config.model.hub_id)
@@ -55,7 +59,7 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     if done is not None:
         changed = differences(done["settings"] | done["inputs"], identity | inputs)
         if not changed:
-            checkpoints.check_finished(run_dir, done)
+            run_folder.check_finished(run_dir, done)
             log.info(f"stage {stage.name}: done before, {run_dir}")
             return
 
@@ -76,17 +80,17 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
         trainer = make_trainer(stage, source, architecture, tokenizer, data, origin)
     if not config.debug and processes.is_first():
         if state is None:
-            checkpoints.clear_run(run_dir)
+            run_folder.clear_run(run_dir)
             resume.clear(run_dir)
-        bad.report(run_dir / checkpoints.BAD_ROWS)
+        bad.report(run_dir / run_folder.BAD_ROWS)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     processes.wait()
     metrics = trainer.train(state)
     if not config.debug and processes.is_first():
-        weights = checkpoints.weights_fingerprint(str(run_dir / checkpoints.LATEST))
+        weights = checkpoints.weights_fingerprint(str(run_dir / run_folder.LATEST))
         record = origin | {"weights": weights, "metrics": metrics}
         record |= {"seconds": time.monotonic() - start, "finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-        write_json(run_dir / checkpoints.DONE, record)
+        write_json(run_dir / run_folder.DONE, record)
         resume.clear(run_dir)
     processes.wait()
 
@@ -121,8 +125,38 @@ def make_trainer(stage: recipes.Stage, source: str | None, architecture, tokeniz
     )
 
 
+def sample_job(stage: recipes.Stage) -> tuple[answer_files.Job, BadRows]:
+    """What a sample stage has to decode: every training prompt once, the answer under the key `sampling`."""
+    config, settings = stage.config, stage.config.sampling
+    name, bad = config.datasets[0], BadRows(config.on_bad_row)
+    examples = get_dataset(
+        name, "all", data_dir=config.data_dir, cache_dir=hub_cache(config.local_dirs), bad=bad
+    )
+    examples = examples[: settings.limit]
+    job = answer_files.Job(
+        label=f"stage {stage.name}",
+        pair=answer_files.Pair(
+            checkpoints.find_model(stage.source), None, settings.dtype, settings.tokenizer_path
+        ),
+        params=PARParams(**{key: settings[key] for key in PARParams.field_names()}),
+        settings=settings,
+        records=[example.record for example in examples],
+        prompts=[example.prompt for example in examples],
+        row_ids=[example.row for example in examples],
+        seed=config.seed,
+        add_bos=config.add_bos,
+        key="sampling",
+        extra={},
+    )
+    return job, bad
+
+
 def sample_stage(stage: recipes.Stage, overwrite: bool) -> None:
-    answer_files.sample_training_set(stage, overwrite)
+    """The sample stage: answers every training prompt once with the proposal."""
+    job, bad = sample_job(stage)
+    if processes.is_first():
+        bad.report(stage.output.with_name(f"{stage.output.name}.bad_rows.jsonl"))
+    answer_files.answer_file(stage.output, job, overwrite)
 
 
 def locked(run_stage):
@@ -193,7 +227,7 @@ def check_samples(stages: list[recipes.Stage], running: list[recipes.Stage]) -> 
         read = any(stage.output in other.reads for other in running)
         if stage.kind == "sample" and stage not in running and read and Path(stage.source).is_dir():
             recipes.check_trained(stages, stage.source)
-            job, _ = answer_files.sample_job(stage)
+            job, _ = sample_job(stage)
             provenance.check(stage.output, job.made_from, job.label)
 
 
@@ -205,7 +239,7 @@ def main(config: DictConfig) -> None:
 def run(config: DictConfig, overrides: list[str]) -> None:
     """Resolves and checks all stages, then runs those that were asked for."""
     checkpoints.remote_code["trust_remote_code"] = config.trust_remote_code
-    stages = recipes.resolve(overrides)
+    stages = recipes.resolve(overrides, TABLES)
     running = recipes.select(stages, config.stages)
     if config.dry_run:
         for stage in running:

@@ -20,12 +20,13 @@ import torch
 from preference_datasets import get_batch_iterator
 from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
-from ram.models import checkpoints
+from ram.errors import Preempted, UserError, pick
+from ram.log import log, pick_device, pick_dtype, progress
+from ram.models import checkpoints, run_folder
 from ram.training import logps, packing, resume, sharding
 from ram.training.losses import LOSSES
 from ram.training.metrics import MetricsLog, show_samples
 from ram.training.optimizers import lr_factor, pick_optimizer, run_length
-from utils import Preempted, UserError, log, pick, pick_device, pick_dtype, progress
 
 
 class Diverged(UserError):
@@ -249,7 +250,7 @@ class BasicTrainer:
 
     def diverged(self, reason: str, remedy: str) -> Diverged:
         """The error to raise; it names the last good weights of this run."""
-        good = checkpoints.saved_steps(self.run_dir) if not self.settings.debug else []
+        good = run_folder.saved_steps(self.run_dir) if not self.settings.debug else []
         kept = f"the last good weights are in {good[-1]}" if good else "no good weights were saved"
         return Diverged(f"diverged after {self.examples} examples: {reason}; {kept}; {remedy}")
 
@@ -300,7 +301,7 @@ class BasicTrainer:
                 self.remember()  # who is stopped or killed from here on has no update to do again
                 self.saver.wait()
             final = self.evaluate(metrics)
-            self.save(checkpoints.LATEST)
+            self.save(run_folder.LATEST)
         except Diverged:
             self.saver.wait()
             if not settings.debug:
@@ -333,7 +334,7 @@ class BasicTrainer:
             self.best = [examples, loss]
         if self.settings.keep_steps is not None and self.writes:
             best = self.best and f"step-{self.best[0]}"
-            checkpoints.prune_steps(self.run_dir, self.settings.keep_steps, best)
+            run_folder.prune_steps(self.run_dir, self.settings.keep_steps, best)
 
     COUNTERS = ("updates", "examples", "tokens", "next_eval", "next_save", "best")
 

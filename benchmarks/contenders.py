@@ -17,9 +17,9 @@ from transformers import DynamicCache
 from ram.data.prompts import render
 from ram.decoding import generation
 from ram.decoding.par import PARParams
+from ram.log import pick_device
 from ram.models import checkpoints
 from ram.storage.files import read_rows
-from utils import pick_device
 
 
 class Bench:

@@ -16,7 +16,7 @@ import sys
 
 from contenders import Bench, describe, load, measured_in_a_process, memory_status, parser
 
-from utils import run_entry_point
+from ram.errors import run_entry_point
 
 CONTENDERS = ("generate", "published", "plain", "speculative", "drafted")
 

@@ -21,7 +21,7 @@ from contenders import Bench, describe, load, parser
 
 from ram.decoding import generation
 from ram.decoding.engine import Done, Engine, Request
-from utils import run_entry_point
+from ram.errors import run_entry_point
 
 CLIENTS = 16
 

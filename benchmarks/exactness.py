@@ -22,9 +22,10 @@ from ram.data.prompts import render
 from ram.data.tokenization import encode_prompts
 from ram.decoding import generation
 from ram.decoding.par import PARParams
+from ram.errors import UserError, run_entry_point
+from ram.log import pick_device
 from ram.models import checkpoints
 from ram.storage.files import read_rows
-from utils import UserError, pick_device, run_entry_point
 
 DEMO = Path("_output/demo")
 

@@ -30,9 +30,9 @@ from exactness import DEMO, demo_run
 from ram.data.prompts import render
 from ram.decoding import generation
 from ram.decoding.par import PARParams
+from ram.errors import run_entry_point
 from ram.models import checkpoints
 from ram.storage.files import read_rows
-from utils import run_entry_point
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, TEMPERATURES = 16, (1.0, 0.5)  # answers decoded at once; of aligner and proposal

@@ -14,7 +14,7 @@ import statistics
 
 from contenders import Bench, describe, load, parser
 
-from utils import run_entry_point
+from ram.errors import run_entry_point
 
 
 def compare(bench: Bench, batch: int, rounds: int) -> dict:

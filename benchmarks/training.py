@@ -33,13 +33,15 @@ from contenders import measured_in_a_process, memory_status
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl_steps import trl_step
 
-from preference_datasets import collate, get_batch_iterator, split_dialogue
+from preference_datasets import get_batch_iterator
+from ram.data.prompts import split_dialogue
 from ram.data.tokenization import TokenizedDataset
+from ram.errors import UserError, run_entry_point
 from ram.settings import compose
 from ram.storage.files import read_rows
 from ram.training import logps, losses, packing
+from ram.training.packing import collate
 from trainers import BasicTrainer
-from utils import UserError, run_entry_point
 
 PARTS = ("prompt", "target", "negative")
 # Mean and standard deviation of the logarithm of HH's lengths in tokens, by part.

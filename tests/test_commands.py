@@ -13,10 +13,11 @@ from tiny import byte_tokenizer, tiny_model
 
 import pipeline
 import train
+from ram.errors import run_entry_point
 from ram.models import checkpoints
 from ram.settings import compose, recipes
 from ram.storage.files import write_json, write_jsonl
-from utils import run_entry_point
+from utils import TABLES
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def small_world(tmp_path_factory):
             write_json(test_dir / name, text)
     tokenizer = byte_tokenizer()
     for recipe in ("llama_uc", "llama_summ", "llama_hh", "qwen_uc", "qwen_summ", "qwen_hh"):
-        for stage in recipes.resolve([f"experiment={recipe}", f"output_dir={root / 'out'}"]):
+        for stage in recipes.resolve([f"experiment={recipe}", f"output_dir={root / 'out'}"], TABLES):
             if stage.kind == "train":
                 model = tiny_model(len(tokenizer), seed=len(stage.name))
                 checkpoints.export_model(model, tokenizer, stage.weights, "float32", {"add_bos": False})
@@ -73,9 +74,8 @@ def test_training_scripts_dry_run(name, small_world, caplog):
     """
     given = ["dry_run=true", f"data_dir={small_world / 'data'}", f"output_dir={small_world / 'new'}"]
     done = script(name, *given, python="echo")
-    *launcher, entry, recipe, data, output = done.stdout.split()
-    arguments = [recipe, data, output]
-    assert done.returncode == 0 and (launcher, entry) == (LAUNCHER, "train.py")
+    module, launcher, entry, *arguments = done.stdout.split()
+    assert done.returncode == 0 and [module, launcher, entry] == [*LAUNCHER, "train.py"]
     assert arguments == [f"experiment={name.removeprefix('train_').removesuffix('.sh')}", *given]
     run(train, *arguments)
     assert "everything they need is there" in caplog.text and "ours_sft_" in caplog.text
@@ -189,7 +189,7 @@ def test_readme_commands_are_real(small_world):
         if target.startswith("bin/train_"):
             overrides.insert(0, f"experiment={target.removeprefix('bin/train_').removesuffix('.sh')}")
         if target == "train.py" or target.startswith("bin/train_"):
-            stages = recipes.resolve(compose.preflight(overrides))
+            stages = recipes.resolve(compose.preflight(overrides), TABLES)
             recipes.select(stages, compose.compose(compose.preflight(overrides)).stages)
         elif target == "pipeline.py":
             compose.preflight(overrides)

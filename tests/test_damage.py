@@ -16,11 +16,11 @@ from test_processes import FLAT, go_on, stopped
 from test_trainers import path_of, trainer, weights
 
 import train
+from ram.errors import UserError, run_entry_point
 from ram.models import checkpoints
 from ram.storage.files import only_run, replacing
 from ram.training import resume
 from ram.training.metrics import rows_until
-from utils import UserError, run_entry_point
 
 GIVEN = ("loss=ours_sft", *FLAT)
 

@@ -1,44 +1,89 @@
-"""The shape of the project: which file may import which, what is imported late, how long a file may be."""
+"""The shape of the project: import order, late imports, file sizes, private strings."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("ram/**/*.py") if path.stem != "__init__")]
-MODULES = {str(path.relative_to(ROOT).with_suffix("")): path for path in FILES}
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
 LATE = {"wandb", "fastchat", "datasets", "alpaca_eval", "openai", "matplotlib"}
 
 
-def top_level_imports(path):
-    """What a file imports as it is imported: this project's files as in MODULES, other packages by name."""
-    for node in ast.parse(path.read_text()).body:
+def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """The full name of every module that is imported; for `from package import module`, the module's."""
+    for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            name = node.module.replace(".", "/")
-            inside = [f"{name}/{alias.name}" for alias in node.names if f"{name}/{alias.name}" in MODULES]
-            yield from inside or [name if name in MODULES else name.split("/")[0]]
+            assert node.level == 0, "imports are absolute"
+            modules = [name for alias in node.names if (name := f"{node.module}.{alias.name}") in MODULES]
+            yield from modules or [node.module]
 
 
-def test_imports_follow_the_readme_downwards():
-    """A file imports only files that stand below it in the README's list."""
-    order = re.findall(r"^\| `([\w/]+)\.py` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    assert sorted(order) == sorted(MODULES)
-    for name, path in MODULES.items():
-        for imported in set(top_level_imports(path)) & MODULES.keys():
-            assert order.index(imported) > order.index(name), f"{name} imports {imported}"
+def layers() -> dict[str, int]:
+    """Room or top-level file -> its line in the import order of docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = text.split("## Import order")[1].split("```")[1]
+    return {room: line for line, rooms in enumerate(block.split("\n")) for room in rooms.split(", ") if room}
+
+
+def room(module: str) -> str:
+    """`ram.decoding.par` -> `ram.decoding`; a top-level file is its own room."""
+    return ".".join(module.split(".")[:2])
+
+
+def upward_imports(module: str, source: str, order: dict[str, int]) -> list[str]:
+    """The imports of a module's source, at any depth, that do not point to a lower line of the order."""
+    own = room(module)
+    imported = {name for name in imports(ast.walk(ast.parse(source))) if room(name) in order}
+    return sorted(name for name in imported if room(name) != own and order[room(name)] <= order[own])
+
+
+def test_every_module_is_in_the_import_order():
+    order = layers()
+    assert {room(module) for module in MODULES} == set(order)
+
+
+def test_imports_point_downwards():
+    order = layers()
+    upward = {name: upward_imports(name, path.read_text(), order) for name, path in MODULES.items()}
+    assert {name: found for name, found in upward.items() if found} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from ram.serving import api",
+        "import ram.serving.api",
+        "def late():\n    from ram.serving.api import create_app",
+        "if TYPE_CHECKING:\n    import trainers",
+    ],
+)
+def test_upward_imports_are_detected_at_any_depth(source):
+    assert upward_imports("ram.decoding.par", source, layers())
+
+
+def test_package_files_are_empty():
+    contents = {path: path.read_text() for path in ROOT.glob("ram/**/__init__.py")}
+    assert {str(path.relative_to(ROOT)) for path, text in contents.items() if text} <= {
+        "ram/decoding/__init__.py"
+    }
 
 
 def test_optional_packages_are_imported_late():
     for name, path in MODULES.items():
-        assert not set(top_level_imports(path)) & LATE, name
+        top_level = {module.split(".")[0] for module in imports(iter(ast.parse(path.read_text()).body))}
+        assert not top_level & LATE, name
 
 
 def test_decoding_and_training_need_only_torch_and_transformers():
-    """They import where hydra, FastChat, datasets and wandb are not installed."""
+    """They can be imported if hydra, FastChat, datasets and wandb are not installed."""
     code = f"""
 import sys
 class Blocked:
@@ -55,12 +100,12 @@ from ram.training import losses
     assert done.returncode == 0, done.stderr
 
 
-def test_a_command_is_checked_before_anything_heavy_loads():
-    """What is wrong with a command line is said once torch is there, without waiting for all the rest."""
+def test_commands_are_checked_before_heavy_imports():
+    """A wrong command line is reported once torch is loaded, before anything slower is imported."""
     heavy = ["transformers", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", *LATE]
     code = f"""
 import sys, pipeline, train
-train.recipes.resolve(['experiment=demo'])
+train.recipes.resolve(['experiment=demo'], train.TABLES)
 print(*sys.modules.keys() & set({heavy}))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -73,10 +118,11 @@ def test_files_stay_small():
 
 
 def test_nothing_private_is_tracked():
-    """No machine's address (but loopback's) or proxy and no key in code, configuration or scripts."""
+    """No machine address (except loopback), proxy or key in code, configuration, documents or scripts."""
     private = re.compile(
         r"\b(?!127\.0\.0\.1\b)(?:10|127|172|192)\.\d+\.\d+\.\d+\b|sk-[A-Za-z0-9]{20}|hf_[A-Za-z0-9]{20}|_proxy="
     )
-    paths = [*MODULES.values(), *ROOT.glob("config/**/*.yaml"), *ROOT.glob("bin/*.sh"), *ROOT.glob("*.md")]
+    patterns = ["config/**/*.yaml", "bin/*.sh", "*.md", "docs/*.md"]
+    paths = [*MODULES.values(), *(path for pattern in patterns for path in ROOT.glob(pattern))]
     for path in paths:
         assert not private.search(path.read_text()), path

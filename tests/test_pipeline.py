@@ -12,8 +12,9 @@ import pipeline
 import train
 import trainers
 from ram.answers import answer_files
+from ram.errors import UserError
 from ram.storage.files import write_json
-from utils import UserError, commit
+from ram.storage.provenance import commit
 
 SYSTEMS = {
     "proposal",

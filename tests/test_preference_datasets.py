@@ -14,11 +14,13 @@ from tiny import SHARED, byte_tokenizer, needs_shared
 from transformers import AutoTokenizer
 
 import preference_datasets
-from preference_datasets import DATASETS, collate, get_batch_iterator, get_dataset, load_tokenized, parse_name
-from ram.data import prompts, tokenization
+from preference_datasets import DATASETS, get_batch_iterator, get_dataset, load_tokenized
+from ram.data import catalogue, prompts, tokenization
+from ram.data.catalogue import parse_name
 from ram.data.tokenization import Example, encode, encode_prompts, tokenize
+from ram.errors import UserError
 from ram.storage.files import BadRows, read_rows
-from utils import UserError
+from ram.training.packing import collate
 
 TOKENIZER = byte_tokenizer()
 HEADER = "\n\nAssistant: "
@@ -92,7 +94,9 @@ def test_a_row_of_every_data_set_becomes_these_texts(put, tmp_path, name):
     examples = get_dataset(name, "all", data_dir=put(file, [row]))
     assert texts(examples) == expected
     assert [(example.row, example.record) for example in examples] == [(0, row)]
-    assert preference_datasets.local_file(name, tmp_path) == (None if "/" in file[6:] else tmp_path / file)
+    assert catalogue.local_file(name, tmp_path, preference_datasets.DATASETS) == (
+        None if "/" in file[6:] else tmp_path / file
+    )
 
 
 def test_shp_keeps_pairs_of_clear_preference(put):
@@ -136,11 +140,13 @@ def test_html_becomes_text(html, text):
 
 def test_names_are_taken_apart():
     """Base, proposal and Aligner variant, each optional part alone and together, underscores in proposals."""
-    assert parse_name("summ-sft") == ("summ-sft", None, None)
-    assert parse_name("uc_llama8b_aligner_warmup") == ("uc", "llama8b", "aligner_warmup")
-    assert parse_name("hh_aligner_common") == ("hh", None, "aligner_common")
-    assert parse_name("uc_my_model_2") == ("uc", "my_model_2", None)
-    assert {parse_name(name)[0] for name in CASES} == set(DATASETS), "every data set has a case above"
+    assert parse_name("summ-sft", DATASETS) == ("summ-sft", None, None)
+    assert parse_name("uc_llama8b_aligner_warmup", DATASETS) == ("uc", "llama8b", "aligner_warmup")
+    assert parse_name("hh_aligner_common", DATASETS) == ("hh", None, "aligner_common")
+    assert parse_name("uc_my_model_2", DATASETS) == ("uc", "my_model_2", None)
+    assert {parse_name(name, DATASETS)[0] for name in CASES} == set(DATASETS), (
+        "every data set has a case above"
+    )
 
 
 WRONG = {"ucc": "unknown data set 'ucc': did you mean 'uc'?", "": "unknown data set ''"}
@@ -155,7 +161,7 @@ WRONG |= {"summ_m": "'summ' has no sampled variant; drop '_m'", "toy-general_m":
 def test_unknown_names_say_what_is_near(name, message):
     """A wrong name is one line with the nearest right one, or what of it must go."""
     with pytest.raises(UserError, match=rf"\A.*{re.escape(message)}.*\Z"):
-        parse_name(name)
+        parse_name(name, DATASETS)
 
 
 HUB = {"hh": ("Anthropic/hh-rlhf", None), "harmless": ("Anthropic/hh-rlhf", "harmless-base")}

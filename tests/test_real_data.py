@@ -11,7 +11,7 @@ from tiny import SHARED, needs_shared
 
 import pipeline
 import train
-from preference_datasets import split_dialogue
+from ram.data.prompts import split_dialogue
 from ram.data.tokenization import Example, tokenize
 from ram.models import checkpoints
 from ram.storage.files import write_json, write_jsonl

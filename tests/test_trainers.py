@@ -12,13 +12,13 @@ from omegaconf import OmegaConf
 from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from preference_datasets import collate
 from ram.data.tokenization import Example, tokenize
-from ram.models import checkpoints
+from ram.errors import UserError
+from ram.models import checkpoints, run_folder
 from ram.settings import compose
 from ram.training import metrics, optimizers, resume
+from ram.training.packing import collate
 from trainers import BasicTrainer, Diverged
-from utils import UserError
 
 TOKENIZER = byte_tokenizer()
 WORDS = [
@@ -420,7 +420,7 @@ def test_the_newest_weights_and_the_best_are_kept(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(BasicTrainer, "heldout_averages", lambda self: {"loss": next(losses)})
     metrics = run.train()
-    assert [path.name for path in checkpoints.saved_steps(tmp_path)] == ["step-8", "step-20"]
+    assert [path.name for path in run_folder.saved_steps(tmp_path)] == ["step-8", "step-20"]
     assert (metrics["best_step"], metrics["best_loss"]) == (8, 3.0)
     state = resume.newest(tmp_path, {})
     assert state["best"] == [8, 3.0]

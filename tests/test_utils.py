@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import utils
-from utils import UserError, nearest, pick, pick_dtype, progress, run_entry_point
+from ram.data import catalogue
+from ram.errors import UserError, nearest, pick, run_entry_point
+from ram.log import pick_dtype, progress
+from ram.storage import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,8 +29,8 @@ def test_a_commit_is_told_with_whether_files_differ_from_it(tmp_path, monkeypatc
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def commit(folder=tmp_path):
-        utils.commit.cache_clear()
-        return utils.commit(folder)
+        provenance.commit.cache_clear()
+        return provenance.commit(folder)
 
     (tmp_path / "inside").mkdir()
     assert commit() == ""
@@ -46,7 +48,7 @@ def test_a_commit_is_told_with_whether_files_differ_from_it(tmp_path, monkeypatc
     assert commit() == f"{git('rev-parse', 'HEAD')}+changes" != f"{head}+changes"
     monkeypatch.setenv("PATH", str(tmp_path / "inside"))
     assert commit() == ""
-    utils.commit.cache_clear()
+    provenance.commit.cache_clear()
 
 
 # ---- hints -------------------------------------------------------------------------------------------------
@@ -129,14 +131,12 @@ def test_a_process_exits_without_a_traceback():
     assert (done.returncode, done.stderr, done.stdout) == (2, "error: bad\n", "")
 
 
-@pytest.mark.parametrize("entry", ["train.py", "pipeline.py", "ram/data/prepare.py"])
+@pytest.mark.parametrize("entry", [["train.py"], ["pipeline.py"], ["-m", "ram.data.prepare"]])
 def test_ctrl_c_during_the_imports_is_quiet(tmp_path, entry):
     """The seconds in which torch loads end like any others: without a traceback."""
     (tmp_path / "torch.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, ROOT / entry], cwd=tmp_path, env=env, capture_output=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, *entry], cwd=ROOT, env=env, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr, done.stdout) == (-2, b"", b"")
 
 
@@ -172,8 +172,10 @@ def test_the_first_folder_that_exists_caches_the_hub(tmp_path):
     """Folders are tried in order; a file is none; without any the hub's own default stays."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir(), (tmp_path / "file").touch()
-    assert utils.hub_cache([str(tmp_path / "none"), str(tmp_path / "file"), str(two), str(one)]) == str(two)
-    assert utils.hub_cache([]) is None and utils.hub_cache([str(tmp_path / "none")]) is None
+    assert catalogue.hub_cache([str(tmp_path / "none"), str(tmp_path / "file"), str(two), str(one)]) == str(
+        two
+    )
+    assert catalogue.hub_cache([]) is None and catalogue.hub_cache([str(tmp_path / "none")]) is None
 
 
 def test_progress_yields_every_item_and_no_line_for_short_work(capsys, caplog):

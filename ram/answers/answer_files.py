@@ -13,17 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from preference_datasets import get_dataset
 from ram.answers import endpoints
 from ram.data import prompts
 from ram.data.tokenization import encode_prompts
 from ram.decoding.par import PARParams
 from ram.distributed import processes
+from ram.errors import UserError
+from ram.log import log, pick_device, progress
 from ram.models import checkpoints
-from ram.storage.files import BadRows, fingerprint, only_run, read_rows, write_json, write_jsonl
+from ram.storage.files import fingerprint, only_run, read_rows, write_json, write_jsonl
 from ram.storage.parts import PartFiles
 from ram.storage.provenance import finished, marker, verify, write_marked
-from utils import UserError, hub_cache, log, pick_device, progress
 
 
 @dataclass(frozen=True)
@@ -293,35 +293,3 @@ def speed_path(output: Path) -> Path:
 
 def trace_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.trace.jsonl")
-
-
-def sample_job(stage) -> tuple[Job, BadRows]:
-    """What a sample stage has to decode: every training prompt once, the answer under the key `sampling`."""
-    config, settings = stage.config, stage.config.sampling
-    name, bad = config.datasets[0], BadRows(config.on_bad_row)
-    examples = get_dataset(
-        name, "all", data_dir=config.data_dir, cache_dir=hub_cache(config.local_dirs), bad=bad
-    )
-    examples = examples[: settings.limit]
-    job = Job(
-        label=f"stage {stage.name}",
-        pair=Pair(checkpoints.find_model(stage.source), None, settings.dtype, settings.tokenizer_path),
-        params=PARParams(**{key: settings[key] for key in PARParams.field_names()}),
-        settings=settings,
-        records=[example.record for example in examples],
-        prompts=[example.prompt for example in examples],
-        row_ids=[example.row for example in examples],
-        seed=config.seed,
-        add_bos=config.add_bos,
-        key="sampling",
-        extra={},
-    )
-    return job, bad
-
-
-def sample_training_set(stage, overwrite: bool) -> None:
-    """The sample stage: answers every training prompt once with the proposal."""
-    job, bad = sample_job(stage)
-    if processes.is_first():
-        bad.report(stage.output.with_name(f"{stage.output.name}.bad_rows.jsonl"))
-    answer_file(stage.output, job, overwrite)

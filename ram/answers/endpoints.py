@@ -14,8 +14,9 @@ from typing import Any
 
 import httpx
 
+from ram.errors import UserError
+from ram.log import log
 from ram.storage.files import fingerprint
-from utils import UserError, log
 
 Read = Callable[[dict[str, Any]], Any]
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # status codes that another try may not meet

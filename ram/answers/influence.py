@@ -18,10 +18,10 @@ from ram.answers import answer_files
 from ram.decoding.par import PARParams, next_token_law, seen_mask, warp
 from ram.decoding.reference import eos_token_ids, wide
 from ram.distributed import processes
+from ram.log import log, progress
 from ram.storage.files import fingerprint, only_run, read_rows
 from ram.storage.parts import PartFiles
 from ram.storage.provenance import is_made_from, write_marked
-from utils import log, progress
 
 TOP = 4  # candidates kept of each model at every position
 AT_ONCE = 2**22  # logits whose laws are computed together; bounds the memory, changes nothing

@@ -19,11 +19,11 @@ from pathlib import Path
 if __name__ == "__main__":  # Ctrl-C during the seconds that the imports take needs no traceback
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import utils
-from preference_datasets import split_dialogue
+from ram.data.prompts import split_dialogue
+from ram.errors import UserError, pick, run_entry_point
+from ram.log import log, progress, setup_logging
 from ram.storage import files
 from ram.storage.files import BadRows
-from utils import UserError, log
 
 Row = dict[str, str]
 
@@ -232,7 +232,7 @@ def write(target: Target, rows: Iterable[dict], path: Path, seed: int) -> None:
     """Writes a target's file, and says its rows, its checksum and what was left out for which reason."""
     made, skipped, read = [], Counter(), 0
     constants = {"generator": target.generator, "dataset": f"{target.name}/{target.part}"}
-    for row in utils.progress(islice(rows, target.limit), total=target.limit, desc=target.file):
+    for row in progress(islice(rows, target.limit), total=target.limit, desc=target.file):
         read += 1
         try:
             made.append(target.convert(row) | (constants if target.generator else {}))
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="replace files that are there already")
     args = parser.parse_args(arguments)
     for name in args.names:
-        utils.pick(SOURCES, name, "data set")
+        pick(SOURCES, name, "data set")
     if args.files and len(args.names) != 1:
         raise UserError(f"--from converts files of one data set: name it first, one of {', '.join(SOURCES)}")
     if args.split and not (args.files and args.names[0] in ("summ", "hh")):
@@ -299,5 +299,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, interrupt)
-    utils.setup_logging()
-    utils.run_entry_point(main)
+    setup_logging()
+    run_entry_point(main)

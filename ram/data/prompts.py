@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 
-from utils import UserError, nearest
+from ram.errors import UserError, nearest
 
 TEMPLATE = "ram"
 STOP = "\n\nHuman"  # where a model begins to speak for the user
@@ -160,3 +160,9 @@ def html_to_text(source: str) -> str:
     parser.feed(source)
     parser.close()
     return re.sub(r"[ \t]*\n(?:[ \t]*\n)+", "\n\n", "".join(parser.parts)).strip()
+
+
+def split_dialogue(text: str) -> tuple[str, str] | None:
+    """A dialogue as (all up to its last "\\n\\nAssistant: ", the last answer); None where there is none."""
+    prompt, header, answer = text.rpartition(ASSISTANT.rstrip())
+    return (prompt + ASSISTANT, answer.removeprefix(" ")) if header else None

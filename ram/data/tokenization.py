@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from ram.data import prompts
+from ram.errors import UserError
+from ram.log import log, progress
 from ram.storage.files import fingerprint, replacing
-from utils import UserError, log, progress
 
 VERSION = 1  # raise it when the ids of the same text change, so that no stale cache is read
 

@@ -13,8 +13,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ram.errors import UserError, nearest
+from ram.log import log
 from ram.storage.files import file_sha256, fingerprint, read_json, replacing, write_json, write_jsonl
-from utils import UserError, log, nearest
 
 ATTRIBUTES = {
     "colour": (

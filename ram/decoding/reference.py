@@ -22,7 +22,7 @@ from ram.decoding.par import (
     seen_mask,
     warp,
 )
-from utils import UserError
+from ram.errors import UserError
 
 AGREED, CHANGED, FELL_BACK = "agreed", "changed", "fell_back"  # what happened to a token of a pair
 

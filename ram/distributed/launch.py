@@ -63,7 +63,7 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    from utils import PREEMPTED
+    from ram.errors import PREEMPTED
 
     logging.disable(logging.ERROR)  # what torchrun says of a process's end, the process has said better
     try:

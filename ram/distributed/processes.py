@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import utils
+from ram.errors import run_entry_point
+from ram.log import pick_device
 
 TIMEOUT = timedelta(days=2)  # one may let the others wait for long; torchrun notices a dead one
 PATIENCE = 2.0  # seconds
@@ -37,7 +38,7 @@ def start(alone: bool = False) -> None:
         return
     if torchrun:
         end_with_launcher()
-    device = utils.pick_device()
+    device = pick_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -54,7 +55,7 @@ def run(main: Callable[[], Any]) -> None:
     """
     code = 0
     try:
-        utils.run_entry_point(main)
+        run_entry_point(main)
     except SystemExit as error:
         if not dist.is_initialized():
             raise

@@ -9,10 +9,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ram.errors import UserError
 from ram.evaluation.report import charts, page
 from ram.evaluation.report.charts import text
+from ram.log import log
 from ram.storage.files import read_json, write_csv, write_json, write_text
-from utils import UserError, log
 
 POINT = "point.json"
 PANELS = {  # column -> title; drawn where a curve has values

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import UserError, log
+from ram.errors import UserError
+from ram.log import log
 
 QUESTIONS = 805  # of AlpacaEval
 FILE = "alpaca_eval_length_control.csv"  # its df_gamed.csv, beside the questions

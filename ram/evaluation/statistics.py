@@ -10,9 +10,9 @@ import numpy as np
 
 from ram.data import toy_world
 from ram.decoding import reference
+from ram.errors import UserError
 from ram.evaluation import length_control
 from ram.evaluation.judges.judges import Judgement
-from utils import UserError
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:

@@ -10,11 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 from ram.answers import answer_files
 from ram.data import prompts
 from ram.decoding.par import PARParams
+from ram.errors import UserError, nearest
 from ram.models import checkpoints
 from ram.settings import compose, recipes
 from ram.settings.schema import check_sampling, check_types, par_params
 from ram.storage.files import fingerprint
-from utils import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -6,27 +6,18 @@ decoding must know and transformers has no place for (`add_bos`, lengths, the ru
 """
 
 import hashlib
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ram.data.tokenization import tokenizer_fingerprint
+from ram.errors import UserError, nearest, pick
+from ram.log import log, pick_dtype, quiet_transformers
 from ram.storage.files import fingerprint, read_json, replacing, write_json
-from utils import UserError, log, nearest, pick, pick_dtype, quiet_transformers
 
 CARD = "ram.json"
 BLOCK = 1 << 20
-
-# What a run folder holds.
-LATEST = "LATEST"
-DONE = "done.json"
-METRICS = "metrics.csv"
-BAD_ROWS = "bad_rows.jsonl"
-# Keys of done.json and their types; `weights` is the fingerprint of LATEST.
-RECORD = {"settings": dict, "inputs": dict, "weights": str, "metrics": dict, "seconds": int | float}
 
 
 # Whether code that lies in a model's folder may run; the entry points set it from the configuration. Said to
@@ -284,69 +275,6 @@ def load_pair(
     if len(set(bos.values())) > 1:
         raise UserError(f"add_bos differs: {bos}; train both members of a pair alike")
     return tokenizer, next(iter(bos.values()), None)
-
-
-# ---- run folders -------------------------------------------------------------------------------------------
-
-
-def finished_run(run_dir: Path) -> dict[str, Any] | None:
-    """What done.json says of a finished run; None for a run that is not finished.
-
-    Raises UserError where the file is broken or lacks a key of RECORD.
-    """
-    path = Path(run_dir) / DONE
-    if not path.exists():
-        return None
-    remedy = "overwrite=true trains the run anew"
-    try:
-        record = read_json(path)
-    except UserError as error:
-        raise UserError(f"{error}; {remedy}") from None
-    wrong = [
-        key
-        for key, kind in RECORD.items()
-        if not isinstance(record, dict) or not isinstance(record.get(key), kind)
-    ]
-    if wrong:
-        raise UserError(f"{path}: no record of a finished run (no {', '.join(wrong)}); {remedy}")
-    return record
-
-
-def check_finished(run_dir: Path, record: dict[str, Any]) -> None:
-    """Raises UserError where LATEST is missing or holds other weights than `record` (done.json) describes."""
-    if weights_fingerprint(str(Path(run_dir) / LATEST)) != record["weights"]:
-        raise UserError(
-            f"{run_dir}: {LATEST} does not hold the weights that {DONE} describes (missing, changed or from "
-            "another run); overwrite=true trains them anew"
-        )
-
-
-def saved_steps(run_dir: Path) -> list[Path]:
-    """The run's step-N folders in order of N."""
-    found = [path for path in Path(run_dir).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def prune_steps(run_dir: Path, keep: int, best: str | None) -> None:
-    """Removes all step-N folders but the newest `keep` and the one named `best`."""
-    steps = saved_steps(run_dir)
-    for folder in steps[: max(len(steps) - keep, 0)]:
-        if folder.name != best:
-            shutil.rmtree(folder)
-
-
-def clear_run(run_dir: Path) -> None:
-    """Makes the run folder and removes what an earlier attempt left in it, the mark that it is finished
-    first.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for name in (DONE, METRICS, BAD_ROWS):
-        (run_dir / name).unlink(missing_ok=True)
-    for folder in (run_dir / LATEST, *saved_steps(run_dir)):
-        if folder.is_symlink():
-            folder.unlink()
-        elif folder.is_dir():
-            shutil.rmtree(folder)
 
 
 def _check_trust(source: str, error: Exception) -> None:

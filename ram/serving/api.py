@@ -17,13 +17,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ram.decoding.engine import Busy, Closed, EngineError, TooLong, UnknownAligner
+from ram.errors import UserError
 from ram.serving import protocol
 from ram.serving.guard import HUNG_UP, Guard
 from ram.serving.metrics import CONTENT_TYPE, Metrics
 from ram.serving.protocol import AlignerRequest, ApiError, ChatRequest, Common, CompletionRequest
 from ram.serving.registry import Models, Served
 from ram.serving.responses import Answer, EventStream, Gone, Running, answer_json, too_slow, while_connected
-from utils import UserError
 
 PAGE = Path(__file__).resolve().parent / "page"
 PAGE_FILES = {"/": "chat.html", "/chat.css": "chat.css", "/chat.js": "chat.js"}

@@ -10,11 +10,11 @@ import re
 import time
 from urllib.parse import urlsplit
 
+from ram.log import log
 from ram.serving.metrics import Metrics
 from ram.serving.protocol import ApiError
 from ram.serving.responses import to_json
 from ram.settings.serving import Settings, is_loopback
-from utils import log
 
 OPEN = {"/", "/chat.css", "/chat.js", "/health"}  # without a key
 SAFE_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ram.decoding.par import KL_FALLBACKS, SAMPLE_MODES, PARParams
-from utils import nearest
+from ram.errors import nearest
 
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
 Share = Annotated[float, Field(gt=0, le=1)]

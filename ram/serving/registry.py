@@ -17,12 +17,13 @@ from ram.data import prompts
 from ram.data.tokenization import encode, encode_prompts
 from ram.decoding.engine import BadRequest, Engine, Request, TooLong, UnknownAligner
 from ram.decoding.par import PARParams
+from ram.errors import UserError
+from ram.log import log, pick_device
 from ram.models import checkpoints
 from ram.serving.fastchat.stream import request_params
 from ram.settings import serving
 from ram.settings.serving import PROPOSAL, Settings
 from ram.storage.files import fingerprint
-from utils import UserError, log, pick_device
 
 MOST_CUT = 8  # a dialogue may be so many times longer than what fits; cutting a longer one costs too much
 

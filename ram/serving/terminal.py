@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ram.decoding.engine import Done, EngineError, Piece, UnknownAligner
 from ram.decoding.reference import StopWatch
+from ram.errors import UserError, nearest
 from ram.serving.registry import Models
 from ram.settings.serving import PROPOSAL
-from utils import UserError, nearest
 
 Turns = Sequence[tuple[bool, str]]
 Marked = list[tuple[str, bool]]  # pieces of a text, and whether each is one that differs

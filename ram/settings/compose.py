@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from utils import UserError, nearest
+from ram.errors import UserError, nearest
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 GROUPS = ("model", "loss", "judge", "experiment", "ablation")

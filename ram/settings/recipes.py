@@ -11,12 +11,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from preference_datasets import DATASETS, local_file, parse_name
-from ram.models import checkpoints
+from ram.data.catalogue import local_file, parse_name
+from ram.errors import UserError, nearest, pick
+from ram.log import log
+from ram.models import checkpoints, run_folder
 from ram.settings.compose import all_keys, compose, group_keys, key_of, known_keys, leaves
-from ram.settings.schema import check_keys, check_sampling, check_training, check_types, literal
+from ram.settings.schema import Tables, check_keys, check_sampling, check_training, check_types, literal
 from ram.storage.files import differences, how_to_get
-from utils import UserError, log, nearest, pick
 
 STAGE_KEYS = {  # what a stage may say beside configuration keys, by kind
     "train": {"kind", "only_if", "init_from"},
@@ -97,7 +98,7 @@ class Stage:
     @property
     def weights(self) -> Path:
         """The finished weights of a training stage."""
-        return self.output / checkpoints.LATEST
+        return self.output / run_folder.LATEST
 
 
 # ---- resolving ---------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> D
     return compose([*groups, *own.values(), *usable, *specific])
 
 
-def resolve(overrides: Sequence[str]) -> list[Stage]:
+def resolve(overrides: Sequence[str], tables: Tables) -> list[Stage]:
     """All stages of a configuration in the recipe's order, each checked; without a recipe the one stage
     `run`.
 
@@ -143,7 +144,7 @@ def resolve(overrides: Sequence[str]) -> list[Stage]:
     check_keys(found, all_keys())
     check_types(found, all_keys())
     if not config.stage:
-        return [_stage("run", {"kind": "train"}, config, {})]
+        return [_stage("run", {"kind": "train"}, config, {}, tables)]
     for override in overrides:
         if (key := key_of(override)) in ("model", "loss"):
             raise UserError(
@@ -160,7 +161,7 @@ def resolve(overrides: Sequence[str]) -> list[Stage]:
         pick(STAGE_KEYS, spec["kind"], f"kind of stage.{name}")
         if not applies(spec, config):
             continue
-        stages[name] = _stage(name, spec, stage_config(spec, name, overrides), stages)
+        stages[name] = _stage(name, spec, stage_config(spec, name, overrides), stages, tables)
     return list(stages.values())
 
 
@@ -169,7 +170,9 @@ def applies(spec: dict[str, Any], config: DictConfig) -> bool:
     return all(OmegaConf.select(config, key) == value for key, value in spec.get("only_if", {}).items())
 
 
-def _stage(name: str, spec: dict[str, Any], config: DictConfig, earlier: dict[str, Stage]) -> Stage:
+def _stage(
+    name: str, spec: dict[str, Any], config: DictConfig, earlier: dict[str, Stage], tables: Tables
+) -> Stage:
     found = leaves(config)
     check_types(found, all_keys())
     kind, data_dir = spec["kind"], Path(config.data_dir)
@@ -177,18 +180,18 @@ def _stage(name: str, spec: dict[str, Any], config: DictConfig, earlier: dict[st
         return Stage(name, kind, config, data_dir)
     if kind == "sample":
         check_sampling(config.sampling)
-        base, _, variant = parse_name(spec["dataset"])
-        if not DATASETS[base].sampled or variant:
+        base, _, variant = parse_name(spec["dataset"], tables.datasets)
+        if not tables.datasets[base].sampled or variant:
             raise UserError(f"stage.{name}: data set {spec['dataset']!r} is not one that proposals sample")
         source, label = model_source(spec["proposal"], earlier), spec["proposal"]
         if label in earlier:
             label = earlier[label].config.model.name
-        output = local_file(f"{spec['dataset']}_{Path(label).name}", data_dir)
+        output = local_file(f"{spec['dataset']}_{Path(label).name}", data_dir, tables.datasets)
         OmegaConf.update(config, "datasets", [spec["dataset"]])
-        return Stage(name, kind, config, output, source, _files([spec["dataset"]], data_dir))
+        return Stage(name, kind, config, output, source, _files([spec["dataset"]], data_dir, tables))
     if spec.get("init_from"):
         OmegaConf.update(config, "model.archive", model_source(spec["init_from"], earlier))
-    check_training(config)
+    check_training(config, tables)
     for key in group_keys("loss", config.loss.name):
         if key not in found:
             raise UserError(
@@ -197,8 +200,8 @@ def _stage(name: str, spec: dict[str, Any], config: DictConfig, earlier: dict[st
             )
     model = config.model
     source = model.archive if model.archive or model.architecture else model.name_or_path or model.hub_id
-    output = Path(config.output_dir) / "model" / run_name(config)
-    return Stage(name, kind, config, output, source, _files(config.datasets, data_dir))
+    output = Path(config.output_dir) / "model" / run_name(config, tables)
+    return Stage(name, kind, config, output, source, _files(config.datasets, data_dir, tables))
 
 
 def model_source(reference: str, stages: dict[str, Stage]) -> str:
@@ -212,15 +215,17 @@ def model_source(reference: str, stages: dict[str, Stage]) -> str:
     return reference
 
 
-def _files(names: Sequence[str], data_dir: Path) -> list[Path]:
-    return [path for path in (local_file(name, data_dir) for name in names) if path is not None]
+def _files(names: Sequence[str], data_dir: Path, tables: Tables) -> list[Path]:
+    return [
+        path for path in (local_file(name, data_dir, tables.datasets) for name in names) if path is not None
+    ]
 
 
-def run_name(config: DictConfig) -> str:
+def run_name(config: DictConfig, tables: Tables) -> str:
     """The run folder's name: {prefix}{loss}_{data set}_{model}_b{batch}_lr{lr}[_a{alpha}][_@flag]."""
     if config.exp_name:
         return config.exp_name
-    data = "+".join(parse_name(name)[0] for name in config.datasets)
+    data = "+".join(parse_name(name, tables.datasets)[0] for name in config.datasets)
     name = f"{config.exp_prefix}{config.loss.name}_{data}_{config.model.name}"
     name += f"_b{config.batch_size}_lr{float(config.lr)}"
     if config.loss.get("alpha") is not None and float(config.loss.alpha) != 1e-4:
@@ -264,7 +269,7 @@ def check_trained(stages: Sequence[Stage], source: str, ignore: Sequence[str] = 
     for stage in stages:
         if stage.kind != "train" or str(stage.weights) != source:
             continue
-        done = checkpoints.finished_run(stage.output)
+        done = run_folder.finished_run(stage.output)
         if done is None:  # LATEST appears when training ends: these weights were brought from elsewhere
             log.info(f"stage {stage.name}: {source} was not trained here and is used as it is")
             return
@@ -275,7 +280,7 @@ def check_trained(stages: Sequence[Stage], source: str, ignore: Sequence[str] = 
                 f"stage {stage.name!r}: {stage.output} was trained with other settings ({changed}); give "
                 f"those it was trained with, or train it again (stages=[{stage.name}] overwrite=true)"
             )
-        checkpoints.check_finished(stage.output, done)
+        run_folder.check_finished(stage.output, done)
 
 
 def _maker(path: Path, stages: Sequence[Stage]) -> str:

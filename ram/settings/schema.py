@@ -2,18 +2,16 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from preference_datasets import DATASETS, parse_name
+from ram.data.catalogue import Source, parse_name
 from ram.decoding.par import PARParams
-from ram.training.losses import LOSSES
-from ram.training.optimizers import pick_optimizer
-from trainers import pick_trainer
-from utils import UserError, nearest, pick
+from ram.errors import UserError, nearest, pick
 
 SECTIONS = ("model", "loss", "judge", "divergence", "wandb", "sampling", "sampling.endpoint", "evaluation")
 SECTIONS += ("engine", "limits", "worker")  # of serve.yaml
@@ -147,6 +145,16 @@ CHOICES = {
 FOLDER_NAMES = ("exp_name", "exp_prefix", "exp_flag", "model.name", "experiment_name")
 
 
+@dataclass(frozen=True)
+class Tables:
+    """Names that the files above this package define: data sets, losses, trainers, optimizers."""
+
+    datasets: Mapping[str, Source]
+    losses: Mapping[str, Any]
+    pick_trainer: Callable[[str], Any]
+    pick_optimizer: Callable[[str], Any]
+
+
 def literal(value: Any) -> str:
     """A value in Hydra's override grammar."""
     if value is None or isinstance(value, bool):
@@ -220,15 +228,17 @@ def _example(section: str, defaults: dict[str, Any]) -> str:
     return f"{key}={literal(defaults[key])}"
 
 
-def check_training(config: DictConfig) -> None:
+def check_training(config: DictConfig, tables: Tables) -> None:
     """Raises UserError for a training configuration that cannot work."""
-    pick_trainer(config.trainer)
-    pick(LOSSES, config.loss.name, "loss")
-    pick_optimizer(config.optimizer)
+    tables.pick_trainer(config.trainer)
+    pick(tables.losses, config.loss.name, "loss")
+    tables.pick_optimizer(config.optimizer)
     if OmegaConf.is_missing(config, "datasets") or not config.datasets:
-        raise UserError(f"datasets is not set: give e.g. datasets=[hh]; known: {', '.join(sorted(DATASETS))}")
+        raise UserError(
+            f"datasets is not set: give e.g. datasets=[hh]; known: {', '.join(sorted(tables.datasets))}"
+        )
     for name in config.datasets:
-        parse_name(name)
+        parse_name(name, tables.datasets)
     if not (
         config.model.name_or_path or config.model.hub_id or config.model.archive or config.model.architecture
     ):

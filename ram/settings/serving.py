@@ -13,9 +13,9 @@ from types import SimpleNamespace
 from omegaconf import DictConfig
 
 from ram.decoding.par import PARParams
+from ram.errors import UserError
 from ram.settings import compose
 from ram.settings.schema import check_types, par_params
-from utils import UserError
 
 PROPOSAL = "proposal"  # the name by which the proposal answers alone
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

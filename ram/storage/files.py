@@ -18,7 +18,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from utils import UserError, log
+from ram.errors import UserError
+from ram.log import log
 
 HOST = socket.gethostname()
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ram.distributed import processes
+from ram.errors import UserError
 from ram.storage.files import naming, set_aside
-from utils import UserError
 
 
 class PartFiles:

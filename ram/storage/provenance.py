@@ -3,13 +3,16 @@
 FILE.meta.json holds the inputs of FILE and the hashes of what was written.
 """
 
+import functools
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ram.errors import UserError
+from ram.log import log
 from ram.storage.files import differences, file_sha256, read_json, replacing, set_aside, write_json
-from utils import UserError, log
 
 
 def marker(path: Path) -> Path:
@@ -114,3 +117,24 @@ def write_marked(
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         digests = {path.name: file_sha256(aside)} | {other.name: file_sha256(other) for other in beside}
         write_json(marker(path), {"made_from": made_from, "rows": len(rows), "sha256": digests})
+
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@functools.cache
+def commit(folder: Path = PROJECT) -> str:
+    """The git commit of a checkout, with "+changes" where files differ from it or are new; empty where the
+    folder is no checkout, or there is no git.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != folder:  # a copy inside somebody else's checkout
+            return ""
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from preference_datasets import collate
 from ram.data.tokenization import TokenizedDataset
 from ram.training.losses import IGNORE_INDEX, head_logps, sequence_logps
-from ram.training.packing import Segments, pack
+from ram.training.packing import Segments, collate, pack
 
 ATTENTION = "packed"  # its name in transformers
 # Configuration keys of models whose logits are more than a linear function of the last hidden state, and of

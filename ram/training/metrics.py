@@ -5,16 +5,14 @@ what an evaluation sends to wandb.
 import csv
 import math
 import os
-import re
 import time
 from pathlib import Path
-from typing import Any
 
 from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
-from ram.models import checkpoints
+from ram.log import log
+from ram.models import run_folder
 from ram.storage.files import naming, replacing
-from utils import log
 
 # Columns of metrics.csv; the README says what each one means.
 COLUMNS = (
@@ -50,7 +48,7 @@ class MetricsLog:
         self.interval, self.last = settings.minimum_log_interval_secs, -math.inf
         # With debug the folder may be a finished run's: nothing in it is touched.
         nowhere = settings.debug or not processes.is_first()
-        self.path = Path(os.devnull) if nowhere else run_dir / checkpoints.METRICS
+        self.path = Path(os.devnull) if nowhere else run_dir / run_folder.METRICS
         if not nowhere:
             kept = [] if after is None else rows_until(self.path, after)
             with replacing(self.path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
@@ -138,58 +136,3 @@ def show_samples(model, tokenizer, data: TokenizedDataset, n: int, settings) -> 
     )
     for prompt, answer in zip(ids, answers, strict=True):
         log.info(f"sample   {tokenizer.decode(prompt)!r} -> {answer.text!r}")
-
-
-ARTIFACTS = (
-    "leaderboard.csv",
-    "leaderboard.md",
-    "leaderboard.tex",
-    "results.json",
-    "report.json",
-    "report.html",
-)
-
-
-def log_evaluation(settings, name: str, folder: Path, report: dict[str, Any]) -> None:
-    """Sends an evaluation to wandb as a run of its own: as tables the leaderboard and the figures of every
-    answer, which the report's plots are made of; the page; the result files in `folder` as an artifact.
-
-    settings: the `wandb` keys. report: what `report_data.save` returned.
-    """
-    import wandb
-
-    run = wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        mode=settings.mode,
-        name=name,
-        job_type="evaluation",
-        dir=str(folder),
-    )
-    columns = list(dict.fromkeys(key for row in report["board"] for key in row))
-    board = [[row.get(key) for key in columns] for row in report["board"]]
-    figures = [
-        [
-            row["id"],
-            system["name"],
-            answer["length"],
-            answer["judged"].get("preference"),
-            *(answer.get("stats", {}).get(key) for key in ("fallback", "kl", "acceptance")),
-        ]
-        for row in report["rows"]
-        for system, answer in zip(report["systems"], row["answers"], strict=True)
-    ]
-    keys = ["row", "system", "length", "preference", "fallback_fraction", "mean_kl", "acceptance"]
-    run.log(
-        {
-            "leaderboard": wandb.Table(columns=columns, data=board, allow_mixed_types=True),
-            "answers": wandb.Table(columns=keys, data=figures),
-            "report": wandb.Html(str(folder / "report.html"), inject=False),
-        }
-    )
-    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type="evaluation")
-    for file in ARTIFACTS:
-        if (folder / file).is_file():
-            artifact.add_file(str(folder / file))
-    run.log_artifact(artifact)
-    run.finish()

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from utils import pick
+from ram.errors import pick
 
 # What torch.optim has beside optimizers for a whole model: the base class, one that wants a closure, one for
 # sparse gradients only, one for matrices only.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ram.data.tokenization import TokenizedDataset
+from ram.training.losses import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -124,3 +125,22 @@ def draw(seed: int, first: int, count: int, fraction: float) -> np.ndarray:
         return np.ones(count, dtype=bool)
     words = [np.random.Philox(key=seed, counter=index).random_raw() for index in range(first, first + count)]
     return (np.array(words, dtype=np.uint64) >> np.uint64(11)) * 2.0**-53 < fraction
+
+
+def collate(data: TokenizedDataset, rows: Sequence[int], answer: str, pad_id: int) -> dict[str, torch.Tensor]:
+    """Right-padded input_ids, attention_mask and labels (B, T) of prompt + `answer` ("target" or "negative").
+
+    Labels are -100 on the prompt and on padding by *position*, so a pad token that equals the EOS is never
+    learnt, and an EOS that ends an answer always is.
+    """
+    pairs = [(data.part("prompt", row), data.part(answer, row)) for row in rows]
+    width = max(len(prompt) + len(response) for prompt, response in pairs)
+    input_ids = torch.full((len(pairs), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(len(pairs), width, dtype=torch.int64)
+    labels = torch.full((len(pairs), width), IGNORE_INDEX, dtype=torch.int64)
+    for i, (prompt, response) in enumerate(pairs):
+        end = len(prompt) + len(response)
+        input_ids[i, :end] = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+        attention_mask[i, :end] = 1
+        labels[i, len(prompt) : end] = input_ids[i, len(prompt) : end]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

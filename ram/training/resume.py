@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ram.distributed import processes
+from ram.errors import UserError
+from ram.log import log
 from ram.storage.files import file_sha256, read_json, write_json
-from utils import UserError, log
 
 STATES, MARK = "states", "state.json"
 

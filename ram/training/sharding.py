@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ram.distributed import processes
-from utils import UserError
+from ram.errors import UserError
 
 FORWARD = "answer_logps"  # the method that runs inside the root's forward hooks
 

@@ -11,16 +11,18 @@ from types import SimpleNamespace
 import pytest
 from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
+import train
 from ram.answers import answer_files
 from ram.data.prompts import render
 from ram.data.tokenization import encode_prompts
 from ram.decoding import generation
 from ram.decoding.par import PARParams
+from ram.errors import UserError
 from ram.models import checkpoints
 from ram.settings import recipes, schema
 from ram.storage import provenance
 from ram.storage.files import write_json
-from utils import UserError
+from utils import TABLES
 
 TOKENIZER = byte_tokenizer()
 ROWS = [
@@ -44,7 +46,7 @@ def folders(tmp_path_factory):
 
 @functools.cache
 def resolved(*overrides):
-    (stage,) = recipes.resolve(overrides)
+    (stage,) = recipes.resolve(overrides, TABLES)
     return stage
 
 
@@ -100,7 +102,7 @@ def decoded(monkeypatch):
 
 def sample(stage, overwrite=False):
     """Runs the stage and gives the file it leaves."""
-    answer_files.sample_training_set(stage, overwrite)
+    train.sample_stage(stage, overwrite)
     return stage.output.read_bytes()
 
 
@@ -140,7 +142,7 @@ def test_rows_keep_order_and_fields(resolve, folders, decoded):
     assert sorted(decoded[0].order) == list(range(10)) != decoded[0].order  # by length, not as in the file
     ids, cut = encode_prompts(TOKENIZER, [render(row["instruction"]) for row in ROWS], LONGEST_PROMPT)
     assert 0 < cut < len(ROWS)
-    models = answer_files.sample_job(stage)[0].load()[:2]
+    models = train.sample_job(stage)[0].load()[:2]
     settings = {"max_new_tokens": NEW_TOKENS, "seed": 4, "stop": ["\n\nHuman"]}
     expected = generation.generate(*models, TOKENIZER, ids, PARParams(base_temperature=1.0), **settings)
     assert rows == [row | {"sampling": g.text} for row, g in zip(ROWS, expected, strict=True)]

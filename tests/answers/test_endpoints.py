@@ -14,8 +14,9 @@ import completion_server
 import pytest
 from test_answer_files import TOKENIZER, folders, part_file, resolve, sample, write_rows  # noqa: F401
 
-from ram.answers import answer_files, endpoints
-from utils import UserError
+import train
+from ram.answers import endpoints
+from ram.errors import UserError
 
 FAST = ("sampling.endpoint.retries=8", "sampling.endpoint.timeout=10")
 
@@ -45,7 +46,7 @@ def rows_of(n):
 
 def expected(stage):
     """What the server says to every row, by its rule."""
-    job, _ = answer_files.sample_job(stage)
+    job, _ = train.sample_job(stage)
     _, ids = job.encoded
     seeds = [int(endpoints.fingerprint([job.seed, row])[:8], 16) >> 1 for row in job.row_ids]
     return [completion_server.answer_to(prompt, seed) for prompt, seed in zip(ids, seeds, strict=True)]

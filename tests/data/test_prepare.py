@@ -14,10 +14,10 @@ import pytest
 import pipeline
 import utils
 from ram.data import prepare as prepare_data
+from ram.errors import UserError
 from ram.evaluation import length_control
 from ram.storage import files
 from ram.storage.files import read_rows
-from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,7 +21,7 @@ from ram.data.tokenization import (
     tokenize_cached,
     tokenizer_fingerprint,
 )
-from utils import UserError
+from ram.errors import UserError
 
 TOKENIZER = byte_tokenizer()
 HUMAN = "\n\nHuman: "

@@ -8,9 +8,9 @@ from tiny import SHARED, needs_shared
 import pipeline
 from preference_datasets import get_dataset
 from ram.data import prepare as prepare_data
+from ram.errors import UserError
 from ram.settings import compose
 from ram.storage.files import read_rows
-from utils import UserError
 
 pytestmark = needs_shared
 REAL = SHARED / "data"

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ram.data import toy_world
-from utils import UserError
+from ram.errors import UserError
 
 SETTINGS = {
     "entities": 4,

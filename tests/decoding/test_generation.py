@@ -14,7 +14,7 @@ from tiny import Scripted, byte_tokenizer, tiny_model, tiny_tokenizer
 
 from ram.decoding import generation, par, reference
 from ram.decoding.par import PARParams
-from utils import UserError
+from ram.errors import UserError
 
 KNOBS = {
     "temperature": 0.8,

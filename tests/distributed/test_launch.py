@@ -15,8 +15,8 @@ from tiny import byte_tokenizer, save_model_folder, tiny_model
 
 import train
 from ram.distributed import processes
+from ram.errors import UserError
 from ram.storage.files import fingerprint, only_run, write_json
-from utils import UserError
 
 
 def launch(*command, cwd=ROOT, **environment):

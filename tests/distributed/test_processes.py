@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from test_trainers import TOKENIZER, dataset, path_of, settings, trainer, weights
 from tiny import tiny_model
 
+from ram.errors import UserError
 from ram.training import resume, sharding
 from trainers import BasicTrainer, FSDPTrainer, Preempted
-from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAT = ("lr=1e-3", "eval_every=16", "save_every=8", "n_epochs=2", "keep_states=3")

@@ -8,9 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 from small import ROOT, SMALL
 
+from ram.errors import UserError
 from ram.evaluation import ablations
 from ram.settings import compose, recipes
-from utils import UserError
+from utils import TABLES
 
 
 def board(pair, **more):
@@ -95,7 +96,7 @@ def test_every_shipped_ablation_is_of_a_key(name):
         found = compose.compose(arguments)
         assert found.evaluation.ablation.name == name
         assert str(OmegaConf.select(found, found.evaluation.ablation.key)) == value
-        stages = {stage.name: stage for stage in recipes.resolve(arguments)}
+        stages = {stage.name: stage for stage in recipes.resolve(arguments, TABLES)}
         places.add(stages["aligner"].output), reports.add(found.report_dir)
     decoding_alone = name in ("div_threshold", "temperatures")
     assert len(places) == (1 if decoding_alone else 2) and len(reports) == 2

@@ -15,9 +15,9 @@ from test_length_control import evaluate  # noqa: F401
 
 import pipeline
 from ram.answers import endpoints
+from ram.errors import UserError
 from ram.evaluation.judges import alpaca_package, judges
 from ram.settings import compose
-from utils import UserError
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from small import SMALL, run
 import pipeline
 import train
 from ram.answers.answer_files import read_answers
+from ram.errors import UserError
 from ram.evaluation import paper_table
 from ram.evaluation.systems import job_of, resolve_systems
 from ram.settings import compose, recipes
-from utils import UserError
+from utils import TABLES
 
 SMALLER = [*SMALL, "stage.proposal_dpo.n_examples=32", "stage.aligner_dpo.n_examples=32"]
 METHOD = {
@@ -33,7 +34,7 @@ def table(tmp_path_factory):
 
 def systems_of(*arguments):
     config = compose.compose(arguments)
-    stages = {stage.name: stage for stage in recipes.resolve(arguments)}
+    stages = {stage.name: stage for stage in recipes.resolve(arguments, TABLES)}
     return config, resolve_systems(config, next(iter(config.evaluation.tasks)), stages, set())
 
 
@@ -42,8 +43,8 @@ def systems_of(*arguments):
 def test_baselines_are_trained_on_request(family, task):
     """Without `baselines` the published stages alone; with it all that the paper's table needs."""
     recipe = f"experiment={family}_{task}"
-    assert [stage.name for stage in recipes.resolve([recipe])] == METHOD[task]
-    stages = {stage.name: stage for stage in recipes.resolve([recipe, "baselines=true"])}
+    assert [stage.name for stage in recipes.resolve([recipe], TABLES)] == METHOD[task]
+    stages = {stage.name: stage for stage in recipes.resolve([recipe, "baselines=true"], TABLES)}
     large, small = (stages[METHOD[task][i]].config.model.name for i in ((1, 0) if task == "hh" else (0, 2)))
     assert stages["corrector_warmup"].config.model.name == stages["corrector"].config.model.name == small
     assert stages["corrector"].source == str(stages["corrector_warmup"].weights)

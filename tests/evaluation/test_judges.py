@@ -13,9 +13,9 @@ from tiny import byte_tokenizer, save_model_folder, tiny_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ram.answers import endpoints
+from ram.errors import UserError
 from ram.evaluation import statistics
 from ram.evaluation.judges import judges
-from utils import UserError
 
 TOKENIZER = byte_tokenizer()
 ROWS = [{"instruction": f"say {i}"} for i in range(60)]

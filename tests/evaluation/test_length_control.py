@@ -10,12 +10,13 @@ import pytest
 from tiny import byte_tokenizer, tiny_model
 
 import pipeline
+from ram.errors import UserError
 from ram.evaluation import length_control, statistics
 from ram.evaluation.judges import alpaca_package
 from ram.models import checkpoints
 from ram.settings import compose, recipes
 from ram.storage.files import write_json
-from utils import UserError
+from utils import TABLES
 
 N = length_control.QUESTIONS
 
@@ -260,7 +261,7 @@ def evaluate(tmp_path):
     tokenizer, common = byte_tokenizer(), [f"output_dir={tmp_path / 'out'}", f"data_dir={tmp_path / 'data'}"]
     common += ["experiment=llama_uc", "sampling.max_length=36", "sampling.max_prompt_length=32"]
     common += ["sampling.batch_size=64", "evaluation.bootstrap=20", "evaluation.examples=2"]
-    for stage in recipes.resolve(common):
+    for stage in recipes.resolve(common, TABLES):
         if stage.kind == "train":
             model = tiny_model(len(tokenizer), seed=len(stage.name))
             checkpoints.export_model(model, tokenizer, stage.weights, "float32", {"add_bos": False})

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import pytest
 from sample_report import BOARD, HOSTILE, make_hostile, make_report
 
-from ram.evaluation.report import gather
-from ram.models import checkpoints
+from ram.errors import UserError
+from ram.evaluation.report import gather, wandb_run
+from ram.models import run_folder
 from ram.storage.files import fingerprint, write_json, write_text
-from ram.training import metrics
-from utils import UserError
 
 
 def answer(tokens, events, text, **more):
@@ -83,7 +82,7 @@ def test_a_pairs_note_says_what_is_missing():
 def test_curves_are_the_columns_that_are_drawn(tmp_path):
     run = tmp_path / "run"
     text = "split,updates,examples,loss,target_logp_per_token\ntrain,1,64,2.5,\nheldout,1,64,nan,-0.5\n"
-    write_text(run / checkpoints.METRICS, text)
+    write_text(run / run_folder.METRICS, text)
     stages = [
         SimpleNamespace(name="a", kind="train", output=run),
         SimpleNamespace(name="b", kind="train", output=tmp_path / "none"),
@@ -209,7 +208,7 @@ def test_an_evaluation_reaches_wandb_offline(tmp_path, monkeypatch):
         csv.writer(file).writerow(["system"])
     found = gather.save(tmp_path, whole(make_report(rows=2)))
     settings = SimpleNamespace(project="p", entity=None, mode="offline")
-    metrics.log_evaluation(settings, "demo: facts", tmp_path, found)
+    wandb_run.log_evaluation(settings, "demo: facts", tmp_path, found)
     wandb.teardown()  # as at a process's end: only then is all of the run's file written
     (run,) = tmp_path.glob("wandb/offline-run-*")
     tables = sorted(run.glob("files/media/table/*.table.json"))

@@ -2,9 +2,9 @@
 
 import pytest
 
+from ram.errors import UserError
 from ram.evaluation import statistics
 from ram.evaluation.judges import judges
-from utils import UserError
 
 
 def test_judges_and_bootstrap():

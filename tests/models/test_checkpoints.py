@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import train
 import trainers
-from ram.models import checkpoints
+from ram.errors import UserError
+from ram.models import checkpoints, run_folder
 from ram.settings import recipes
 from ram.storage.files import write_json
-from utils import UserError
+from utils import TABLES
 
 TOKENIZER = byte_tokenizer()
 SIZES = {
@@ -173,7 +174,7 @@ def stage(tmp_path):
             "heldout_fraction=0.2",
             *overrides,
         ]
-        return recipes.resolve(overrides)[0]
+        return recipes.resolve(overrides, TABLES)[0]
 
     return make
 
@@ -191,7 +192,7 @@ def test_a_finished_run_is_left_alone_and_checked(stage):
     before = snapshot(run.output)
     train.train_stage(run, overwrite=False)
     assert snapshot(run.output) == before
-    record = checkpoints.finished_run(run.output)
+    record = run_folder.finished_run(run.output)
     assert record["weights"] == checkpoints.weights_fingerprint(str(run.weights))
     saved(run.weights)
     with pytest.raises(UserError, match="LATEST does not hold the weights .*overwrite=true"):
@@ -200,7 +201,7 @@ def test_a_finished_run_is_left_alone_and_checked(stage):
     with pytest.raises(UserError, match="LATEST does not hold the weights .*overwrite=true"):
         train.train_stage(run, overwrite=False)
     train.train_stage(run, overwrite=True)
-    assert checkpoints.finished_run(run.output)["weights"] == record["weights"]
+    assert run_folder.finished_run(run.output)["weights"] == record["weights"]
 
 
 @pytest.mark.parametrize("text", ["", '{"settings": {', "[]", "5", "{}", '{"settings": {}}'])
@@ -212,11 +213,11 @@ def test_an_odd_done_json_is_no_traceback(stage, text):
     with pytest.raises(UserError, match=r"done\.json.*overwrite=true trains"):
         train.train_stage(run, overwrite=False)
     train.train_stage(run, overwrite=True)
-    assert checkpoints.finished_run(run.output)
+    assert run_folder.finished_run(run.output)
 
 
 def test_what_is_not_finished_has_no_record(tmp_path):
-    assert checkpoints.finished_run(tmp_path) is None and checkpoints.finished_run(tmp_path / "none") is None
+    assert run_folder.finished_run(tmp_path) is None and run_folder.finished_run(tmp_path / "none") is None
 
 
 def leave(folder):

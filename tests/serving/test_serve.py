@@ -20,8 +20,8 @@ import pytest
 from served import PLAIN, eventually, get
 
 import serve
+from ram.errors import UserError
 from ram.settings import serving
-from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = 16 << 20  # bytes

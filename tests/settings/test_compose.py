@@ -5,8 +5,9 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
+from ram.errors import UserError
 from ram.settings import compose, recipes
-from utils import UserError
+from utils import TABLES
 
 RUN = ["model=llama1b", "datasets=[uc]"]
 
@@ -71,7 +72,7 @@ def test_stages_are_what_hydra_makes(recipe, monkeypatch):
     """So is each configuration that a recipe's stages ask for."""
     asked, original = [], compose._compose
     monkeypatch.setattr(compose, "_compose", lambda *args: (asked.append(args), original(*args))[1])
-    recipes.resolve([f"experiment={recipe}", "seed=3", "++stage.aligner.lr=1e-4", "loss.alpha=0.5"])
+    recipes.resolve([f"experiment={recipe}", "seed=3", "++stage.aligner.lr=1e-4", "loss.alpha=0.5"], TABLES)
     assert len(asked) > 4
     monkeypatch.undo()
     for overrides, name in asked:
@@ -115,10 +116,10 @@ def test_every_key_of_a_file_must_mean_something(tmp_path, monkeypatch):
         compose.by_hydra.cache_clear()
         overrides = ["experiment=llama_uc"] if group == "experiment" else RUN
         with pytest.raises(UserError, match=f"unknown key '{key}'.*did you mean"):
-            recipes.resolve(overrides)
+            recipes.resolve(overrides, TABLES)
         path.write_text(text)
     compose.by_hydra.cache_clear()
-    recipes.resolve(RUN)
+    recipes.resolve(RUN, TABLES)
 
 
 def test_broken_yaml_names_file_and_line(tmp_path, monkeypatch):

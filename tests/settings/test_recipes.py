@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ram.errors import UserError
 from ram.settings import compose, recipes
-from utils import UserError
+from utils import TABLES
 
 CONFIG = Path(compose.CONFIG_DIR)
 PUBLISHED = ("llama_uc", "llama_summ", "llama_hh", "qwen_uc", "qwen_summ", "qwen_hh")
@@ -15,7 +16,7 @@ PUBLISHED = ("llama_uc", "llama_summ", "llama_hh", "qwen_uc", "qwen_summ", "qwen
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIG / "experiment").glob("*.yaml")))
 def test_every_shipped_recipe_resolves(name):
-    stages = recipes.resolve([f"experiment={name}"])
+    stages = recipes.resolve([f"experiment={name}"], TABLES)
     assert len({stage.output for stage in stages}) == len(stages)
     config = compose.compose([f"experiment={name}"])
     assert config.experiment_name == name and config.evaluation.systems and config.evaluation.tasks
@@ -56,7 +57,7 @@ EXPECTED = {
 def test_published_recipes_keep_their_settings(name):
     """Run names, learning rates, accumulation, warm-up, lengths and sizes of the published runs."""
     found = {}
-    for stage in recipes.resolve([f"experiment={name}"]):
+    for stage in recipes.resolve([f"experiment={name}"], TABLES):
         c = stage.config
         if stage.kind == "train":
             found[stage.name] = (
@@ -104,7 +105,7 @@ def test_the_eight_published_evaluations():
     found = {}
     for name in PUBLISHED:
         config = compose.compose([f"experiment={name}"])
-        stages = {stage.name: stage for stage in recipes.resolve([f"experiment={name}"])}
+        stages = {stage.name: stage for stage in recipes.resolve([f"experiment={name}"], TABLES)}
         for task in config.evaluation.tasks:
             system = pipeline.resolve_systems(config, task, stages, set())["proposal+aligner[par_kl]"]
             found[name, task] = (system.params.temperature, system.params.base_temperature)
@@ -119,8 +120,8 @@ def test_the_eight_published_evaluations():
 
 def test_hh_negatives_choose_the_second_term():
     """`rejected` trains on the data set's pairs; `sampled` adds the sample stage and its file."""
-    published = {s.name: s for s in recipes.resolve(["experiment=llama_hh"])}
-    paper = {s.name: s for s in recipes.resolve(["experiment=llama_hh", "hh_negatives=sampled"])}
+    published = {s.name: s for s in recipes.resolve(["experiment=llama_hh"], TABLES)}
+    paper = {s.name: s for s in recipes.resolve(["experiment=llama_hh", "hh_negatives=sampled"], TABLES)}
     assert list(published["aligner"].config.datasets) == ["hh"] and "sample" not in published
     assert list(paper["aligner"].config.datasets) == ["hh_llama8b"]
     assert (
@@ -130,17 +131,19 @@ def test_hh_negatives_choose_the_second_term():
 
 def test_what_a_stage_writes_is_what_the_next_reads():
     """Weights and samples flow from stage to stage by the same path on both sides."""
-    stages = {s.name: s for s in recipes.resolve(["experiment=llama_uc", "pair.proposal=llama3b"])}
+    stages = {s.name: s for s in recipes.resolve(["experiment=llama_uc", "pair.proposal=llama3b"], TABLES)}
     assert stages["sample"].source == str(stages["proposal"].weights)
     assert stages["sample"].output == stages["aligner"].reads[0]
     assert stages["sample"].output.name == "ultrachat_round_one_sampling_llama3b.json"
-    hh = {s.name: s for s in recipes.resolve(["experiment=qwen_hh"])}
+    hh = {s.name: s for s in recipes.resolve(["experiment=qwen_hh"], TABLES)}
     assert hh["aligner"].source == str(hh["aligner_sft"].weights)
 
 
 def learning_rates(*overrides):
     return {
-        s.name: s.config.lr for s in recipes.resolve(["experiment=llama_uc", *overrides]) if s.kind == "train"
+        s.name: s.config.lr
+        for s in recipes.resolve(["experiment=llama_uc", *overrides], TABLES)
+        if s.kind == "train"
     }
 
 
@@ -155,7 +158,7 @@ def test_command_line_beats_recipe_and_stage_beats_root():
 
 def test_loss_keys_reach_the_stages_that_have_them():
     """`loss.alpha=` changes the aligner and its run name, and does not trouble the SFT stages."""
-    stages = {s.name: s for s in recipes.resolve(["experiment=llama_uc", "loss.alpha=0.01"])}
+    stages = {s.name: s for s in recipes.resolve(["experiment=llama_uc", "loss.alpha=0.01"], TABLES)}
     assert stages["aligner"].config.loss.alpha == 0.01
     assert stages["aligner"].output.name == "ours_sft_uc_llama1b_b64_lr2e-07_a0.01"
     assert stages["proposal"].output.name == "wu_sft_uc_llama8b_b64_lr1e-06"
@@ -166,7 +169,7 @@ def test_a_stage_takes_any_key():
     overrides = compose.preflight(
         ["experiment=llama_uc", "stage.aligner.exp_flag=v2", "stage.aligner.seed=3"]
     )
-    aligner = recipes.resolve(overrides)[-1]
+    aligner = recipes.resolve(overrides, TABLES)[-1]
     assert aligner.output.name.endswith("_@v2") and aligner.config.seed == 3
 
 
@@ -175,7 +178,7 @@ def test_identity_ignores_only_what_changes_no_weight():
     base = ["model=llama1b", "datasets=[uc]"]
 
     def identity(*overrides):
-        return recipes.identity(recipes.resolve([*base, *overrides])[0].config)
+        return recipes.identity(recipes.resolve([*base, *overrides], TABLES)[0].config)
 
     for same in ("wandb.enabled=true", "eval_every=7", "output_dir=x", "exp_name=y", "n_eval_examples=3"):
         assert identity(same) == identity(), same
@@ -290,14 +293,14 @@ def test_refused_in_one_line(case):
     """What was given, what was expected, what to do: one line, raised without loading a model or data."""
     overrides, message = REFUSED[case]
     with pytest.raises(UserError, match=message) as error:
-        recipes.resolve(overrides)
+        recipes.resolve(overrides, TABLES)
     assert "\n" not in str(error.value)
 
 
 def test_settings_of_a_stages_loss():
     """`stage.NAME.loss.key=` reaches the one stage; text with quotes and backslashes arrives as it was."""
     overrides = compose.preflight(["experiment=demo", "stage.aligner.loss.alpha=0.5"])
-    stages = {stage.name: stage for stage in recipes.resolve(overrides)}
+    stages = {stage.name: stage for stage in recipes.resolve(overrides, TABLES)}
     assert stages["aligner"].config.loss.alpha == 0.5
     for text in ("\n\nHuman", "\\n", "it's", "a\\'b", "x\\"):
         assert compose.compose([f"sampling.stop_str={recipes.literal(text)}"]).sampling.stop_str == text
@@ -305,7 +308,9 @@ def test_settings_of_a_stages_loss():
 
 def test_missing_inputs_name_who_makes_them(tmp_path):
     """A file that an earlier stage writes names that stage; any other the script that makes data."""
-    stages = recipes.resolve(["experiment=llama_uc", f"data_dir={tmp_path}", f"output_dir={tmp_path}"])
+    stages = recipes.resolve(
+        ["experiment=llama_uc", f"data_dir={tmp_path}", f"output_dir={tmp_path}"], TABLES
+    )
     with pytest.raises(UserError, match="ultrachat_round_one.json, which is not there: .*prepare_data.sh"):
         recipes.check_inputs(stages, stages)
     with pytest.raises(UserError, match=r"run stage 'sample' first"):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from ram.errors import UserError
 from ram.storage import files
 from ram.storage.files import BadRows, read_rows, replacing
-from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

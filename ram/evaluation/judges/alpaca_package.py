@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ram.answers.endpoints import Failed
-from utils import UserError
+from ram.errors import UserError
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # the package's name for AlpacaEval 2's prompt and reading
 MARKS = ("{output_1}", "{output_2}", "<|im_start|>", "<|im_end|>")  # what the package would take for its own

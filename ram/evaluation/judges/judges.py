@@ -19,10 +19,11 @@ from omegaconf import OmegaConf
 
 from ram.answers.endpoints import Endpoints, Failed, Read, Tally
 from ram.data import toy_world
+from ram.errors import UserError, pick
 from ram.evaluation.judges import alpaca_package
+from ram.log import log, pick_device, progress
 from ram.models import checkpoints
 from ram.storage.files import fingerprint, naming
-from utils import UserError, log, pick, pick_device, progress
 
 Judgement = dict[str, Any]
 

@@ -19,14 +19,15 @@ from omegaconf import DictConfig
 
 from ram.answers import answer_files, influence
 from ram.decoding import reference
+from ram.errors import UserError
 from ram.evaluation import statistics
 from ram.evaluation.report import page
 from ram.evaluation.report.charts import finite
 from ram.evaluation.systems import System
-from ram.models import checkpoints
+from ram.log import log
+from ram.models import run_folder
 from ram.settings import recipes
 from ram.storage.files import fingerprint, read_json, write_text
-from utils import UserError, log
 
 SAVED, FORMAT = "report.json", 1
 CODES = {reference.AGREED: "a", reference.CHANGED: "c", reference.FELL_BACK: "f"}
@@ -39,7 +40,7 @@ CURVES = ("split", "examples", "loss", "target_logp_per_token", "sampled_logp_pe
 def training_seconds(stages: Sequence[recipes.Stage]) -> float:
     """Time that the recipe's finished stages took."""
     speeds = [answer_files.speed_path(stage.output) for stage in stages if stage.kind == "sample"]
-    records = [checkpoints.finished_run(stage.output) for stage in stages if stage.kind == "train"]
+    records = [run_folder.finished_run(stage.output) for stage in stages if stage.kind == "train"]
     records += [read_json(path) for path in speeds if path.is_file()]
     return sum(record["seconds"] for record in records if record)
 
@@ -48,7 +49,7 @@ def training_curves(stages: Sequence[recipes.Stage]) -> dict[str, list[dict]]:
     """The columns of metrics.csv that the report draws, of every training stage that has run."""
     curves = {}
     for stage in stages:
-        path = stage.output / checkpoints.METRICS
+        path = stage.output / run_folder.METRICS
         if stage.kind == "train" and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
                 records = [{key: row.get(key) for key in CURVES} for row in csv.DictReader(file)]

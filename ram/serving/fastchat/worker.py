@@ -31,13 +31,14 @@ from ram.data import prompts
 from ram.decoding import engine
 from ram.decoding.engine import Busy, Done, EngineError, TooLong, UnknownAligner
 from ram.decoding.par import PARParams
+from ram.errors import UserError, nearest
+from ram.log import log
 from ram.serving.guard import HUNG_UP, Guard
 from ram.serving.metrics import Metrics
 from ram.serving.protocol import LAW_OF_ONE, ApiError
 from ram.serving.registry import Models, Served
 from ram.serving.responses import Gone, Running, answer_json, to_json, while_connected
 from ram.settings.serving import Settings, is_loopback
-from utils import UserError, log, nearest
 
 HEART_BEAT = 45  # seconds; the controller forgets a worker after 90
 RETRY = 2  # seconds between attempts to reach a controller
