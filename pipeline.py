@@ -24,8 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from ram.answers import answer_files, influence
 from ram.distributed import processes
 from ram.errors import UserError, pick, run_entry_point
-from ram.evaluation import ablations, length_control, paper_table, statistics
-from ram.evaluation.judges import judges
+from ram.evaluation import ablations, length_control, statistics
+from ram.evaluation import tables as paper_table
+from ram.evaluation.judges import endpoint as judges
 from ram.evaluation.report import gather, wandb_run
 from ram.evaluation.systems import System, check_models, job_of, resolve_systems
 from ram.log import log, setup_logging

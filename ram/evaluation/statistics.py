@@ -12,7 +12,7 @@ from ram.data import toy_world
 from ram.decoding import reference
 from ram.errors import UserError
 from ram.evaluation import length_control
-from ram.evaluation.judges.judges import Judgement
+from ram.evaluation.judges.endpoint import Judgement
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:

@@ -16,7 +16,8 @@ from test_length_control import evaluate  # noqa: F401
 import pipeline
 from ram.answers import endpoints
 from ram.errors import UserError
-from ram.evaluation.judges import alpaca_package, judges
+from ram.evaluation.judges import alpaca_eval as alpaca_package
+from ram.evaluation.judges import endpoint as judges
 from ram.settings import compose
 
 

@@ -9,7 +9,7 @@ import pipeline
 import train
 from ram.answers.answer_files import read_answers
 from ram.errors import UserError
-from ram.evaluation import paper_table
+from ram.evaluation import tables as paper_table
 from ram.evaluation.systems import job_of, resolve_systems
 from ram.settings import compose, recipes
 from utils import TABLES

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from ram.answers import endpoints
 from ram.errors import UserError
 from ram.evaluation import statistics
-from ram.evaluation.judges import judges
+from ram.evaluation.judges import endpoint as judges
 
 TOKENIZER = byte_tokenizer()
 ROWS = [{"instruction": f"say {i}"} for i in range(60)]

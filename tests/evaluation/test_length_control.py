@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, tiny_model
 import pipeline
 from ram.errors import UserError
 from ram.evaluation import length_control, statistics
-from ram.evaluation.judges import alpaca_package
+from ram.evaluation.judges import alpaca_eval as alpaca_package
 from ram.models import checkpoints
 from ram.settings import compose, recipes
 from ram.storage.files import write_json

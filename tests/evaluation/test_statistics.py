@@ -4,7 +4,7 @@ import pytest
 
 from ram.errors import UserError
 from ram.evaluation import statistics
-from ram.evaluation.judges import judges
+from ram.evaluation.judges import endpoint as judges
 
 
 def test_judges_and_bootstrap():

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from ram.answers.endpoints import Endpoints, Failed, Read, Tally
 from ram.data import toy_world
 from ram.errors import UserError, pick
-from ram.evaluation.judges import alpaca_package
+from ram.evaluation.judges import alpaca_eval as alpaca_package
 from ram.log import log, pick_device, progress
 from ram.models import checkpoints
 from ram.storage.files import fingerprint, naming
