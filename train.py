@@ -29,7 +29,7 @@ from ram.log import log, pick_dtype, setup_logging
 from ram.models import checkpoints, run_folder
 from ram.settings import compose, recipes
 from ram.storage import provenance
-from ram.storage.files import BadRows, differences, only_run, set_aside, write_json
+from ram.storage.files import BadRows, only_run, set_aside
 from ram.training import resume
 from ram.training.losses import LOSSES
 from trainers import pick_trainer
@@ -57,7 +57,7 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
         }
     inputs = {"data": data["train"].key, "weights": source and checkpoints.weights_fingerprint(source)}
     if done is not None:
-        changed = differences(done["settings"] | done["inputs"], identity | inputs)
+        changed = run_folder.manifest_of(done).changes(identity | inputs)
         if not changed:
             run_folder.check_finished(run_dir, done)
             log.info(f"stage {stage.name}: done before, {run_dir}")
@@ -87,10 +87,9 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     processes.wait()
     metrics = trainer.train(state)
     if not config.debug and processes.is_first():
-        weights = checkpoints.weights_fingerprint(str(run_dir / run_folder.LATEST))
-        record = origin | {"weights": weights, "metrics": metrics}
-        record |= {"seconds": time.monotonic() - start, "finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-        write_json(run_dir / run_folder.DONE, record)
+        record = origin | {"metrics": metrics, "seconds": time.monotonic() - start}
+        record |= {"finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        run_folder.write_done(run_dir, record)
         resume.clear(run_dir)
     processes.wait()
 
