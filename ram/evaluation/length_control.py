@@ -16,6 +16,7 @@ from ram.errors import UserError
 from ram.log import log
 
 QUESTIONS = 805  # of AlpacaEval
+QUESTIONS_FILE = "alpaca_eval_gpt4_baseline.json"
 FILE = "alpaca_eval_length_control.csv"  # its df_gamed.csv, beside the questions
 GAMED_WEIGHT = 0.1  # of a row of either of the two gamed baselines, which together hold the model down by 0.2
 STRENGTHS = np.logspace(-4, 4, 10)  # candidates for the loss's weight against the L1 norm of the coefficients

@@ -12,7 +12,7 @@ from ram.data import toy_world
 from ram.decoding import reference
 from ram.errors import UserError
 from ram.evaluation import length_control
-from ram.evaluation.judges.endpoint import Judgement
+from ram.evaluation.judges.base import Judgement
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:
@@ -142,64 +142,3 @@ def style_shares(judgements: Sequence[Judgement]) -> dict[str, float]:
         for style in (*toy_world.STYLES, "other")
         if styles
     }
-
-
-def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The leaderboard as text, a heading first; columns that no row has a value for are left out."""
-    optional = ("both", "fallback_fraction", "lc_win_rate")
-    has_both, has_pair, has_lc = (any(key in row for row in rows) for key in optional)
-    header = ["system", "n", "win rate", "95 % interval", "equal length"]
-    header += (["AlpacaEval LC"] if has_lc else []) + ["p"]
-    header += ["correct", "aligned", "both"] if has_both else []
-    header += ["length"] + (["changed", "fell back", "mean KL", "acceptance"] if has_pair else [])
-    lines = [header]
-    for row in rows:
-        p = row.get("p_value")
-        line = [
-            row["system"],
-            str(row["n"]) + (f" of {row['n'] + row['failed']}" if row["failed"] else ""),
-            f"{row['win_rate']:.3f}",
-            f"{row['win_rate_low']:.3f} - {row['win_rate_high']:.3f}",
-            f"{row['length_controlled']:.3f}",
-            *([f"{row['lc_win_rate']:.3f}"] if has_lc else []),
-            "-" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
-        ]
-        line += [f"{row[key]:.3f}" for key in ("correct", "aligned", "both") if has_both]
-        line.append(f"{row['average_length']:.0f}")
-        keys = ("changed_fraction", "fallback_fraction", "mean_kl", "acceptance") if has_pair else ()
-        line += [f"{row[key]:.2f}" if "fallback_fraction" in row else "-" for key in keys]
-        lines.append(line)
-    return lines
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The leaderboard as aligned text for the console."""
-    lines = cells(rows)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The leaderboard as a Markdown table."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in cells(rows)]
-    rule = ["---", *["--:"] * (len(lines[0]) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])) + "\n"
-
-
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$"}
-SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
-
-
-def latex(rows: Sequence[dict[str, Any]]) -> str:
-    """The leaderboard as rows of a LaTeX tabular, for a paper's own head and rules."""
-
-    def escaped(text: str) -> str:
-        return "".join(SPECIAL.get(character, character) for character in text)
-
-    return "".join(" & ".join(map(escaped, line)) + " \\\\\n" for line in cells(rows))

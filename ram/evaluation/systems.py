@@ -32,6 +32,10 @@ class System:
     corrects: str | None = None
 
     @property
+    def is_pair(self) -> bool:
+        return bool(self.pair.proposal and self.pair.aligner)
+
+    @property
     def output(self) -> Path:
         """AlpacaEval's rows; what else is known of each answer lies beside it."""
         return self.folder / "output.json"

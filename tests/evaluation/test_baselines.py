@@ -9,9 +9,11 @@ import pipeline
 import train
 from ram.answers.answer_files import read_answers
 from ram.errors import UserError
-from ram.evaluation import tables as paper_table
+from ram.evaluation.context import read_test_rows
+from ram.evaluation.judges.dummy import DummyJudge
 from ram.evaluation.systems import job_of, resolve_systems
 from ram.settings import compose, recipes
+from ram.storage.files import BadRows
 from utils import TABLES
 
 SMALLER = [*SMALL, "stage.proposal_dpo.n_examples=32", "stage.aligner_dpo.n_examples=32"]
@@ -36,6 +38,11 @@ def systems_of(*arguments):
     config = compose.compose(arguments)
     stages = {stage.name: stage for stage in recipes.resolve(arguments, TABLES)}
     return config, resolve_systems(config, next(iter(config.evaluation.tasks)), stages, set())
+
+
+def rows_of(systems, config):
+    settings = [system.settings for system in systems.values()]
+    return read_test_rows(pipeline.test_file(config, "facts"), settings, DummyJudge(), BadRows())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen"])
@@ -81,7 +88,7 @@ def test_a_corrector_rewrites_the_answers_of_its_system(table):
     """Each prompt is the question, that system's answer to it and the request; the reference is not seen."""
     arguments, folder = table
     config, systems = systems_of(*arguments)
-    rows = pipeline.read_test_rows(systems, config, "facts", folder)
+    rows = rows_of(systems, config)
     for name, corrected in (
         ("proposal+corrector", "proposal"),
         ("proposal_dpo+corrector", "proposal_dpo"),
@@ -104,7 +111,7 @@ def test_other_drafts_are_corrected_anew(table):
     """Corrections of answers that have changed are no longer those wanted."""
     arguments, folder = table
     config, systems = systems_of(*arguments)
-    rows = pipeline.read_test_rows(systems, config, "facts", folder)
+    rows = rows_of(systems, config)
     drafts = ["Just blue."] * len(rows)
     with pytest.raises(UserError, match=r"made from other inputs \(rows: "):
         read_answers(
@@ -123,18 +130,6 @@ def test_the_table_is_written(table):
         assert cells[name][0].startswith(f"{100 * found[system]['win_rate']:.1f} (")
         assert cells[name][2].startswith(f"{100 * found[system]['both']:.1f} (")
         assert cells[name][3] == "12 |"
-
-
-def test_published_figures_stand_beside_ours():
-    """A system without a figure in the paper, and one that was not evaluated, keep their lines."""
-    row = {"system": "a", "n": 300, "win_rate": 0.5123, "win_rate_low": 0.4, "win_rate_high": 0.6}
-    row |= {"length_controlled": 0.25}
-    named = {"b": ["W.Up 8B", 5.06], "a": ["R.A. 1B", None]}
-    assert paper_table.paper_table([row], named, "Said below.") == (
-        "| system | published | win rate (95 %) | at equal length | n |\n| --- | --: | --: | --: | --: |\n"
-        "| W.Up 8B | 5.06 | – | – | not run |\n| R.A. 1B | – | 51.2 (40.0–60.0) | 25.0 | 300 |\n"
-        "\nSaid below. Published: length-controlled win rates of arXiv 2505.19700.\n"
-    )
 
 
 WRONG = [

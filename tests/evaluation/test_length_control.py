@@ -7,19 +7,11 @@ import math
 
 import numpy as np
 import pytest
-from tiny import byte_tokenizer, tiny_model
+from gamed import N, even, normal, write_gamed
 
-import pipeline
 from ram.errors import UserError
-from ram.evaluation import length_control, statistics
-from ram.evaluation.judges import alpaca_eval as alpaca_package
-from ram.models import checkpoints
-from ram.settings import compose, recipes
-from ram.storage.files import write_json
-from utils import TABLES
-
-N = length_control.QUESTIONS
-
+from ram.evaluation import length_control, statistics, tables
+from ram.evaluation.judges.alpaca_eval import contained
 
 # ---- any questions -----------------------------------------------------------------------------------------
 
@@ -50,28 +42,6 @@ def test_length_control_of_one_sided_outcomes_is_finite():
 
 
 # ---- AlpacaEval's ------------------------------------------------------------------------------------------
-
-
-def even(count, step):
-    """Numbers spread over (0, 1), the same on every machine."""
-    return (np.arange(1, count + 1) * step) % 1.0
-
-
-def normal(count, step):
-    """About standard normal: four even spreads, summed."""
-    return sum(even(count, step * factor) - 0.5 for factor in (1, 1.7320508, 2.2360680, 2.6457513)) * 3**0.5
-
-
-def write_gamed(path, difficulty, effect=-1.0):
-    """A file like AlpacaEval's: two baselines whose preference hangs on the length alone."""
-    lines = ["index,model,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"]
-    for name, shift in (("brief", 1.2), ("verbose", -1.0)):
-        length = shift + normal(N, 0.7548777 + shift / 100)
-        p = length_control.sigmoid(effect * np.tanh(length))
-        for i in range(N):
-            lines.append(f"{i},{name},{float(p[i])!r},{float(length[i])!r},{float(difficulty[i])!r},False")
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def outcomes(strength, effect, by_difficulty, hard=False):
@@ -120,7 +90,7 @@ def test_the_figures_are_alpacaeval_s_as_measured(world, case):
 def test_the_figures_are_alpacaeval_s_own(world, case, monkeypatch):
     """The package's own function on the same answers and the same file."""
     preferences, longer, path = world(*case)
-    with alpaca_package.contained():
+    with contained():
         pytest.importorskip("alpaca_eval")
         from alpaca_eval.metrics import glm_winrate
 
@@ -189,10 +159,10 @@ def test_the_figure_goes_from_judgements_to_the_table(world):
     figures = statistics.alpaca_figures(judgements, answers, references, gamed)
     assert figures == length_control.alpaca_length_controlled(preferences, longer, gamed)
     row = {"system": "x", **statistics.summarise(judgements, answers, references, 10, 0), **figures}
-    heading, line = statistics.cells([row])
+    heading, line = tables.cells([row])
     assert line[heading.index("AlpacaEval LC")] == f"{figures['lc_win_rate']:.3f}"
     del row["lc_win_rate"]
-    assert "AlpacaEval LC" not in statistics.cells([row])[0]
+    assert "AlpacaEval LC" not in tables.cells([row])[0]
 
 
 # ---- the file ----------------------------------------------------------------------------------------------
@@ -251,27 +221,6 @@ def test_gamed_answers_without_a_judgement_are_left_out(tmp_path):
 
 
 # ---- from the command line ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def evaluate(tmp_path):
-    """pipeline.py of `llama_uc` on tiny models and 805 questions; returns its folder."""
-    rows = [{"instruction": f"say {i}", "output": "x" * (i % 9), "generator": "y"} for i in range(N)]
-    write_json(tmp_path / "data" / "test" / pipeline.ALPACA_EVAL, rows)
-    tokenizer, common = byte_tokenizer(), [f"output_dir={tmp_path / 'out'}", f"data_dir={tmp_path / 'data'}"]
-    common += ["experiment=llama_uc", "sampling.max_length=36", "sampling.max_prompt_length=32"]
-    common += ["sampling.batch_size=64", "evaluation.bootstrap=20", "evaluation.examples=2"]
-    for stage in recipes.resolve(common, TABLES):
-        if stage.kind == "train":
-            model = tiny_model(len(tokenizer), seed=len(stage.name))
-            checkpoints.export_model(model, tokenizer, stage.weights, "float32", {"add_bos": False})
-
-    def run(*overrides):
-        given = compose.preflight([*common, *overrides])
-        pipeline.run(compose.compose(given), given)
-        return tmp_path
-
-    return run
 
 
 def test_the_figure_stands_in_leaderboards_where_the_file_is(evaluate, tmp_path, caplog):

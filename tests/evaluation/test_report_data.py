@@ -67,12 +67,12 @@ def test_answers_of_one_model_are_text():
 
 def test_a_pairs_note_says_what_is_missing():
     def system(**given):
-        pair = SimpleNamespace(proposal="p", aligner=given.get("aligner", "q"))
-        return SimpleNamespace(pair=pair, params=SimpleNamespace(sample_mode=given.get("mode", "par")))
+        params = SimpleNamespace(sample_mode=given.get("mode", "par"))
+        return SimpleNamespace(is_pair=given.get("is_pair", True), params=params)
 
     new, old, figures = [{"token_ids": [1]}], [{}], {0: {}}
     assert gather.note_on(system(), new, figures, 5) is None
-    assert gather.note_on(system(aligner=None), old, {}, 5) is None
+    assert gather.note_on(system(is_pair=False), old, {}, 5) is None
     assert gather.note_on(system(), old, {}, 0) is None
     assert "generate them again" in gather.note_on(system(), old, {}, 5)
     assert "steps=[influence,report]" in gather.note_on(system(), new, {}, 5)

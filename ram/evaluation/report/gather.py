@@ -15,12 +15,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from ram.answers import answer_files, influence
 from ram.decoding import reference
 from ram.errors import UserError
-from ram.evaluation import statistics
+from ram.evaluation import statistics, tables
+from ram.evaluation.context import EvaluationContext
 from ram.evaluation.report import page
 from ram.evaluation.report.charts import finite
 from ram.evaluation.systems import System
@@ -28,6 +27,7 @@ from ram.log import log
 from ram.models import run_folder
 from ram.settings import recipes
 from ram.storage.files import fingerprint, read_json, write_text
+from ram.storage.provenance import Manifest
 
 SAVED, FORMAT = "report.json", 1
 CODES = {reference.AGREED: "a", reference.CHANGED: "c", reference.FELL_BACK: "f"}
@@ -60,14 +60,11 @@ def training_curves(stages: Sequence[recipes.Stage]) -> dict[str, list[dict]]:
     return curves
 
 
-def results(
-    rows: list[dict[str, Any]], systems: dict[str, System], identical: bool | None, seconds: float
-) -> dict[str, Any]:
-    """results.json: every system's figures, and those of decoding: speed, whether it equals the plain loop
-    token by token (None: not asked), the first pair's acceptance, the first gated pair's fall-back fraction;
-    seconds of all.
+def results(context: EvaluationContext) -> dict[str, Any]:
+    """Return results.json: each system's figures, those of decoding, and the seconds of all stages.
 
-    seconds: of training.
+    Under `decoding`, `acceptance` is the first pair's, `fallback_fraction` the first gated pair's, and
+    `identical_to_plain` is None if no rows were verified.
     """
     keys = (
         "correct",
@@ -84,65 +81,53 @@ def results(
         "acceptance",
     )
     table = {}
-    for row in rows:
+    for row in context.board:
         table[row["system"]] = {key: row[key] for key in keys if key in row}
         table[row["system"]]["win_rate_ci95"] = [row["win_rate_low"], row["win_rate_high"]]
         if "both_low" in row:
             table[row["system"]]["both_ci95"] = [row["both_low"], row["both_high"]]
-    files = {name: answer_files.speed_path(system.output) for name, system in systems.items()}
+    files = {name: answer_files.speed_path(system.output) for name, system in context.systems.items()}
     speed = {name: read_json(path) for name, path in files.items() if path.is_file()}
-    pairs = [row for row in rows if "acceptance" in row]
-    gated = [row for row in pairs if systems[row["system"]].params.sample_mode == "par_kl"]
-    decoding_figures = {
+    pairs = [row for row in context.board if "acceptance" in row]
+    gated = [row for row in pairs if context.systems[row["system"]].params.sample_mode == "par_kl"]
+    decoding = {
         "tokens_per_second": {name: figures["tokens_per_second"] for name, figures in speed.items()},
-        "identical_to_plain": identical,
+        "identical_to_plain": context.identical,
         "acceptance": pairs[0]["acceptance"] if pairs else None,
         "fallback_fraction": (gated or pairs)[0]["fallback_fraction"] if pairs else None,
     }
-    seconds += sum(figures["seconds"] for figures in speed.values())
-    return {"systems": table, "decoding": decoding_figures, "seconds": seconds}
+    seconds = training_seconds(context.stages) + sum(figures["seconds"] for figures in speed.values())
+    return {"systems": table, "decoding": decoding, "seconds": seconds}
 
 
 # ---- gathering ---------------------------------------------------------------------------------------------
 
 
-def gather(
-    systems: dict[str, System],
-    jobs: dict[str, answer_files.Job],
-    answers: dict[str, list[dict]],
-    judgements: dict[str, tuple[Path, list[dict]]],
-    rows: list[tuple[int, dict]],
-    board: list[dict[str, Any]],
-    curves: dict[str, list[dict]],
-    config: DictConfig,
-    task: str,
-    folder: Path,
-) -> dict[str, Any]:
-    """Everything that a report shows, as JSON takes it; the form of `report.write_report`'s argument.
-
-    judgements: by system, the file that they lie in and the rows of it. folder: the report's; files are named
-    from there.
-    """
+def gather(context: EvaluationContext) -> dict[str, Any]:
+    """Return everything that a report shows, as plain JSON values; `page.write_report` takes it."""
+    config, systems, settings = context.config, context.systems, context.settings
     notes = [
-        f"{config.experiment_name}: {len(rows)} test rows of {config.evaluation.dataset}/{task}, seed "
-        f"{config.seed}, judge {config.judge.name}, answers compared with {config.evaluation.reference}."
+        f"{config.experiment_name}: {len(context.rows)} test rows of {config.evaluation.dataset}/"
+        f"{context.task}, seed {config.seed}, judge {config.judge.name}, answers compared with "
+        f"{config.evaluation.reference}."
     ]
-    notes += [warning for row in board if (warning := statistics.gate_warning(row))]
-    figures = {name: influence.read_figures(system.output, jobs[name]) for name, system in systems.items()}
-    settings = next(iter(systems.values())).settings
+    notes += [warning for row in context.board if (warning := statistics.gate_warning(row))]
+    figures = {
+        name: influence.read_figures(system.output, context.job(name)) for name, system in systems.items()
+    }
     return {
-        "title": f"{config.experiment_name}: {task}",
+        "title": f"{config.experiment_name}: {context.task}",
         "notes": notes,
-        "board": board,
-        "curves": curves,
+        "board": context.board,
+        "curves": training_curves(context.stages),
         "reference": config.evaluation.reference,
         "systems": [
             {
                 "name": name,
-                "folder": os.path.relpath(system.folder, folder),
-                "judgements": os.path.relpath(judgements[name][0], folder),
-                "pair": bool(system.pair.proposal and system.pair.aligner),
-                "note": note_on(system, answers[name], figures[name], config.evaluation.examples),
+                "folder": os.path.relpath(system.folder, context.folder),
+                "judgements": os.path.relpath(context.judgements_path(system), context.folder),
+                "pair": system.is_pair,
+                "note": note_on(system, context.answers[name], figures[name], config.evaluation.examples),
             }
             for name, system in systems.items()
         ],
@@ -152,18 +137,22 @@ def gather(
                 "prompt": record[settings.input_key],
                 "reference": record[settings.output_key],
                 "answers": [
-                    answer_entry(answers[name][place], judgements[name][1][place], figures[name].get(place))
+                    answer_entry(
+                        context.answers[name][place],
+                        context.judgements[name][place],
+                        figures[name].get(place),
+                    )
                     for name in systems
                 ],
             }
-            for place, (row_id, record) in enumerate(rows)
+            for place, (row_id, record) in enumerate(context.rows)
         ],
     }
 
 
 def note_on(system: System, answers: list[dict], figures: dict[int, dict], n: int) -> str | None:
     """What a reader must know of a pair's tokens in the page; None where there is nothing to say."""
-    if not (system.pair.proposal and system.pair.aligner):
+    if not system.is_pair:
         return None
     if not figures and n:
         if any("token_ids" not in answer for answer in answers):
@@ -265,20 +254,14 @@ def rebuild(path: Path) -> dict[str, Any]:
         raise UserError(
             f"report={path}: no {SAVED} there; give the folder that an evaluation wrote report.html into"
         )
-    saved = read_json(folder / SAVED)
+    saved, remedy = read_json(folder / SAVED), "run pipeline.py again with the settings of that evaluation"
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise UserError(
-            f"{folder / SAVED}: not a report of this version (format {FORMAT}); run pipeline.py again with "
-            "the settings of that evaluation"
-        )
-    found = saved.get("report")
-    if fingerprint(plain(found)) != saved.get("sha256"):
-        raise UserError(
-            f"{folder / SAVED}: was changed after it was written; run pipeline.py again with the settings of "
-            "that evaluation"
-        )
-    page.write_report(folder / "report.html", found)
-    write_text(folder / "leaderboard.md", statistics.markdown(found["board"]))
-    write_text(folder / "leaderboard.tex", statistics.latex(found["board"]))
+        raise UserError(f"{folder / SAVED}: not a report of this version (format {FORMAT}); {remedy}")
+    manifest = Manifest({"format": FORMAT}, {"report": saved.get("sha256", "")})
+    report = saved.get("report")
+    if manifest.damaged({"report": fingerprint(plain(report))}.get):
+        raise UserError(f"{folder / SAVED}: was changed after it was written; {remedy}")
+    page.write_report(folder / "report.html", report)
+    tables.write_shown_tables(folder, report["board"])
     log.info(f"report   {folder / 'report.html'}")
-    return found
+    return report
