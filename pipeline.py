@@ -124,5 +124,5 @@ def start() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, interrupt)  # pyright: ignore[reportPossiblyUnboundVariable]
     processes.run(start)

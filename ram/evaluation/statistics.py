@@ -1,7 +1,4 @@
-"""Win rates with intervals, of one system against another; the table.
-
-All of it is arithmetic on a judge's preferences in [0, 1], where 1/2 is a tie.
-"""
+"""Figures of a system from a judge's preferences in [0, 1], where 1/2 is a tie."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,21 +13,20 @@ from ram.evaluation.judges.base import Judgement
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean over rows (Efron 1979), seeded."""
-    values = np.asarray(values, dtype=np.float64)
+    """Return the 95 % percentile bootstrap interval of the mean (Efron 1979)."""
+    array = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
+    picks = rng.integers(0, len(array), size=(resamples, len(array)))
+    low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
 
 
 def paired_difference(
     ours: Sequence[Judgement], theirs: Sequence[Judgement], resamples: int, seed: int
 ) -> dict[str, float]:
-    """How much higher one system's win rate is than another's on the rows where both were judged, with a
-    p-value.
+    """Return the difference of two systems' win rates on the rows that have both judgements, and its p-value.
 
-    Two-sided sign-flip test of the mean difference (Fisher 1935), seeded.
+    The test is the two-sided sign-flip test of the mean difference (Fisher 1935). Empty if no row has both.
     """
     pairs = zip(ours, theirs, strict=True)
     both = [(a["preference"], b["preference"]) for a, b in pairs if "failed" not in a and "failed" not in b]
@@ -52,10 +48,19 @@ def summarise(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """One system's figures: win rate and, where the judge gives them, other shares, with intervals.
+    """Return one system's figures, all rates as fractions.
 
-    answers: what generation kept of each row: text and, for a pair, stats. Judgements that failed are left
-    out and counted; raises UserError where all did. All rates are fractions.
+    Failed judgements are left out and counted.
+
+    Args:
+        judgements: one per row; may have `correct`, `aligned`, `both` and `first`.
+        answers: one per row, with text and, for a pair, statistics.
+        references: the texts that the answers were compared with.
+        resamples: number of bootstrap samples.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: if all judgements failed.
     """
     figures: dict[str, Any] = {"n": len(judgements), "failed": 0}
     if any("failed" in j for j in judgements):
@@ -87,7 +92,7 @@ def summarise(
 
 
 def differences(answers: Sequence[dict], references: Sequence[str]) -> list[int]:
-    """How much longer each answer is than its reference, in characters."""
+    """Return the number of characters that each answer is longer than its reference."""
     return [
         len(answer["text"]) - len(reference) for answer, reference in zip(answers, references, strict=True)
     ]
@@ -99,13 +104,16 @@ def alpaca_figures(
     references: Sequence[str],
     gamed: length_control.Gamed,
 ) -> dict[str, float]:
-    """AlpacaEval's length-controlled win rate of a system over its 805 questions, with its standard error."""
+    """Return AlpacaEval's length-controlled win rate over its 805 questions, with its standard error."""
     preferences = [None if "failed" in j else j["preference"] for j in judgements]
     return length_control.alpaca_length_controlled(preferences, differences(answers, references), gamed)
 
 
 def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
-    """Fall-back and changed fraction, mean KL, acceptance over a pair's tokens; empty for one model alone."""
+    """Return fallback and changed fraction, mean KL and acceptance over a pair's tokens.
+
+    Empty for a single model.
+    """
     pairs = [answer for answer in answers if answer["stats"]["drafted"]]
     tokens = sum(answer["n_tokens"] for answer in pairs)
     if not tokens:
@@ -121,24 +129,18 @@ def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
 
 
 def gate_warning(row: dict[str, Any]) -> str | None:
-    """Why a par_kl system may not be what it seems: the gate sent most tokens back, or the aligner changed
-    none.
-    """
+    """Return a warning if a par_kl system fell back so often that it is hardly aligned, else None."""
     fallen, changed = row.get("fallback_fraction", 0.0), row.get("changed_fraction", 1.0)
     if not (fallen > 0.5 or (fallen > 0.1 and changed < 0.01)):
         return None
     return (
         f"warning: {row['system']} fell back to the proposal on {fallen:.0%} of its tokens and the aligner "
-        "changed "
-        f"{changed:.1%} of them: div_threshold undoes the alignment; compare sample_mode=par"
+        f"changed {changed:.1%} of them: div_threshold undoes the alignment; compare sample_mode=par"
     )
 
 
 def style_shares(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """Share of answers in each style, where the judge names one."""
+    """Return the share of answers in each style, empty if the judge names no styles."""
     styles = [j["style"] for j in judgements if "style" in j]
-    return {
-        f"style_{style}": styles.count(style) / len(styles)
-        for style in (*toy_world.STYLES, "other")
-        if styles
-    }
+    names = (*toy_world.STYLES, "other") if styles else ()
+    return {f"style_{name}": styles.count(name) / len(styles) for name in names}

@@ -6,6 +6,7 @@ log-probabilities (B,), so it is independent of how the models computed them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,15 @@ class _HeadLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, narrow, width):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        narrow: torch.dtype,
+        width: int,
+    ) -> torch.Tensor:
         wide = torch.promote_types(narrow, torch.float32)
         h = hidden.to(narrow)
         highest = torch.full((len(h),), float("-inf"), dtype=wide, device=h.device)
@@ -109,7 +118,8 @@ class _HeadLogps(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grad_outputs
         hidden, weight, labels, bias, normaliser = ctx.saved_tensors
         wants_hidden, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
         narrow, wide = ctx.narrow, ctx.wide
@@ -123,15 +133,15 @@ class _HeadLogps(torch.autograd.Function):
             # d logp / d logits = one-hot - softmax, in place of the logits
             logits.sub_(normaliser.unsqueeze(1)).exp_().mul_(-grad.unsqueeze(1))
             logits.scatter_add_(1, column, torch.where(here, grad, 0.0).unsqueeze(1))
-            if wants_bias:
+            if grad_bias is not None:
                 grad_bias[rows] = logits.sum(dim=0)
             logits = logits.to(narrow)
-            if wants_weight:
+            if grad_weight is not None:
                 grad_weight[rows] = _product(logits.T, h, wide)
-            if wants_hidden:
+            if grad_hidden is not None:
                 grad_hidden += _product(logits, weight[rows].to(narrow), wide)
         return (
-            grad_hidden.to(hidden.dtype) if wants_hidden else None,
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None,
             None if grad_bias is None else grad_bias.to(bias.dtype),
@@ -140,7 +150,15 @@ class _HeadLogps(torch.autograd.Function):
         )
 
 
-def _tile(h, weight, labels, bias, start: int, width: int, wide: torch.dtype):
+def _tile(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    start: int,
+    width: int,
+    wide: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return logits (N, width) of some vocabulary rows, each label's column (N, 1), and if it is there."""
     rows = slice(start, start + width)
     logits = _product(h, weight[rows].to(h.dtype).T, wide)

@@ -34,7 +34,7 @@ def judge(ask, package):
 # ---- with the package --------------------------------------------------------------------------------------
 
 
-def test_preferences_are_the_rules(judge, rule):
+def test_preferences_follow_the_server(judge, rule):
     """In the order of the rows, whichever answer is shown first; asking again costs nothing."""
     found = judge()
     for judgement, answer, reference in zip(found, ANSWERS, REFERENCES, strict=True):
@@ -47,7 +47,7 @@ def test_preferences_are_the_rules(judge, rule):
     assert len(rule.asked) == 120
 
 
-def test_the_package_s_own_client_asks_and_finds_the_same(judge, rule, package, tmp_path):
+def test_requests_and_preferences_equal_those_of_the_package_client(judge, rule, package, tmp_path):
     """The same requests, and the same preferences, as from alpaca_eval.evaluate left to itself."""
     ours, our_bodies = judge(), rule.bodies[:]
     rule.bodies.clear()
@@ -82,7 +82,7 @@ def repr_of(body):
 
 
 @pytest.mark.parametrize("criterion", ["harmless", "summary"])
-def test_other_criteria_are_asked_in_our_words(judge, rule, criterion):
+def test_other_criteria_use_our_prompt(judge, rule, criterion):
     found = judge(criterion=criterion)
     for judgement, answer, reference in zip(found, ANSWERS, REFERENCES, strict=True):
         assert judgement["preference"] == pytest.approx(share(answer, reference), abs=1e-12)
@@ -96,7 +96,7 @@ def test_other_criteria_are_asked_in_our_words(judge, rule, criterion):
     assert message["content"] == endpoint.QUESTION.format(**expected, first=first, second=second)
 
 
-def test_a_stopped_run_goes_on(judge, rule):
+def test_stopped_run_resumes(judge, rule):
     """What was answered before Ctrl-C is kept, one by one, and not asked for again."""
     add = base.Cache.add
 
@@ -113,14 +113,14 @@ def test_a_stopped_run_goes_on(judge, rule):
     assert len(set(rule.asked)) == 60 and len(rule.asked) - before <= 30 and before <= 31
 
 
-def test_a_price_limit_ends_the_run_and_loses_nothing(judge, rule, monkeypatch):
+def test_price_limit_stops_the_run_and_keeps_answers(judge, rule, monkeypatch):
     with pytest.raises(UserError, match=r"judge.max_price=20 is reached: 2\d requests"):
         judge(max_price=20, **PRICES)
     monkeypatch.setattr(endpoint, "tally", endpoints.Tally())
     assert len(judge(max_price=60, **PRICES)) == 60 and len(rule.asked) == 60
 
 
-def test_failures_say_why_and_are_asked_for_next_time(judge, rule):
+def test_failed_judgements_are_retried_by_the_next_run(judge, rule):
     real = completion_server.Handler.handle_prompt
 
     def refuse(handler, given):
@@ -138,7 +138,7 @@ def test_failures_say_why_and_are_asked_for_next_time(judge, rule):
     assert again[:3] + again[4:] == found[:3] + found[4:]
 
 
-def test_a_server_without_log_probabilities_is_said(judge, rule):
+def test_server_without_log_probabilities_is_refused(judge, rule):
     """At once: the same request would be answered alike, and paid for again."""
     rule.logprobs = False
     with pytest.raises(UserError, match="requests all failed .*has to support logprobs"):
@@ -146,14 +146,14 @@ def test_a_server_without_log_probabilities_is_said(judge, rule):
     assert len(rule.asked) <= 2 * 4 + 4 and len(set(rule.asked)) == len(rule.asked)
 
 
-def test_a_name_without_log_probability_has_none_of_it(judge, rule, monkeypatch):
+def test_missing_candidate_has_probability_zero(judge, rule, monkeypatch):
     """Where only one of m and M is among the candidates the answer is certain, as AlpacaEval has it."""
     monkeypatch.setattr(alpaca_eval, "read_logprobs", lambda answer: {"M": -0.3})
     found = judge()
     assert {row["preference"] for row in found} == {0.0, 1.0} and {row["first"] for row in found} == {0.0}
 
 
-def test_texts_that_the_package_would_misread_are_named(judge, rule):
+def test_texts_with_marks_of_the_package_fail(judge, rule):
     """Equal answers are a tie; equal rows are judged once; marks of the package's own are not sent."""
     answers, references, rows = ANSWERS[:], REFERENCES[:], ROWS[:]
     answers[0] = references[0] = "same"
@@ -167,7 +167,7 @@ def test_texts_that_the_package_would_misread_are_named(judge, rule):
     assert judge(["same"], ["same"], ROWS[:1]) == [{"preference": 0.5, "identical": True}]
 
 
-def test_the_package_leaves_no_trace(judge, package, tmp_path, monkeypatch, capfd):
+def test_package_has_no_side_effects(judge, package, tmp_path, monkeypatch, capfd):
     """Neither in the environment nor in the log, on the console, in its own folder or in the present one."""
     monkeypatch.chdir(tmp_path)
     folder, root = Path(package.__file__).parent, logging.getLogger()
@@ -185,7 +185,7 @@ def test_the_package_leaves_no_trace(judge, package, tmp_path, monkeypatch, capf
     assert capfd.readouterr().err == ""
 
 
-def test_the_pipeline_judges_with_it(evaluate, package, rule, caplog, monkeypatch):
+def test_pipeline_with_alpaca_eval(evaluate, package, rule, caplog, monkeypatch):
     """Every line of the leaderboard says by which model, prompt and settings; the log says what it cost."""
     caplog.set_level("INFO", "ram")
     monkeypatch.setattr(endpoint, "tally", endpoints.Tally())
@@ -210,7 +210,7 @@ def test_the_pipeline_judges_with_it(evaluate, package, rule, caplog, monkeypatc
 
 
 @pytest.mark.parametrize("missing", ["alpaca_eval", "pkg_resources"])
-def test_without_the_package_nothing_is_loaded(monkeypatch, missing):
+def test_missing_package_is_reported_before_loading(monkeypatch, missing):
     """pipeline.py ends before it looks for a model or a test file, and says what to install."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else name)
     overrides = compose.preflight(["experiment=llama_uc", "judge=alpaca_eval", "data_dir=nowhere"])
@@ -220,7 +220,7 @@ def test_without_the_package_nothing_is_loaded(monkeypatch, missing):
         pipeline.run(compose.compose(overrides), overrides)
 
 
-def test_the_surroundings_are_put_back():
+def test_contained_restores_environment_and_log():
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     with pytest.raises(KeyError), alpaca_eval.contained():
@@ -232,7 +232,7 @@ def test_the_surroundings_are_put_back():
     assert (root.level, root.handlers) == (level, handlers)
 
 
-def test_log_probabilities_are_read_and_nothing_else():
+def test_only_m_and_M_are_read():
     def answer(*tokens):
         candidates = [{"token": token, "logprob": -i - 1} for i, token in enumerate(tokens)]
         return {"choices": [{"logprobs": {"content": [{"top_logprobs": candidates}]}}]}
@@ -243,7 +243,7 @@ def test_log_probabilities_are_read_and_nothing_else():
         assert isinstance(found, endpoints.Failed) and "no log-probability of m or M" in str(found)
 
 
-def test_judgements_go_from_the_package_s_scale_to_ours():
+def test_preferences_are_rescaled():
     given = alpaca_eval.completion({"m": math.log(0.6), "M": math.log(0.2)})
     assert alpaca_eval.judgement(1.25, given) == pytest.approx({"preference": 0.25, "first": 0.75})
     assert alpaca_eval.judgement(2.0, alpaca_eval.completion({"M": -0.1})) == {

@@ -47,7 +47,7 @@ def rows_of(systems, config):
 
 @pytest.mark.parametrize("family", ["llama", "qwen"])
 @pytest.mark.parametrize("task", METHOD)
-def test_baselines_are_trained_on_request(family, task):
+def test_baselines_flag_adds_stages(family, task):
     """Without `baselines` the published stages alone; with it all that the paper's table needs."""
     recipe = f"experiment={family}_{task}"
     assert [stage.name for stage in recipes.resolve([recipe], TABLES)] == METHOD[task]
@@ -76,7 +76,7 @@ def test_baselines_are_trained_on_request(family, task):
 
 
 @pytest.mark.parametrize("name", [f"{f}_{t}" for f in ("llama", "qwen") for t in METHOD] + ["toy_facts"])
-def test_the_papers_names_are_systems(name):
+def test_names_in_the_paper_table_are_systems(name):
     """Every line of a table is a system of its recipe."""
     config = compose.compose([f"experiment={name}", "baselines=true"])
     assert set(config.evaluation.paper) == set(config.evaluation.tasks)
@@ -84,7 +84,7 @@ def test_the_papers_names_are_systems(name):
         assert set(lines) <= set(config.evaluation.systems)
 
 
-def test_a_corrector_rewrites_the_answers_of_its_system(table):
+def test_corrector_prompts_contain_the_answers_of_its_system(table):
     """Each prompt is the question, that system's answer to it and the request; the reference is not seen."""
     arguments, folder = table
     config, systems = systems_of(*arguments)
@@ -107,7 +107,7 @@ def test_a_corrector_rewrites_the_answers_of_its_system(table):
     assert systems["proposal+corrector"].folder != systems["proposal_dpo+corrector"].folder
 
 
-def test_other_drafts_are_corrected_anew(table):
+def test_corrections_of_other_answers_are_refused(table):
     """Corrections of answers that have changed are no longer those wanted."""
     arguments, folder = table
     config, systems = systems_of(*arguments)
@@ -119,7 +119,7 @@ def test_other_drafts_are_corrected_anew(table):
         )
 
 
-def test_the_table_is_written(table):
+def test_paper_table_is_written(table):
     """One line per system of the paper's table, with what the leaderboard says of it."""
     _, folder = table
     lines = (folder / "table" / "paper_table.md").read_text().splitlines()
@@ -148,7 +148,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("override", "message"), WRONG)
-def test_a_corrector_of_nothing_is_refused(override, message):
+def test_corrector_without_a_system_is_refused(override, message):
     """Named before any model loads."""
     with pytest.raises(UserError, match=message):
         systems_of("experiment=demo", override)

@@ -22,7 +22,7 @@ from ram.settings import compose
 TOKENIZER = byte_tokenizer()
 
 
-def test_preferences_are_the_rules(ask, rule):
+def test_preferences_follow_the_server(ask, rule):
     """Whichever answer is shown first, the preference is the rule's, to rounding; both positions occur."""
     found = ask()
     for judgement, answer, reference in zip(found, ANSWERS, REFERENCES, strict=True):
@@ -31,7 +31,7 @@ def test_preferences_are_the_rules(ask, rule):
     assert 10 < sum(firsts) < 50
 
 
-def test_repeating_costs_nothing(ask, rule):
+def test_repeated_judgements_send_no_requests(ask, rule):
     once = ask()
     assert len(rule.asked) == 60 and ask() == once and len(rule.asked) == 60
     ask(model="other")
@@ -40,7 +40,7 @@ def test_repeating_costs_nothing(ask, rule):
     assert len(rule.asked) == 180
 
 
-def test_both_orders_average_a_position_bias_away(ask, rule):
+def test_both_orders_average_out_position_bias(ask, rule):
     """A judge that prefers what comes first: judged both ways the bias shows, and harms no more."""
     rule.bias = 0.2
     one, both = ask(), ask(both_orders=True)
@@ -54,18 +54,18 @@ def test_both_orders_average_a_position_bias_away(ask, rule):
     assert figures["first_shown_wins"] == pytest.approx(0.6, abs=0.01) and len(one) == 60
 
 
-def test_equal_answers_are_a_tie_that_nobody_is_asked_for(ask, rule):
+def test_equal_answers_are_a_tie_without_a_request(ask, rule):
     found = ask(ANSWERS[:59] + ["same"], REFERENCES[:59] + ["same"])
     assert found[59]["preference"] == 0.5 and len(rule.asked) == 59
 
 
-def test_a_judge_without_log_probabilities_decides_by_its_word(ask, rule):
+def test_text_decides_without_log_probabilities(ask, rule):
     rule.logprobs = False
     for judgement, answer, reference in zip(ask(), ANSWERS, REFERENCES, strict=True):
         assert judgement["preference"] == float(share(answer, reference) > 0.5)
 
 
-def test_errors_and_malformed_answers_are_asked_again(ask, rule):
+def test_errors_and_malformed_answers_are_retried(ask, rule):
     """5 % errors and 2 % answers that are none: every pair is judged in the end, by the rule."""
     nonsense = {"choices": [{"message": {"content": "Both are good."}}]}
     faults = {
@@ -81,19 +81,19 @@ def test_errors_and_malformed_answers_are_asked_again(ask, rule):
 
 
 @pytest.mark.parametrize("content", [None, 5, {"a": 1}])
-def test_an_answer_of_another_shape_is_a_failure_and_no_hang(ask, rule, content):
+def test_answer_of_another_shape_fails_without_hanging(ask, rule, content):
     rule.fault = lambda n: (200, {"choices": [{"message": {"content": content}}]})
     with pytest.raises(UserError, match="requests all failed"):
         ask(retries=0)
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://a:port/v1", "ftp://x/v1"])
-def test_an_address_that_is_none_is_said_at_once(ask, url):
+def test_invalid_address_is_refused(ask, url):
     with pytest.raises(UserError, match="is no address"):
         ask(urls=[url])
 
 
-def test_a_key_is_never_repeated(ask, monkeypatch, rule):
+def test_key_is_never_shown(ask, monkeypatch, rule):
     """A line break at its end is dropped; a key that cannot be sent is refused without being shown."""
     monkeypatch.setenv("KEY", "sk-secret\n")
     assert len(ask(key_env="KEY")) == 60
@@ -133,7 +133,7 @@ def test_every_yaml_file_has_a_judge():
     assert {path.stem for path in (compose.CONFIG_DIR / "judge").glob("*.yaml")} == set(base.load_judges())
 
 
-def test_what_keeps_failing_is_left_out_and_asked_for_next_time(ask, rule):
+def test_failed_judgements_are_left_out_and_retried_by_the_next_run(ask, rule):
     """A win rate over fewer pairs says so; the next run judges only what is missing."""
     refused = {"answer 3", "answer 40"}
     real = completion_server.Handler.handle_prompt
@@ -160,7 +160,7 @@ def test_what_keeps_failing_is_left_out_and_asked_for_next_time(ask, rule):
         statistics.summarise([{"failed": "no"}], answers[:1], REFERENCES[:1], 10, 0)
 
 
-def test_a_stopped_run_goes_on(ask, rule, tmp_path):
+def test_stopped_run_resumes(ask, rule, tmp_path):
     """What was judged before Ctrl-C, or before a line was cut, is not judged again."""
 
     def stop(n):
@@ -179,7 +179,7 @@ def test_a_stopped_run_goes_on(ask, rule, tmp_path):
     assert len(set(rule.asked)) == 60 and len(rule.asked) - before <= 32
 
 
-def test_a_price_that_nobody_agreed_to_is_refused(ask, rule):
+def test_request_limit_is_checked_before_the_first_request(ask, rule):
     with pytest.raises(UserError, match=r"60 judgements are needed after 0, judge.max_requests=59; raise it"):
         ask(max_requests=59)
     assert not rule.asked
@@ -188,7 +188,7 @@ def test_a_price_that_nobody_agreed_to_is_refused(ask, rule):
         ask(max_requests=119, model="other")
 
 
-def test_what_is_spent_is_counted_and_said(ask, rule, caplog):
+def test_spending_is_logged(ask, rule, caplog):
     """Requests, tokens by the server's own count, and a price where prices are given; nothing where nothing
     was asked.
     """
@@ -207,7 +207,7 @@ def test_what_is_spent_is_counted_and_said(ask, rule, caplog):
     )
 
 
-def test_a_price_limit_ends_the_run_and_loses_nothing(ask, rule, monkeypatch):
+def test_price_limit_stops_the_run_and_keeps_answers(ask, rule, monkeypatch):
     """No request is sent once the limit is spent; what was paid for is kept, and the next run asks for the
     rest.
     """
@@ -225,7 +225,7 @@ def test_a_price_limit_ends_the_run_and_loses_nothing(ask, rule, monkeypatch):
     assert len(rule.asked) == 60 and endpoint.tally.answered == 60 - spent
 
 
-def test_a_price_limit_needs_the_server_s_count(ask, rule):
+def test_price_limit_needs_token_counts(ask, rule):
     rule.usage = {"total_tokens": 3}
     with pytest.raises(UserError, match=r"max_price=9 cannot be kept, .* \(\d answers without a count\)"):
         ask(max_price=9, **PRICES)
@@ -254,7 +254,7 @@ def test_no_servers_are_refused():
 
 
 @pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"message": {"content": "mM"}}]}])
-def test_no_preference_is_read_from_what_says_none(answer):
+def test_answer_without_preference_is_refused(answer):
     with pytest.raises((LookupError, ValueError)):
         endpoint.read_preference(answer)
 
@@ -278,7 +278,7 @@ def test_criterion_defaults_to_the_task():
     assert EndpointJudge(criterion="helpful").for_task("summ").criterion == "helpful"
 
 
-def test_the_cache_survives_what_is_no_judgement(tmp_path):
+def test_cache_ignores_damaged_lines(tmp_path):
     path = tmp_path / "cache.jsonl"
     path.write_text('{"key": "a", "value": 0.25}\n[1]\nnonsense\n{"key": "b"}\n{"key": "c", "val')
     cache = base.Cache(path)
@@ -316,7 +316,7 @@ def reward_judge(folder, **changes):
     return RewardModelJudge(**settings | changes)
 
 
-def test_rewards_are_those_of_each_text_alone(reward_folder, tmp_path, monkeypatch):
+def test_rewards_do_not_depend_on_the_batch(reward_folder, tmp_path, monkeypatch):
     """Batches change no reward; the preference is the sigmoid of the difference; nothing is computed
     twice.
     """
@@ -337,7 +337,7 @@ def test_rewards_are_those_of_each_text_alone(reward_folder, tmp_path, monkeypat
     assert judge.compare(ROWS, answers, REFERENCES, cache) == found
 
 
-def test_what_is_no_reward_model_is_refused(tmp_path):
+def test_other_models_are_refused_as_reward_model(tmp_path):
     folder = save_model_folder(tmp_path / "lm", tiny_model(len(TOKENIZER), 0), TOKENIZER)
     with pytest.raises(UserError, match="is no reward model: expected a sequence classifier"):
         reward_judge(folder).compare(ROWS, ANSWERS, REFERENCES, tmp_path / "cache")

@@ -8,7 +8,7 @@ from ram.evaluation.judges.dummy import DummyJudge
 from ram.evaluation.judges.exact import ExactJudge
 
 
-def test_judges_and_bootstrap(tmp_path):
+def test_simple_judges_and_bootstrap(tmp_path):
     """The dummy prefers length, ties half; the interval holds the mean, is seeded, and is exact for
     constants.
     """

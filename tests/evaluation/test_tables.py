@@ -19,7 +19,7 @@ BOARD = [
 ]
 
 
-def test_tables_for_the_console_a_page_and_a_paper():
+def test_console_markdown_and_latex_have_the_same_cells():
     """The same cells three times; what a format gives a meaning to is escaped."""
     header = ["system", "n", "win rate", "95 % interval", "equal length", "p", "length"]
     values = ["a|b_{50%}", "9 of 10", "0.250", "0.100 - 0.400", "0.300", "< 0.001", "12"]
@@ -48,7 +48,7 @@ def test_leaderboard_files_have_one_writer(tmp_path):
     ]
 
 
-def test_published_figures_stand_beside_ours():
+def test_paper_table_has_published_figures():
     """A system without a figure in the paper, and one that was not evaluated, keep their lines."""
     row = {"system": "a", "n": 300, "win_rate": 0.5123, "win_rate_low": 0.4, "win_rate_high": 0.6}
     row |= {"length_controlled": 0.25}

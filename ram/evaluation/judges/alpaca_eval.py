@@ -6,6 +6,7 @@ package makes to the environment and the log are undone.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -21,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from ram.answers.endpoints import Endpoints, Failed
-from ram.errors import UserError, pick
+from ram.errors import UserError
 from ram.evaluation.judges import endpoint
 from ram.evaluation.judges.base import Cache, Judgement, Rows, Texts
 from ram.storage.files import fingerprint
@@ -55,10 +56,10 @@ class AlpacaEvalJudge(endpoint.ServedJudge):
 
     def compare(self, rows: Rows, answers: Texts, references: Texts, cache: Path) -> list[Judgement]:
         saved = Cache(cache)
-        criterion, template = pick(endpoint.CRITERIA, self.criterion, "judge.criterion"), None
+        template = None
         if self.criterion != "helpful":
             places = {"instruction": "{instruction}", "first": "{output_1}", "second": "{output_2}"}
-            template = endpoint.QUESTION.format(criterion=criterion, **places)
+            template = endpoint.QUESTION.format(criterion=self.criterion_text, **places)
         with Endpoints(self, endpoint.tally) as servers:
 
             def send(bodies: list[dict[str, Any]]) -> Answers:
@@ -136,9 +137,9 @@ def evaluate(
         return judgements
     terminal = sys.stderr
     with contained(), tempfile.TemporaryDirectory() as folder:
-        import alpaca_eval
-        from alpaca_eval import constants, utils
-
+        package = importlib.import_module("alpaca_eval")
+        constants = importlib.import_module("alpaca_eval.constants")
+        utils = importlib.import_module("alpaca_eval.utils")
         logging.getLogger().setLevel(logging.CRITICAL)
 
         def complete(prompts: Sequence[str], model_name: str, **settings: Any) -> dict[str, list]:
@@ -150,7 +151,7 @@ def evaluate(
                 completions = [completion(answer) for answer in send(bodies)]
             return {"completions_all": completions}
 
-        annotated = alpaca_eval.evaluate(
+        annotated = package.evaluate(
             model_outputs=outputs(rows, instructions, answers, "system"),
             reference_outputs=outputs(rows, instructions, references, "reference"),
             annotators_config=write_annotator(Path(folder), template, model, constants, utils),

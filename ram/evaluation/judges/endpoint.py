@@ -80,6 +80,10 @@ class ServedJudge(Judge):
             return self
         return replace(self, criterion=TASK_CRITERIA.get(task, "helpful"))
 
+    @property
+    def criterion_text(self) -> str:
+        return pick(CRITERIA, str(self.criterion), "judge.criterion")
+
     def check(self) -> None:
         if not self.urls:
             raise UserError(
@@ -178,7 +182,6 @@ class EndpointJudge(ServedJudge):
 
     def compare(self, rows: Rows, answers: Texts, references: Texts, cache: Path) -> list[Judgement]:
         saved = Cache(cache)
-        criterion = pick(CRITERIA, self.criterion, "judge.criterion")
         requests: dict[str, dict] = {}
         orders: list[list[tuple[str, bool]]] = []  # by row: (key, whether the answer is shown second)
         with Endpoints(self, tally) as servers:
@@ -190,7 +193,7 @@ class EndpointJudge(ServedJudge):
                 swap = int(fingerprint([answer, reference])[:8], 16) % 2 == 1
                 for is_second in (True, False) if self.both_orders else (swap,):
                     text = QUESTION.format(
-                        criterion=criterion,
+                        criterion=self.criterion_text,
                         instruction=row[self.instruction_key],
                         first=reference if is_second else answer,
                         second=answer if is_second else reference,

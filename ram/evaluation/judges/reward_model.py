@@ -39,13 +39,9 @@ class RewardModelJudge(Judge):
         checkpoints.find_model(self.model, self.hub_id)
 
     def identity(self) -> dict[str, Any]:
-        weights = checkpoints.weights_fingerprint(checkpoints.find_model(self.model, self.hub_id, quiet=True))
-        return {
-            "name": self.name,
-            "model": weights,
-            "max_length": self.max_length,
-            "dtype": self.dtype,
-        }
+        source = checkpoints.find_model(self.model, self.hub_id, quiet=True)
+        settings = {"max_length": self.max_length, "dtype": self.dtype}
+        return super().identity() | {"model": checkpoints.weights_fingerprint(source)} | settings
 
     def describe(self) -> str:
         return f"model {self.model or self.hub_id}"
