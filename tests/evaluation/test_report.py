@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from sample_report import BOARD, HOSTILE, make_hostile, make_report, record
 
-from ram.evaluation.report import page as report_page
+from ram.evaluation.report import page
 from ram.evaluation.report.page import write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "col", "wbr"}
@@ -107,10 +107,8 @@ def test_policy_lets_in_our_style_and_script_alone(render):
         digest = base64.b64encode(hashlib.sha256(code[tag].encode()).digest()).decode()
         assert rules[rule] == f"'sha256-{digest}'"
     assert not [a for _, a in page.elements if "style" in a or any(name.startswith("on") for name in a)]
-    assert "</script" not in report_page.SCRIPT and "</style" not in report_page.STYLE
-    assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(", report_page.SCRIPT
-    )
+    assert "</script" not in page.SCRIPT and "</style" not in page.STYLE
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(", page.SCRIPT)
 
 
 def test_charts_are_well_formed_and_finite(render):
@@ -133,7 +131,7 @@ def test_systems_and_numbers_are_shown(render):
     assert len(page.find("p", **{"class": "warning"})) == 2  # a note, and what stands where no script runs
     assert len(page.find("svg", viewbox="-2 0 136 16")) == 4  # three win rates, one share of both
     alerts = page.find("span", **{"class": "alert"})
-    assert [alert["title"] for alert in alerts] == [report_page.MOSTLY_FELL_BACK] and ">0.783<" in raw
+    assert [alert["title"] for alert in alerts] == [page.MOSTLY_FELL_BACK] and ">0.783<" in raw
     assert len(page.find("th", scope="row")) == 3 and page.find("caption")
     # Not by hovering alone.
     assert all(header["title"] in page.text for header in page.find("th", scope="col"))
@@ -161,15 +159,15 @@ def test_curves_show_splits_and_terms(render):
     assert "held out, 35.88 → 3.704" in page.text and "sampled, held out, −1.131 → −1.5" in page.text
     assert "dead" not in page.text and "empty:" not in page.text
     lines = [a["d"] for a in page.find("path", **{"class": "c0 train"})]
-    assert 100 < max(line.count("L") for line in lines) < report_page.MAX_POINTS
+    assert 100 < max(line.count("L") for line in lines) < page.MAX_POINTS
 
 
 def test_points_are_averaged_down_without_losing_the_mean():
     records = [record("train", i, str(float(i % 7))) for i in range(900)]
-    points = report_page.points_of(records, "train", "loss")
-    assert len(points) == report_page.MAX_POINTS
+    points = page.points_of(records, "train", "loss")
+    assert len(points) == page.MAX_POINTS
     assert sum(y for _, y in points) / 300 == pytest.approx(sum(i % 7 for i in range(900)) / 900)
-    assert report_page.points_of(records, "heldout", "loss") == []
+    assert page.points_of(records, "heldout", "loss") == []
 
 
 def test_plots_show_every_system_and_the_rows_of_pairs(render):
@@ -226,11 +224,11 @@ def test_data_never_becomes_markup(render):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_embedded_json_gives_the_same_text(text):
-    found = report_page.embedded({text: [text]})
+    found = page.embedded({text: [text]})
     assert json.loads(found) == {text: [text]}
     assert not set(found) & set("<>&\u2028\u2029\0\x7f\ud83d")
     with pytest.raises(ValueError):
-        report_page.embedded(float("nan"))
+        page.embedded(float("nan"))
 
 
 def test_nothing_to_show_is_fine(render):
@@ -259,7 +257,7 @@ def luminance(colour):
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_text_is_legible_in_both_colour_schemes(scheme):
     """Contrast of at least 4.5 of every colour that text has on every ground that it stands on."""
-    blocks = re.findall(r":root \{(.*?)\}", report_page.STYLE, flags=re.DOTALL)
+    blocks = re.findall(r":root \{(.*?)\}", page.STYLE, flags=re.DOTALL)
     assert len(blocks) == 2
     colours = dict(re.findall(r"--(\w+): #([0-9a-f]+)", blocks[scheme]))
     shades = [f"{side}{depth}" for side in ("up", "down") for depth in range(1, 5)]
