@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import completion_server
 import numpy as np
@@ -13,7 +15,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ram.answers import endpoints
 from ram.errors import UserError
-from ram.evaluation import statistics, tables
+from ram.evaluation import judges, statistics, tables
 from ram.evaluation.judges import base, endpoint, reward_model
 from ram.evaluation.judges.endpoint import EndpointJudge
 from ram.evaluation.judges.reward_model import RewardModelJudge
@@ -127,6 +129,42 @@ def test_yaml_defaults_equal_the_fields(name):
     settings = compose.compose([f"judge={name}"]).judge
     assert base.make_judge(settings) == base.load_judges()[name]()
     assert set(settings) == set(base.load_judges()[name].__dataclass_fields__)
+
+
+NEW_JUDGE = """
+from dataclasses import dataclass
+from ram.evaluation.judges.base import Judge
+
+@dataclass(frozen=True)
+class ShorterJudge(Judge):
+    name: str = "shorter"
+
+    def compare(self, rows, answers, references, cache):
+        pairs = zip(answers, references, strict=True)
+        return [{"preference": float(len(answer) < len(reference))} for answer, reference in pairs]
+
+JUDGE = ShorterJudge
+"""
+
+
+def test_new_module_is_a_new_judge(tmp_path, monkeypatch):
+    """A module in the folder is found without an entry elsewhere."""
+    (tmp_path / "shorter.py").write_text(NEW_JUDGE)
+    monkeypatch.setattr(judges, "__path__", [*judges.__path__, str(tmp_path)])
+    try:
+        judge = base.make_judge(SimpleNamespace(name="shorter"))
+    finally:
+        sys.modules.pop("ram.evaluation.judges.shorter", None)
+    assert judge.compare([{}, {}], ["a", "aa"], ["aa", "a"], tmp_path) == [
+        {"preference": 1.0},
+        {"preference": 0.0},
+    ]
+    assert judge.identity() == {"name": "shorter"}
+
+
+def test_unknown_judge_is_refused():
+    with pytest.raises(UserError, match="unknown judge 'exct': did you mean 'exact'"):
+        base.make_judge(SimpleNamespace(name="exct"))
 
 
 def test_every_yaml_file_has_a_judge():

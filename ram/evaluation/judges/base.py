@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ram.errors import UserError, pick
+from ram.evaluation import judges
 from ram.storage.files import naming
 
 # `preference` in [0, 1] for the system's answer (1/2 is a tie) and other values that a judge reports. If a
@@ -56,8 +57,8 @@ class Judge:
 
 def load_judges() -> dict[str, type[Judge]]:
     """Return all judges by name: the class `JUDGE` of each module in this folder."""
-    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    modules = [importlib.import_module(f"{__package__}.{name}") for name in names]
+    names = [module.name for module in pkgutil.iter_modules(judges.__path__, f"{judges.__name__}.")]
+    modules = map(importlib.import_module, names)
     return {module.JUDGE.name: module.JUDGE for module in modules if hasattr(module, "JUDGE")}
 
 
