@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-CONFIG = Path(__file__).resolve().parents[1] / "config"
+CONFIG = Path(__file__).resolve().parents[2] / "config"
 
 INTEGERS = """baselines=true lr=1 loss.alpha=0 max_grad_norm=1 heldout_fraction=0 sampling.div_threshold=1
     sampling.temperature=1 sampling.top_p=1 sampling.repetition_penalty=1 sampling.base_temperature=1
