@@ -229,7 +229,7 @@ def test_not_a_number_stops_and_keeps_the_weights_before(tmp_path, monkeypatch):
 
 def test_runaway_sampled_term_stops_and_keeps_the_weights_before(tmp_path):
     """alpha = 1 drives the sampled answers' probability down for ever; the floor stops it before the update,
-    so the weights as they stand are saved too.
+    so the weights as they stand are saved. After how many updates depends on rounding: nothing else saves.
     """
     (tmp_path / "step-old").mkdir()  # not one of ours: neither counted nor a crash
     run = trainer(
@@ -238,13 +238,13 @@ def test_runaway_sampled_term_stops_and_keeps_the_weights_before(tmp_path):
         "loss.alpha=1",
         "lr=1e-2",
         "n_epochs=60",
-        "save_every=40",
+        "save_every=null",
         "divergence.min_sampled_logp_per_token=-12",
     )
     with pytest.raises(Diverged, match=r"runs away.*step-\d+;.*lower loss.alpha") as stopped:
         run.train()
     assert not (tmp_path / "LATEST").exists()
-    assert f"step-{run.examples};" in str(stopped.value) and run.examples % 40
+    assert f"step-{run.examples};" in str(stopped.value) and 0 < run.examples < 60 * 20
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"step-{run.examples}").state_dict()
     assert all(torch.equal(saved[name], weight) for name, weight in weights(run).items())
 
