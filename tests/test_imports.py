@@ -49,7 +49,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import decoding, losses, par, streaming, trainers
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -61,7 +61,7 @@ import sys, pipeline, train
 train.recipes.resolve(['experiment=demo'])
 print(*sys.modules.keys() & set({heavy}))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
 
 
