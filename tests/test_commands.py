@@ -164,6 +164,6 @@ def test_mistakes_from_the_shell(command, tmp_path):
         text=True,
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=300,
     )
     check_mistake(command, done.returncode, done.stderr, tmp_path)

@@ -96,7 +96,7 @@ from ram.decoding import generation, par
 from ram.serving.fastchat import stream
 from ram.training import losses
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -108,7 +108,7 @@ import sys, pipeline, train
 train.recipes.resolve(['experiment=demo'], train.TABLES)
 print(*sys.modules.keys() & set({heavy}))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
 
 

@@ -23,10 +23,11 @@ SETTINGS = [params for roles, params, _ in CASES.values() if roles[0]]
 
 
 def random_request(rng, earlier):
-    """Any aligner, settings and stops; sometimes a conversation that goes on."""
+    """Draw any aligner, settings and stops; sometimes the request continues the answer to an earlier one."""
     prompt = rng.choices(range(8), k=rng.choice([1, 3, 12, 40]))
     if earlier and rng.random() < 0.4:
-        prompt = [*rng.choice(earlier), *prompt][:60]
+        request = rng.choice(earlier)
+        prompt = [*request.prompt_ids, *alone(request).token_ids, *prompt][:60]
     return Request(
         tuple(prompt),
         rng.choice(["a", "b", "c", "d", None]),
@@ -43,8 +44,13 @@ def random_request(rng, earlier):
 @pytest.mark.parametrize("kind", ["ours", "transformers", "large vocabulary"])
 @pytest.mark.parametrize("seed", range(6))
 def test_any_crowd_changes_nothing(seed, kind, start, monkeypatch):
-    """Whatever comes when, with whatever beside it, goes on or is cancelled: each answer is its own."""
-    rng = random.Random(seed)
+    """Whatever comes when, with whatever beside it, goes on or is cancelled: each answer is its own.
+
+    The requests are drawn before the engine starts: they are the same on a fast and on a slow machine.
+    """
+    rng, requests = random.Random(seed), []
+    for _ in range(40):
+        requests.append(random_request(rng, requests))
     if kind == "transformers":
         monkeypatch.setattr(cache, "is_plain_llama", lambda model: False)
     if kind == "large vocabulary":
@@ -53,18 +59,17 @@ def test_any_crowd_changes_nothing(seed, kind, start, monkeypatch):
     served = start(max_rows=rng.randint(1, 6), max_tokens=rng.randint(80, 250), max_read=rng.randint(2, 40))
     asked, tickets, turn = [], [], threading.RLock()
 
-    def come(event=None):
+    def submit(count):
+        """Submit some of the remaining requests; each event of theirs may bring another one."""
         with turn:
-            while len(asked) < 40 and (event is None or rng.random() < 0.4):
-                event = event
-                request = random_request(rng, [(*r.prompt_ids, *alone(r).token_ids) for r, _ in asked])
-                asked.append((request, Listener(come)))
+            for request in requests[len(asked) : len(asked) + count]:
+                asked.append((request, Listener(lambda event: submit(rng.random() < 0.4))))
                 tickets.append(served.submit(*asked[-1]))
                 if rng.random() < 0.15:
                     served.cancel(rng.choice(tickets))
 
-    while len(asked) < 40:
-        come()
+    while len(asked) < len(requests):
+        submit(rng.choice([1, 5, 20]))
         for _, listener in asked:
             listener.done()
     finished = [(r, listener) for r, listener in asked if listener.done().finish_reason != "cancelled"]

@@ -17,7 +17,7 @@ def visit(browser, tmp_path):
     def go(given, hash="", **view):
         write_report(tmp_path / "report.html", given)
         browser.said.clear()
-        browser.seconds = browser.open((tmp_path / "report.html").as_uri() + hash, **view)
+        browser.open((tmp_path / "report.html").as_uri() + hash, **view)
         return browser
 
     yield go
@@ -163,19 +163,19 @@ def test_pointing_at_a_token_and_tapping_it_shows_its_figures(visit):
         " return [box.x + 3, box.y + 3]; })()"
     )
     page.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-    assert page.run(f"{PEEK}.hidden") is False
+    page.until(f"{PEEK}.hidden === false")
     left, right, top, bottom = page.run(
         f"(() => {{ const box = {PEEK}.getBoundingClientRect();"
         " return [box.left, box.right, box.top, box.bottom]; })()"
     )
     assert left >= 0 and right <= 400 and top >= 0 and bottom <= 900
     page.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=2)
-    assert page.run(f"{PEEK}.hidden")
+    page.until(f"{PEEK}.hidden")
     for kind in ("touchStart", "touchEnd"):
         points = [{"x": x, "y": y}] if kind == "touchStart" else []
         page.send("Input.dispatchTouchEvent", type=kind, touchPoints=points)
-    page.run(LATER)
-    assert page.run(f"{PEEK}.hidden") is False and "0.750" in page.run(f"{PEEK}.textContent")
+    page.until(f"{PEEK}.hidden === false")
+    assert "0.750" in page.run(f"{PEEK}.textContent")
 
 
 def test_links_lead_to_a_row_and_to_its_judgement(visit):
@@ -210,8 +210,8 @@ def test_without_scripts_the_rest_is_there(browser, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 400])
-def test_a_large_page_is_there_within_three_seconds(visit, width, scheme):
-    """2,000 rows of eight systems, 11 MB; nothing is wider than the window."""
+def test_large_page_takes_less_than_three_seconds(visit, width, scheme):
+    """2,000 rows of eight systems, 11 MB, in processor time; nothing is wider than the window."""
     text = "An answer of some length, as a model gives it. " * 12
     rows = [
         {
@@ -227,7 +227,7 @@ def test_a_large_page_is_there_within_three_seconds(visit, width, scheme):
         for k in range(8)
     ]
     page = visit(make_report(rows=1) | {"rows": rows, "systems": systems}, width=width, scheme=scheme)
-    assert page.seconds < 3
+    assert 0 < page.processor_seconds() < 3
     assert len(page.run(IDS)) == 10
     assert page.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     ground = page.run("getComputedStyle(document.body).backgroundColor")

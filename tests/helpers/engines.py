@@ -34,7 +34,7 @@ class Listener:
             self.ended.set()
 
     def done(self):
-        assert self.ended.wait(20), "no Done came"
+        assert self.ended.wait(60), "no Done came"
         assert [isinstance(event, Done) for event in self.events].count(True) == 1
         return self.events[-1]
 

@@ -96,8 +96,8 @@ def chat_text(*said):
     return prompts.render_dialogue([(index % 2 == 0, text) for index, text in enumerate(said)])
 
 
-def eventually(condition, seconds=10):
-    """Waits until something is so."""
+def eventually(condition, seconds=60):
+    """Wait until a condition holds; only a failing test waits for long."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
