@@ -75,8 +75,8 @@ def test_importing_the_distributions_loads_torch_alone():
 def test_unknown_public_name_is_an_attribute_error():
     import ram.decoding
 
-    with pytest.raises(AttributeError, match="no attribute 'generat'"):
-        ram.decoding.generat  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ram.decoding.nothing  # noqa: B018
 
 
 def test_requirements_are_exact_pins():
