@@ -313,8 +313,9 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
         if len(prompts) > limits.choices:
             text = f"{len(prompts)} prompts in one request: expected at most {limits.choices}"
             raise ApiError(400, text, "too_many_choices", "prompt")
-        if isinstance(prompts[0], str):
-            encode = [asyncio.to_thread(models.encode_text, text, served.add_bos) for text in prompts]
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if texts:
+            encode = [asyncio.to_thread(models.encode_text, text, served.add_bos) for text in texts]
             ids = await asyncio.gather(*encode)
         else:
             ids = cast(list[list[int]], prompts)

@@ -45,7 +45,7 @@ class Guard:
             nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = message | {"headers": [*message["headers"], *SAFE_HEADERS]}
+                message = {**message, "headers": [*message["headers"], *SAFE_HEADERS]}
             await send(message)
             complete = message["type"] == "http.response.body" and not message.get("more_body")
 

@@ -141,7 +141,7 @@ def test_keys_move_between_rows_and_tokens(visit):
     assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.key("ArrowRight")
     shown = page.run(f"{PEEK}.textContent")
-    assert "␣colour" in shown and "+∞ the proposal's own law excludes this token" in shown
+    assert "␣colour" in shown and "+∞ the proposal gives this token no probability" in shown
     assert "the aligner changed it" in shown and "0.5000.500" not in shown and "<.001" in shown
     assert page.run("document.activeElement.getAttribute('aria-describedby')") == "peek"
     page.key("ArrowRight")

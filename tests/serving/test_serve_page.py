@@ -113,15 +113,15 @@ def test_page_asks_for_the_key(folder, visit, monkeypatch):
     monkeypatch.setenv("RAM_API_KEY", "sesame")
     with running(folder, "max_new_tokens=30") as (_, url):
         page = visit(url, ready=False, width=400)
-        wanted = "document.getElementById('wanted').textContent"
-        page.until(f"{wanted} === 'This server wants a key:' && {FOCUS} === 'key'")
+        label = "document.getElementById('key-label').textContent"
+        page.until(f"{label} === 'This server needs a key:' && {FOCUS} === 'key'")
         page.type("wrong")
         page.key("Enter")
-        page.until(f"{wanted}.startsWith(\"This key is not the server's\") && {FOCUS} === 'key'")
+        page.until(f"{label}.startsWith(\"This key is not the server's\") && {FOCUS} === 'key'")
         assert page.run(STATUS) == ""
-        page.run("""const plain = window.fetch; window.fetch = async (...given) => {
-            const answer = await plain(...given);
-            if (given[1].headers.Authorization === "Bearer late")
+        page.run("""const plain = window.fetch; window.fetch = async (...options) => {
+            const answer = await plain(...options);
+            if (options[1].headers.Authorization === "Bearer late")
                 await new Promise((go) => { window.letGo = go; });
             return answer; }; 1""")
         page.type("late")

@@ -211,7 +211,7 @@ def _cell(number: int, row: dict[str, Any], key: str) -> Cell:
     shown = DASH if value in (None, "") else format(value, spec)
     if key == "system":
         return Cell(column.style, shown, number=number)
-    if key in SHARES and value is not None:
+    if key in SHARES and isinstance(value, float):
         low, high = finite(row.get(f"{key}_low")), finite(row.get(f"{key}_high"))
         interval = "" if low is None or high is None else f" {low:{spec}}{DASH}{high:{spec}}"
         return Cell(column.style, shown, interval=interval, bar=_bar(value, low, high, key == "win_rate"))

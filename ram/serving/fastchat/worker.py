@@ -251,7 +251,8 @@ def create_worker(models: Models) -> Guard:
         "model_details": details,
     }
 
-    async def refused(request: Request, error: ApiError) -> Response:
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
         return answer_json(error.body(), error.status)
 
     routes = [Route(f"/{name}", handler, methods=["POST"]) for name, handler in endpoints.items()]
