@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import Cache, DynamicLayer
 
-from ram.decoding.slots import JointForward, LlamaForward, is_plain_llama
+from ram.models.llama import JointForward, LlamaForward, is_plain_llama
 
 BLOCK = 16  # tokens; shorter beginnings are not looked for
 

@@ -24,7 +24,6 @@ import torch
 
 from ram.decoding.cache import open_pool
 from ram.decoding.par import signed
-from ram.decoding.reference import CHANGED, FELL_BACK, Row, ShownText, StopWatch, eos_token_ids
 from ram.decoding.requests import (
     BadRequest,
     Busy,
@@ -39,6 +38,7 @@ from ram.decoding.requests import (
     UnknownAligner,
 )
 from ram.decoding.rounds import Failed, Job, Member, Rounds
+from ram.decoding.rows import CHANGED, FELL_BACK, Row, ShownText, StopWatch, eos_token_ids
 from ram.decoding.slots import has_slots
 from ram.decoding.speculation import DraftLength
 

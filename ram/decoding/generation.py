@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from ram.data.tokenization import encode
 from ram.decoding.par import PARParams
-from ram.decoding.reference import Generation, StopWatch, decode_batch
+from ram.decoding.reference import decode_batch
+from ram.decoding.rows import Generation, StopWatch
 from ram.decoding.slots import has_slots
 from ram.decoding.speculation import decode_rows
 

@@ -18,7 +18,7 @@ import torch
 
 from ram.decoding.cache import Hold, Part, Pool, cat
 from ram.decoding.par import ALL, NEG_INF, Noise, PARParams, seen_mask
-from ram.decoding.reference import Row, StopWatch
+from ram.decoding.rows import Row, StopWatch
 from ram.decoding.speculation import draft_law, draw_laws, fetch, grow
 
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 
 from ram.decoding.par import ALL, Noise, PARParams, checked, next_token_law, seen_mask, warp
-from ram.decoding.reference import Row, StopWatch, append_token, eos_token_ids, wide
+from ram.decoding.reference import wide
+from ram.decoding.rows import Row, StopWatch, append_token, eos_token_ids
 from ram.decoding.slots import Slots, open_slots
 
 TIGHT = {"cpu"}  # devices where a line less is time won

@@ -18,7 +18,7 @@ from typing import Any
 from starlette.responses import Response
 
 from ram.decoding.engine import Done, Engine, EngineError, Piece, Request
-from ram.decoding.reference import StopWatch
+from ram.decoding.rows import StopWatch
 from ram.serving.protocol import ApiError
 
 LAST_WORDS = 5  # seconds that the end of a stream may take to be sent

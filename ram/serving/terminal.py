@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 from ram.decoding.engine import Done, EngineError, Piece, UnknownAligner
-from ram.decoding.reference import StopWatch
+from ram.decoding.rows import StopWatch
 from ram.errors import UserError, nearest
 from ram.serving.registry import Models
 from ram.settings.serving import PROPOSAL

@@ -16,7 +16,7 @@ from tiny import byte_tokenizer, tiny_model
 
 from ram.decoding import cache, par
 from ram.decoding.engine import Done, Piece, Request, UnknownAligner
-from ram.decoding.reference import ShownText, StopWatch
+from ram.decoding.rows import ShownText, StopWatch
 from ram.decoding.speculation import WIDTHS, DraftLength
 
 SETTINGS = [params for roles, params, _ in CASES.values() if roles[0]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import Scripted, byte_tokenizer, tiny_model, tiny_tokenizer
 
-from ram.decoding import generation, par, reference
+from ram.decoding import generation, par, rows
 from ram.decoding.par import PARParams
 from ram.errors import UserError
 
@@ -389,7 +389,7 @@ def test_eos_wherever_it_is_configured(role, where, value, ids):
     models[role] = Scripted(PIECES, "abc", 1, **{where: value})
     answer = generation.generate(*models, PIECES, ["a"], PARParams(), max_new_tokens=6)[0]
     assert (answer.token_ids, answer.finish_reason) == ([0, 1, 2], "stop")
-    assert reference.eos_token_ids(PIECES, *models) == (*ids, PIECES.eos_token_id)
+    assert rows.eos_token_ids(PIECES, *models) == (*ids, PIECES.eos_token_id)
 
 
 @pytest.mark.parametrize("mode", par.SAMPLE_MODES)

@@ -18,8 +18,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ram.decoding import slots
-from ram.decoding.slots import LlamaSlots, TransformersSlots, has_slots, is_plain_llama, joined, open_slots
+from ram.decoding.slots import LlamaSlots, TransformersSlots, has_slots, open_slots
+from ram.models import llama
+from ram.models.llama import is_plain_llama, joined
 
 SIZES = {
     "vocab_size": 13,
@@ -129,11 +130,11 @@ def test_lines_that_go_on_keep_their_texts(kind):
 def test_large_products_equal_small_ones():
     """Products given to oneDNN equal torch's, with and without a bias, at the size where they begin."""
     x, y, weight, bias = torch.randn(40, 200), torch.randn(40, 300), torch.randn(300, 200), torch.randn(300)
-    assert slots._by_onednn(x, weight) and not slots._by_onednn(x[:1], weight)
+    assert llama._by_onednn(x, weight) and not llama._by_onednn(x[:1], weight)
     for rows, b in ((40, None), (40, bias), (1, None), (1, bias)):
         expected = nn.functional.linear(x[:rows].double(), weight.double(), b if b is None else b.double())
-        torch.testing.assert_close(slots.linear(x[:rows], weight, b).double(), expected, rtol=1e-4, atol=1e-4)
-        found = slots.add_linear(y[:rows], x[:rows], weight, b)
+        torch.testing.assert_close(llama.linear(x[:rows], weight, b).double(), expected, rtol=1e-4, atol=1e-4)
+        found = llama.add_linear(y[:rows], x[:rows], weight, b)
         torch.testing.assert_close(found.double(), expected + y[:rows], rtol=1e-4, atol=1e-4)
 
 

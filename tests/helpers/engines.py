@@ -8,7 +8,8 @@ from test_generation import BOTH, CASES, LETTERS, pair
 from tiny import tiny_model
 
 from ram.decoding.engine import Done, Engine, Piece, Request
-from ram.decoding.reference import StopWatch, decode_batch
+from ram.decoding.reference import decode_batch
+from ram.decoding.rows import StopWatch
 
 MODELS = {
     "a": tiny_model(len(LETTERS), 100),

@@ -13,6 +13,7 @@ import torch
 from ram.data.tokenization import encode_prompts
 from ram.decoding import reference, speculation
 from ram.decoding.par import PARParams
+from ram.decoding.rows import ShownText, StopWatch
 from ram.decoding.slots import has_slots
 
 
@@ -84,7 +85,7 @@ def generate_stream(
         stop=stop,
         stop_token_ids=params.get("stop_token_ids") or (),
     )
-    shown, told, sent = reference.ShownText(reference.StopWatch(tokenizer, stop)), "", 0
+    shown, told, sent = ShownText(StopWatch(tokenizer, stop)), "", 0
     for (row,) in rounds:
         shown.more(row.shown_ids, row.finish is not None)
         text, new = shown.shown, len(row.ids) - sent
