@@ -16,10 +16,11 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ram.decoding.engine import Busy, Closed, EngineError, TooLong, UnknownAligner
+from ram.decoding.requests import EngineError, TooLong, UnknownAligner
 from ram.errors import UserError
 from ram.serving import protocol
 from ram.serving.guard import HUNG_UP, Guard
+from ram.serving.loop import Busy, Closed
 from ram.serving.metrics import CONTENT_TYPE, Metrics
 from ram.serving.protocol import AlignerRequest, ApiError, ChatRequest, Common, CompletionRequest
 from ram.serving.registry import Models, Served

@@ -15,9 +15,10 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from ram.decoding.engine import Done, EngineError, Piece, UnknownAligner
+from ram.decoding.requests import EngineError, UnknownAligner
 from ram.decoding.rows import StopWatch
 from ram.errors import UserError, nearest
+from ram.serving.loop import Done, Piece
 from ram.serving.registry import Models
 from ram.settings.serving import PROPOSAL
 

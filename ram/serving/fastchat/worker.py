@@ -28,12 +28,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ram.data import prompts
-from ram.decoding import engine
-from ram.decoding.engine import Busy, Done, EngineError, TooLong, UnknownAligner
+from ram.decoding import requests as decoding
 from ram.decoding.par import PARParams
+from ram.decoding.requests import EngineError, TooLong, UnknownAligner
 from ram.errors import UserError, nearest
 from ram.log import log
 from ram.serving.guard import HUNG_UP, Guard
+from ram.serving.loop import Busy, Done
 from ram.serving.metrics import Metrics
 from ram.serving.protocol import LAW_OF_ONE, ApiError
 from ram.serving.registry import Models, Served
@@ -122,7 +123,7 @@ def failure(error: Exception) -> dict[str, Any]:
     return {"text": str(error), "error_code": int(code)}
 
 
-def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[list[engine.Request], str]:
+def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[list[decoding.Request], str]:
     """FastChat's request as the engine takes it, and what is shown before its answer (the prompt, with
     `echo`). Raises EngineError, ValueError, TypeError or OverflowError for one that cannot be answered.
     """
