@@ -182,7 +182,7 @@ def main(arguments: Sequence[str]) -> None:
         (arguments[0], arguments[1:]) if arguments[:1] and "=" not in arguments[0] else ("serve", arguments)
     )
     if mode in ("-h", "--help"):
-        sys.stdout.write(f"{__doc__}\n{(compose.CONFIG_DIR / 'serve.yaml').read_text(encoding='utf-8')}")
+        sys.stdout.write(f"{__doc__}\n{compose.manual('serve')}")
         return
     if mode not in MODES:
         raise UserError(f"{mode!r}: expected key=value or one of {nearest(mode, MODES)}")

@@ -81,8 +81,11 @@ def test_keys_are_not_shown(monkeypatch):
 
 
 def test_help_is_the_configuration(capsys):
+    """Every key is printed with its comment, those of an included file too."""
     serve.main(["--help"])
-    assert (ROOT / "config" / "serve.yaml").read_text() in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (ROOT / "config" / "serve.yaml").read_text() in printed
+    assert (ROOT / "config" / "decoding" / "par.yaml").read_text() in printed
 
 
 def free_port():
