@@ -18,19 +18,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from golden_cases import ALIKE, JUDGES, SERVERS, choices, command_lines, single_runs
-from omegaconf import DictConfig, OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # The only imports of project modules.
 import pipeline
-import train
 from preference_datasets import get_dataset, load_tokenized
 from ram.answers import answer_files, influence
 from ram.data.toy_world import build_world
@@ -38,6 +35,8 @@ from ram.evaluation.judges import judges
 from ram.evaluation.systems import System, job_of, resolve_systems
 from ram.models import checkpoints
 from ram.settings import compose, recipes, serving
+from ram.settings.checks import nested
+from ram.settings.schema import Settings, settings_of
 from ram.storage.files import (
     BadRows,
     file_sha256,
@@ -50,6 +49,7 @@ from ram.storage.files import (
 )
 from ram.storage.provenance import read_marker
 from ram.training.losses import LOSSES
+from train import sample_job
 from utils import TABLES
 
 RECORD = Path(__file__).resolve().parents[1] / "golden" / "record.json"
@@ -97,8 +97,8 @@ def workplace() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), mock.patch.dict(os.environ):
         for name in ("RAM_MODEL_ROOT", "RAM_API_KEY", "RAM_ADMIN_KEY"):
             os.environ.pop(name, None)
-        world = compose.compose(["experiment=demo"]).world
-        build_world(Path("world"), OmegaConf.to_container(world), seed=0)
+        world = settings_of(compose.compose(["experiment=demo"]), TABLES).world
+        build_world(Path("world"), world, seed=0)
         yield
 
 
@@ -112,11 +112,10 @@ def loose(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def split_keys(config: DictConfig) -> dict[str, Facts]:
+def split_keys(config: Settings) -> dict[str, Facts]:
     """The keys that training reads: its identity, and those that change no weight."""
-    OmegaConf.resolve(config)  # once, since reading an interpolation takes long
     identity, elsewhere = recipes.identity(config), ("stage", "evaluation", "sampling", "judge", "world")
-    others = {key: value for key, value in compose.leaves(config).items() if key not in identity}
+    others = {key: value for key, value in compose.leaves(nested(config)).items() if key not in identity}
     others = {key: value for key, value in others.items() if key.split(".")[0] not in elsewhere}
     return {"identity": identity, "other keys": loose(others)}
 
@@ -124,8 +123,8 @@ def split_keys(config: DictConfig) -> dict[str, Facts]:
 @functools.cache
 def defaults() -> dict[str, Facts]:
     """`split_keys` and the decoding settings of the root configuration."""
-    config = compose.compose([])
-    return split_keys(config) | {"sampling": loose(compose.leaves(config.sampling))}
+    config = settings_of(compose.compose([]), TABLES)
+    return split_keys(config) | {"sampling": loose(compose.leaves(nested(config.sampling)))}
 
 
 @functools.cache
@@ -152,10 +151,9 @@ def stage_facts(stage: recipes.Stage) -> Facts:
     reads = [path.as_posix() for path in stage.reads]
     facts = {"kind": stage.kind, "output": str(stage.output), "source": stage.source, "reads": reads}
     if stage.kind == "world":
-        world = OmegaConf.to_container(stage.config.world, resolve=True)
-        return facts | {"settings": world, "seed": stage.config.seed}
+        return facts | {"settings": stage.config.world, "seed": stage.config.seed}
     if stage.kind == "sample":
-        return facts | job_facts(train.sample_job(stage)[0])
+        return facts | job_facts(sample_job(stage)[0])
     put_weights(stage.weights)
     return facts | train_facts(stage)
 
@@ -165,21 +163,25 @@ def job_facts(job: answer_files.Job) -> Facts:
     paths = [path for path in (job.pair.proposal, job.pair.aligner) if path]
     labels = {checkpoints.weights_fingerprint(path): f"weights of {path}" for path in paths}
     made_from = {key: labels.get(str(value), value) for key, value in job.made_from.items()}
-    settings = changes(loose(compose.leaves(job.settings)), defaults()["sampling"])
+    settings = changes(loose(compose.leaves(nested(job.settings))), defaults()["sampling"])
     return {"made_from": made_from, "settings": settings, "first prompt": job.prompts[0]}
 
 
-def system_facts(system: System, rows: list[tuple[int, dict]], config: DictConfig) -> Facts:
+def system_facts(system: System, rows: list[tuple[int, dict]], config: Settings) -> Facts:
     drafts = [f"Draft {index}." for index, _ in rows] if system.corrects else None
     facts = {"folder": str(system.folder), "corrects": system.corrects}
     return facts | job_facts(job_of(system, rows, config, drafts))
 
 
-def resolve(command_line: str) -> tuple[DictConfig, dict[str, recipes.Stage], set[str]]:
+def resolve(command_line: str) -> tuple[Settings, dict[str, recipes.Stage], set[str]]:
     """The configuration of a command line, its stages by name, and the keys that it sets."""
     overrides = compose.preflight(command_line.split())
     stages = {stage.name: stage for stage in recipes.resolve(overrides, TABLES)}
-    return compose.compose(overrides), stages, {compose.key_of(override) for override in overrides}
+    return (
+        settings_of(compose.compose(overrides), TABLES),
+        stages,
+        {compose.key_of(override) for override in overrides},
+    )
 
 
 def case_facts(command_line: str) -> Facts:
@@ -204,7 +206,7 @@ def case_facts(command_line: str) -> Facts:
 def judge_facts(overrides: str) -> Facts:
     """The identity of a judge by task."""
     put_weights(Path("reward"))
-    judge = compose.compose(overrides.split()).judge
+    judge = settings_of(compose.compose(overrides.split()), TABLES).judge
     by_task = {task: judges.settings_for(task, judge) for task in ("helpful", "harmless", "summ")}
     return {
         task: {"identity": judges.identity(settings), "described": judges.describe(settings)}
@@ -225,14 +227,12 @@ def judgement_facts(judge: str) -> Facts:
 
 def server_facts(overrides: str) -> Facts:
     """The settings of a server, with its decoding parameters."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, SimpleNamespace):
-            return {key: plain(inner) for key, inner in vars(value).items()}
-        return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
     settings = serving.read_settings(["proposal=a/LATEST", *overrides.split()])
-    facts = {"config": plain(settings.config), "params": vars(settings.params), "aligners": settings.aligners}
+    facts = {
+        "config": nested(settings.config),
+        "params": vars(settings.params),
+        "aligners": settings.aligners,
+    }
     return loose(facts)
 
 
