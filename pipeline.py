@@ -6,13 +6,12 @@ Finished work is reused. `python pipeline.py report=FOLDER` makes a report again
 """
 
 import signal
-import sys
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
-if __name__ == "__main__":  # no traceback if Ctrl-C is pressed during the imports, which take seconds
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+# No traceback if Ctrl-C is pressed during the imports, which take seconds. `start` in utils.py undoes this.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,12 +22,13 @@ from ram.errors import UserError, pick, run_entry_point
 from ram.evaluation import length_control, steps, tables
 from ram.evaluation.context import EvaluationContext, open_context
 from ram.evaluation.judges import endpoint
-from ram.evaluation.judges.base import make_judge
+from ram.evaluation.judges.base import Judge
 from ram.evaluation.report import gather
-from ram.log import log, setup_logging
+from ram.log import log
 from ram.models import checkpoints
 from ram.settings import compose, recipes
-from utils import TABLES
+from ram.settings.schema import Settings, settings_of
+from utils import TABLES, start
 
 # data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
 # the instruction is the whole dialogue up to and including "\n\nAssistant: ".
@@ -53,7 +53,7 @@ ON_ALL_PROCESSES = {"generate", "influence"}
 IMPLIED = {"leaderboard": {"judge", "verify"}, "report": {"judge", "verify", "leaderboard"}}
 
 
-def test_file(config: DictConfig, task: str) -> Path:
+def test_file(config: Settings, task: str) -> Path:
     """Return the path of a task's test file."""
     tasks = pick(test_files, config.evaluation.dataset, "evaluation.dataset")
     return Path(config.data_dir) / "test" / pick(tasks, task, f"task of {config.evaluation.dataset}")
@@ -78,8 +78,9 @@ def describe(context: EvaluationContext) -> None:
         )
 
 
-def run(config: DictConfig, overrides: list[str]) -> None:
+def run(composed: DictConfig, overrides: list[str]) -> None:
     """Evaluate every task of a recipe, then rebuild the leaderboard of all systems evaluated so far."""
+    config = settings_of(composed, TABLES)
     if config.report is not None:
         gather.rebuild(Path(config.report))
         return
@@ -91,7 +92,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
         raise UserError("evaluation.tasks is empty: name at least one, e.g. evaluation.tasks.helpful={}")
     for step in config.evaluation.steps:
         pick(STEPS, step, "step")
-    judge = make_judge(config.judge)
+    judge: Judge = config.judge
     judge.check()
     overridden = {compose.key_of(override) for override in overrides}
     processes.start()
@@ -116,13 +117,5 @@ def main(config: DictConfig) -> None:
     run_entry_point(lambda: run(config, list(HydraConfig.get().overrides.task)))
 
 
-def start() -> None:
-    """Check the command line and open the log file, then run `main`."""
-    sys.argv[1:] = compose.preflight(sys.argv[1:])
-    setup_logging(Path("_log") / f"pipeline-{datetime.now():%Y%m%d-%H%M%S}.log")
-    main()
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)  # pyright: ignore[reportPossiblyUnboundVariable]
-    processes.run(start)
+    start("pipeline", main)

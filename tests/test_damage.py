@@ -150,7 +150,7 @@ def test_a_full_disk_is_one_line_and_the_last_state_stands(tmp_path, whole):
     """A state that cannot be written ends the run with the file's name; the one before is gone on from."""
     code = FULL.format(paths=[str(ROOT), str(ROOT / "tests")], given=GIVEN)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2, done.stderr[-2000:]
     assert "states/000000004" in done.stderr and "the same command goes on" in done.stderr

@@ -143,7 +143,7 @@ def test_ctrl_c_during_the_imports_is_quiet(tmp_path, entry):
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "_log").touch()
     command = [sys.executable, ROOT / "train.py", "experiment=llama_uc", "dry_run=true"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (2, f"error: _log: File exists; {MEND}\n")
 
 

@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from ram.answers import answer_files
 from ram.distributed import processes
 from ram.errors import pick
@@ -15,6 +13,7 @@ from ram.evaluation import length_control
 from ram.evaluation.judges.base import Judge, Judgement
 from ram.evaluation.systems import System, check_models, job_of, resolve_systems
 from ram.settings.recipes import Stage
+from ram.settings.schema import SamplingSettings, Settings
 from ram.storage.files import BadRows, fingerprint, read_rows
 
 TestRows = list[tuple[int, dict[str, Any]]]  # (row id, record)
@@ -38,7 +37,7 @@ class EvaluationContext:
         identical: whether verified answers equal the plain loop's, None if none were verified.
     """
 
-    config: DictConfig
+    config: Settings
     task: str
     folder: Path
     stages: Sequence[Stage]
@@ -81,7 +80,7 @@ class EvaluationContext:
         return [row[key] for _, row in self.rows]
 
     @property
-    def settings(self) -> DictConfig:
+    def settings(self) -> SamplingSettings:
         """The first system's `sampling` keys; all systems read the same fields of a row."""
         return next(iter(self.systems.values())).settings
 
@@ -96,7 +95,7 @@ class EvaluationContext:
 
 
 def open_context(
-    config: DictConfig,
+    config: Settings,
     task: str,
     test_file: Path,
     folder: Path,
@@ -137,7 +136,7 @@ def open_context(
     return context
 
 
-def read_test_rows(path: Path, settings: Sequence[DictConfig], judge: Judge, bad: BadRows) -> TestRows:
+def read_test_rows(path: Path, settings: Sequence[SamplingSettings], judge: Judge, bad: BadRows) -> TestRows:
     """Return the records of a test file with their row ids, at most `limit` of the first settings.
 
     Args:

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from ram.answers import answer_files
 from ram.data import prompts
 from ram.decoding.par import PARParams
 from ram.errors import UserError, nearest
 from ram.models import checkpoints
-from ram.settings import compose, recipes
-from ram.settings.schema import check_sampling, check_types, par_params
+from ram.settings import recipes
+from ram.settings.schema import SamplingSettings, Settings, check_sampling, merged
 from ram.storage.files import fingerprint
 
 
@@ -32,7 +30,7 @@ class System:
 
     name: str
     pair: answer_files.Pair
-    settings: DictConfig
+    settings: SamplingSettings
     params: PARParams
     folder: Path
     corrects: str | None = None
@@ -57,7 +55,7 @@ class System:
 
 
 def resolve_systems(
-    config: DictConfig, task: str, stages: dict[str, recipes.Stage], overridden: set[str]
+    config: Settings, task: str, stages: dict[str, recipes.Stage], overridden: set[str]
 ) -> dict[str, System]:
     """Return the systems of the recipe whose `only_if` holds, in its order.
 
@@ -66,7 +64,7 @@ def resolve_systems(
     key but not the system's own, which is part of its name.
     """
     systems: dict[str, System] = {}
-    for name, spec in OmegaConf.to_container(config.evaluation.systems, resolve=True).items():
+    for name, spec in config.evaluation.systems.items():
         if recipes.applies(spec, config):
             systems[name] = _system(name, spec, task, config, stages, overridden, systems)
     return systems
@@ -76,7 +74,7 @@ def _system(
     name: str,
     spec: dict[str, Any],
     task: str,
-    config: DictConfig,
+    config: Settings,
     stages: dict[str, recipes.Stage],
     overridden: set[str],
     earlier: dict[str, System],
@@ -84,7 +82,7 @@ def _system(
     where, corrects = f"evaluation.systems.{name}", spec.get("corrects")
     own = {key: spec[key] for key in spec if key not in ("proposal", "aligner", "corrects", "only_if")}
     by_task = {k: v for k, v in config.evaluation.tasks[task].items() if f"sampling.{k}" not in overridden}
-    known = set(config.sampling)
+    known = vars(config.sampling)
     for key in [*own, *by_task]:
         if key not in known:
             raise UserError(f"evaluation: unknown sampling key {key!r}: {nearest(key, known)}")
@@ -99,9 +97,8 @@ def _system(
             )
         if spec.get("proposal") or not spec.get("aligner"):
             raise UserError(f"{where}: a corrector is one model that rewrites answers; give `aligner` alone")
-    settings = OmegaConf.merge(config.sampling, by_task, own)
-    check_types({f"sampling.{k}": v for k, v in compose.leaves(settings).items()}, compose.all_keys())
-    params = check_sampling(settings)
+    settings = merged(config.sampling, by_task, own)
+    check_sampling(settings)
     roles = [spec.get("proposal"), spec.get("aligner")]
     proposal, aligner = [role and recipes.model_source(role, stages) for role in roles]
     pair = answer_files.Pair(proposal, aligner, settings.dtype, settings.tokenizer_path)
@@ -112,11 +109,11 @@ def _system(
     main = Path(aligner or proposal or "")
     tag = settings_tag(pair, settings, config.seed, earlier[corrects].folder.name if corrects else None)
     folder = Path(config.output_dir) / config.evaluation.dataset / task / main.parent.name
-    return System(name, pair, settings, params, folder / f"{main.name}#{tag}", corrects)
+    return System(name, pair, settings, settings.params, folder / f"{main.name}#{tag}", corrects)
 
 
 def settings_tag(
-    pair: answer_files.Pair, settings: DictConfig, seed: int, corrected: str | None = None
+    pair: answer_files.Pair, settings: SamplingSettings, seed: int, corrected: str | None = None
 ) -> str:
     """Return the settings that people look for, and a hash of all settings that decide an answer.
 
@@ -140,9 +137,9 @@ def settings_tag(
         parts.append(s.sample_mode + (f"_dt{s.div_threshold}" if s.sample_mode == "par_kl" else ""))
     lengths = ("max_length", "max_prompt_length", "stop_str", "template", "multiround")
     fields = ("input_key", "output_key", "system_key", "for_aligner", "tokenizer_path", "dtype")
-    law = pair.law(par_params(s))
+    law = pair.law(s.params)
     models = [path and Path(path).parts[-2:] for path in (pair.proposal, pair.aligner)]
-    decisive = [{key: s[key] for key in (*lengths, *fields)}, law, models, seed]
+    decisive = [{key: getattr(s, key) for key in (*lengths, *fields)}, law, models, seed]
     if corrected:
         decisive.append(corrected)
     return "_".join([*parts, fingerprint(decisive)[:8]])
@@ -151,7 +148,7 @@ def settings_tag(
 def job_of(
     system: System,
     rows: list[tuple[int, dict]],
-    config: DictConfig,
+    config: Settings,
     drafts: Sequence[str] | None = None,
 ) -> answer_files.Job:
     """Return a system's answer job on a test file. A corrector needs `drafts`, the answers to rewrite."""

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import errno
-import fcntl
 import gzip
 import hashlib
 import json
@@ -16,12 +15,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ram.errors import UserError
 from ram.log import log
 
 HOST = socket.gethostname()
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without locks
 
 
 class BadRows:
@@ -208,38 +209,33 @@ def set_aside(path: Path, why: str, quiet: bool = False) -> None:
 
 @contextlib.contextmanager
 def only_run(path: Path) -> Iterator[None]:
-    """Keeps a second run from writing what this one writes; raises UserError where one already does.
+    """Keep a second run from writing the same files.
 
-    The first of several processes holds the lock. The system gives it back when that process ends, however it
-    ends, so none is ever stale.
+    The first process of a run holds a lock on `path`. The system releases it when that process ends, however
+    it ends, so a lock is never stale. On a file system without locks nothing is checked.
+
+    Raises:
+        UserError: If another run holds the lock.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{path}: another run is writing it; wait for it, or stop it first") from None
-            except OSError as error:  # a file system without locks
-                log.debug(f"{path}: not locked ({error})")
-            if not _is_open(file, lock):  # whoever had it before has just removed it
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _is_open(file, path: Path) -> bool:
+    lock = FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{path}: another run is writing it; wait for it, or stop it first") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.debug(f"{path}: not locked ({error})")
+    try:
+        yield
+    finally:
+        # Removed before the release, so that a run that has already opened the file does not take its lock.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -4,14 +4,13 @@ Shapes: B examples, T tokens, N response tokens, H hidden width, V vocabulary. A
 log-probabilities (B,), so it is independent of how the models computed them.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-
-from ram.errors import require_in
 
 IGNORE_INDEX = -100
 
@@ -249,26 +248,28 @@ LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]  # losses (B,), metric
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikelihoodSettings:
-    """The keys of config/loss/sft.yaml."""
+class LossSettings:
+    """The keys of config/loss/sft.yaml. The types below raise ValueError for a value out of range."""
 
     name: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignerSettings(LikelihoodSettings):
+class ResidualAlignerSettings(LossSettings):
     """The keys of config/loss/ours_sft.yaml."""
 
     alpha: float
     sampled_fraction: float
 
     def __post_init__(self) -> None:
-        require_in(self, "[0, 1]", "alpha")
-        require_in(self, "(0, 1]", "sampled_fraction")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha}: expected a number in [0, 1]")
+        if not 0 < self.sampled_fraction <= 1:
+            raise ValueError(f"sampled_fraction={self.sampled_fraction}: expected a number in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceSettings(LikelihoodSettings):
+class PreferenceSettings(LossSettings):
     """The keys of config/loss/dpo.yaml, ipo.yaml and ours_dpo.yaml."""
 
     beta: float
@@ -276,15 +277,19 @@ class PreferenceSettings(LikelihoodSettings):
     reference_free: bool
 
     def __post_init__(self) -> None:
-        require_in(self, "(0, inf)", "beta")
-        require_in(self, "[0, 0.5)", "label_smoothing")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta}: expected a number in (0, inf)")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: expected a number in [0, 0.5)")
 
 
-def _sft(policy: Logps, reference: Logps | None, settings: LikelihoodSettings) -> LossOutput:
+def _sft(policy: Logps, reference: Logps | None, settings: LossSettings) -> LossOutput:
     return -policy["target"], {}
 
 
-def _residual_aligner(policy: Logps, reference: Logps | None, settings: AlignerSettings) -> LossOutput:
+def _residual_aligner(
+    policy: Logps, reference: Logps | None, settings: ResidualAlignerSettings
+) -> LossOutput:
     sampled = policy["negative"] * policy.get("negative_weight", 1.0)
     return residual_aligner_loss(policy["target"], sampled, settings.alpha), {}
 
@@ -322,7 +327,7 @@ class Loss:
     """
 
     function: Callable[..., LossOutput]
-    settings: type[LikelihoodSettings]
+    settings: type[LossSettings]
     metrics: tuple[str, ...] = ()
     needs_negative: bool = True
     needs_reference: bool = False
@@ -330,8 +335,8 @@ class Loss:
 
 PREFERENCE = Loss(_preference, PreferenceSettings, REWARD_METRICS, needs_reference=True)
 LOSSES: dict[str, Loss] = {
-    "sft": Loss(_sft, LikelihoodSettings, needs_negative=False),
-    "ours_sft": Loss(_residual_aligner, AlignerSettings),
+    "sft": Loss(_sft, LossSettings, needs_negative=False),
+    "ours_sft": Loss(_residual_aligner, ResidualAlignerSettings),
     "dpo": PREFERENCE,
     "ipo": PREFERENCE,
     "ours_dpo": PREFERENCE,

@@ -1,6 +1,7 @@
 """prepare_data.py on the real data files; skipped where those are not there."""
 
 import pytest
+from small import settings
 from tiny import SHARED, needs_shared
 
 import pipeline
@@ -9,7 +10,6 @@ from ram.data import prepare as prepare_data
 from ram.errors import UserError
 from ram.evaluation import context
 from ram.evaluation.judges.dummy import DummyJudge
-from ram.settings import compose
 from ram.storage.files import BadRows, read_rows
 
 pytestmark = needs_shared
@@ -32,7 +32,7 @@ def rows_of(path):
 
 def read_test_rows(data_dir, dataset, task):
     """What pipeline.py reads of a test file, found by the names in its table."""
-    config = compose.compose([f"data_dir={data_dir}", f"evaluation.dataset={dataset}"])
+    config = settings(f"data_dir={data_dir}", f"evaluation.dataset={dataset}")
     path = pipeline.test_file(config, task)
     return [row for _, row in context.read_test_rows(path, [config.sampling], DummyJudge(), BadRows())]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import completion_server
 import pytest
 from judging import ANSWERS, PRICES, REFERENCES, ROWS, share
+from small import settings
 
 import pipeline
 from ram.answers import endpoints
@@ -254,8 +255,8 @@ def test_preferences_are_rescaled():
 
 
 def test_identity_and_description_follow_the_settings():
-    config = compose.compose(compose.preflight(["judge=alpaca_eval", "judge.model=m"])).judge
-    helpful, harmless = (base.make_judge(config).for_task(task) for task in ("helpful", "harmless"))
+    judge = settings("judge=alpaca_eval", "judge.model=m").judge
+    helpful, harmless = (judge.for_task(task) for task in ("helpful", "harmless"))
     assert helpful.describe() == f"model m, criterion helpful, prompt {alpaca_eval.ANNOTATOR}"
     assert harmless.describe() == "model m, criterion harmless"
     assert helpful.identity() == {"name": "alpaca_eval", "model": "m", "criterion": "helpful"}

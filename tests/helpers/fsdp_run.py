@@ -1,5 +1,6 @@
-"""Run by torchrun in test_processes.py: trains the tests' tiny model with FSDPTrainer, once for each loss,
-and leaves its files in FOLDER/LOSS.
+"""Train the tests' tiny model in float64 with FSDPTrainer, once for each loss; torchrun runs this file.
+
+test_processes.py reads the files that it leaves in FOLDER/LOSS.
 
     fsdp_run.py FOLDER STOP LOSS,LOSS [key=value ...]
 
@@ -44,8 +45,10 @@ def main():
 
 def train(folder, *overrides):
     config = settings("trainer=FSDPTrainer", "model.block_name=LlamaDecoderLayer", *overrides)
-    reference = tiny_model(len(TOKENIZER), seed=7, layers=2) if config.loss.name == "dpo" else None
-    model = tiny_model(len(TOKENIZER), seed=0, layers=2)
+    reference = None
+    if config.loss.name == "dpo":
+        reference = tiny_model(len(TOKENIZER), seed=7, layers=2, dtype=torch.float64)
+    model = tiny_model(len(TOKENIZER), seed=0, layers=2, dtype=torch.float64)
     if processes.is_first():
         folder.mkdir(parents=True, exist_ok=True)
     processes.wait()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ram.training import losses
-from ram.training.losses import LOSSES, LikelihoodSettings, Loss
+from ram.training.losses import LOSSES, Loss, LossSettings
 from ram.training.metrics import MetricsLog, columns_of, rows_until
 
 # As files of earlier versions have them, whatever the loss.
@@ -46,7 +46,7 @@ def log_of_new_loss(tmp_path, monkeypatch):
     def squared(policy, reference, settings):
         return policy["target"] ** 2, {"distance": policy["target"].abs()}
 
-    monkeypatch.setitem(losses.LOSSES, "squared", Loss(squared, LikelihoodSettings, ("distance",)))
+    monkeypatch.setitem(losses.LOSSES, "squared", Loss(squared, LossSettings, ("distance",)))
     settings = SimpleNamespace(
         minimum_log_interval_secs=0,
         debug=False,

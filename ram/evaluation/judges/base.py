@@ -7,11 +7,10 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ram.errors import UserError, pick
 from ram.evaluation import judges
 from ram.storage.files import naming
 
@@ -60,16 +59,6 @@ def load_judges() -> dict[str, type[Judge]]:
     names = [module.name for module in pkgutil.iter_modules(judges.__path__, f"{judges.__name__}.")]
     modules = map(importlib.import_module, names)
     return {module.JUDGE.name: module.JUDGE for module in modules if hasattr(module, "JUDGE")}
-
-
-def make_judge(settings: Any) -> Judge:
-    """Return the judge for the `judge` section of a configuration; raise UserError if there is none."""
-    judge = pick(load_judges(), settings.name, "judge")
-    values = {field.name: getattr(settings, field.name) for field in fields(judge)}
-    try:
-        return judge(**values)
-    except ValueError as error:
-        raise UserError(f"judge.{error}") from None
 
 
 class Cache:

@@ -4,15 +4,16 @@ pairs of answers -> answers known from the cache -> requests for the others -> j
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from ram.answers.endpoints import Endpoints, Failed, Read, Tally
-from ram.errors import UserError, pick, require_in
+from ram.errors import UserError, pick
 from ram.evaluation.judges.base import Cache, Judge, Judgement, Rows, Texts
 from ram.log import log, progress
+from ram.settings.checks import Count, CountOrZero, NotNegative, Positive
 from ram.storage.files import fingerprint
 
 Criterion = Literal["helpful", "harmless", "summary"]
@@ -57,23 +58,18 @@ def log_spending() -> None:
 class ServedJudge(Judge):
     """A judge whose model runs on servers; see config/judge/endpoint.yaml for the keys."""
 
-    urls: Sequence[str] = field(default_factory=lambda: ["https://api.openai.com/v1"])
+    urls: list[str] = field(default_factory=lambda: ["https://api.openai.com/v1"])
     model: str | None = None
     criterion: Criterion | None = None
     instruction_key: str = "instruction"
     key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 16
-    retries: int = 10
-    timeout: float = 120
-    max_requests: int | None = 5000
-    input_price: float | None = None
-    output_price: float | None = None
-    max_price: float | None = None
-
-    def __post_init__(self) -> None:
-        require_in(self, "[1, inf)", "concurrency", "max_requests")
-        require_in(self, "[0, inf)", "retries", "input_price", "output_price")
-        require_in(self, "(0, inf)", "timeout", "max_price")
+    concurrency: Count = 16
+    retries: CountOrZero = 10
+    timeout: Positive = 120
+    max_requests: Count | None = 5000
+    input_price: NotNegative | None = None
+    output_price: NotNegative | None = None
+    max_price: Positive | None = None
 
     def for_task(self, task: str) -> Self:
         if self.criterion is not None:
@@ -98,7 +94,7 @@ class ServedJudge(Judge):
 
     def identity(self) -> dict[str, Any]:
         # Without a name the model is the servers' first one, so the servers identify it.
-        model = list(self.urls) if self.model is None else self.model
+        model = self.urls if self.model is None else self.model
         return super().identity() | {"model": model, "criterion": self.criterion}
 
     def describe(self) -> str:

@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from ram.errors import require_in
 from ram.evaluation.judges.base import Cache, Judge, Judgement, Rows, Texts
 from ram.log import pick_device, progress
 from ram.models import checkpoints
+from ram.settings.checks import Count, Dtype
 from ram.storage.files import fingerprint
 
 
@@ -28,12 +28,9 @@ class RewardModelJudge(Judge):
     model: str | None = None
     hub_id: str | None = None
     instruction_key: str = "instruction"
-    max_length: int = 2048
-    batch_size: int = 16
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-    def __post_init__(self) -> None:
-        require_in(self, "[1, inf)", "max_length", "batch_size")
+    max_length: Count = 2048
+    batch_size: Count = 16
+    dtype: Dtype = "auto"
 
     def check(self) -> None:
         checkpoints.find_model(self.model, self.hub_id)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ram.answers import answer_files, influence
-from ram.decoding import reference
+from ram.decoding import rows as decoding_rows
 from ram.errors import UserError
 from ram.evaluation import statistics, tables
 from ram.evaluation.context import EvaluationContext
@@ -30,7 +30,7 @@ from ram.storage.files import fingerprint, read_json, write_text
 from ram.storage.provenance import Manifest
 
 SAVED, FORMAT = "report.json", 1
-CODES = {reference.AGREED: "a", reference.CHANGED: "c", reference.FELL_BACK: "f"}
+CODES = {decoding_rows.AGREED: "a", decoding_rows.CHANGED: "c", decoding_rows.FELL_BACK: "f"}
 CURVES = ("split", "examples", "loss", "target_logp_per_token", "sampled_logp_per_token")  # of metrics.csv
 SHARES = ("correct", "aligned", "both", "win_rate", "lc_win_rate", "lc_standard_error", "n", "average_length")
 DECODING = ("changed_fraction", "fallback_fraction", "mean_kl", "acceptance")
