@@ -32,7 +32,8 @@ from ram.settings import recipes
 from ram.settings.checks import nested
 from ram.settings.schema import settings_of
 from ram.storage import provenance
-from ram.storage.files import BadRows, differences, only_run, set_aside, write_json
+from ram.storage.files import BadRows, only_run, set_aside
+from ram.storage.provenance import Manifest
 from ram.training import resume
 from ram.training.losses import LOSSES
 from trainers import BasicTrainer, pick_trainer
@@ -66,7 +67,8 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     inputs = {"data": data["train"].key, "weights": source and checkpoints.weights_fingerprint(source)}
     changed = ""
     if done is not None:
-        changed = differences(recipes.recorded_identity(done, identity) | done["inputs"], identity | inputs)
+        recorded = Manifest(recipes.recorded_identity(done, identity) | done["inputs"], {})
+        changed = recorded.changes(identity | inputs)
         if not changed:
             run_folder.check_finished(run_dir, done)
             log.info(f"stage {stage.name}: done before, {run_dir}")
@@ -96,10 +98,9 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     processes.wait()
     metrics = trainer.train(state)
     if not config.debug and processes.is_first():
-        weights = checkpoints.weights_fingerprint(str(run_dir / run_folder.LATEST))
-        record = origin | {"weights": weights, "metrics": metrics}
-        record |= {"seconds": time.monotonic() - start, "finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-        write_json(run_dir / run_folder.DONE, record)
+        record = origin | {"metrics": metrics, "seconds": time.monotonic() - start}
+        record |= {"finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        run_folder.write_done(run_dir, record)
         resume.clear(run_dir)
     processes.wait()
 

@@ -14,7 +14,7 @@ import torch
 from preference_datasets import DATASETS
 from ram.distributed import processes
 from ram.errors import Preempted, UserError, nearest, pick, run_entry_point
-from ram.evaluation.judges.settings import JUDGE_SETTINGS
+from ram.evaluation.judges.base import load_judges
 from ram.log import log, pick_device, pick_dtype, progress, quiet_transformers, setup_logging
 from ram.settings import compose
 from ram.settings.schema import Tables
@@ -31,7 +31,7 @@ __all__ = [
 TABLES = Tables(
     datasets=DATASETS,
     losses=LOSSES,
-    judges=JUDGE_SETTINGS,
+    judges=load_judges(),
     pick_trainer=pick_trainer,
     pick_optimizer=pick_optimizer,
 )

@@ -79,6 +79,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
     )
 
 
+def require_in(settings: object, interval: str, *keys: str) -> None:
+    """Raise ValueError if a setting is outside an interval such as "[1, inf)". None is accepted.
+
+    Args:
+        settings: an object with the keys as attributes.
+        interval: round brackets exclude an end.
+        keys: names of numbers.
+    """
+    low, high = map(float, interval[1:-1].split(", "))
+    for key in keys:
+        value = getattr(settings, key)
+        if value is None:
+            continue
+        is_above = value > low or (value == low and interval[0] == "[")
+        is_below = value < high or (value == high and interval[-1] == "]")
+        if not (is_above and is_below):
+            raise ValueError(f"{key}={value}: expected a number in {interval}")
+
+
 def pick(table: dict[str, Any], name: str, what: str) -> Any:
     """table[name], or a UserError that names the nearest key."""
     if name not in table:

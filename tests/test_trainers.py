@@ -16,6 +16,7 @@ from ram.data.tokenization import Example, tokenize
 from ram.errors import UserError
 from ram.models import checkpoints, run_folder
 from ram.training import metrics, optimizers, resume
+from ram.training.losses import LOSSES
 from ram.training.packing import collate
 from trainers import BasicTrainer, Diverged
 
@@ -298,7 +299,7 @@ def test_counts_and_columns(tmp_path):
     assert [int(row["examples"]) for row in rows if row["split"] == "heldout"] == [0, 16, 36, 40]
     answers = sum(len(run.train_data.ids[part]) for part in ("target", "negative"))
     assert int(train[-1]["tokens"]) == 2 * answers
-    assert set(rows[0]) == set(metrics.COLUMNS)
+    assert set(rows[0]) == set(metrics.columns_of(LOSSES["ours_sft"]))
     for row in train:
         assert float(row["loss"]) == pytest.approx(
             -float(row["target_logp"]) + 1e-4 * float(row["sampled_logp"]), rel=1e-5

@@ -15,7 +15,8 @@ from typing import Any
 
 from ram.errors import UserError, nearest
 from ram.log import log
-from ram.storage.files import file_sha256, fingerprint, read_json, replacing, write_json, write_jsonl
+from ram.storage.files import file_sha256, fingerprint, replacing, write_json, write_jsonl
+from ram.storage.provenance import digests_in, read_manifest
 
 ATTRIBUTES = {
     "colour": (
@@ -130,17 +131,11 @@ def _check(settings: dict[str, Any]) -> None:
 def _check_finished(marker: Path, identity: str) -> None:
     """Raises UserError unless `marker` belongs to the wanted world and its files are as they were made."""
     folder, remedy = marker.parent, "stages=[world] overwrite=true makes it anew"
-    try:
-        record = read_json(marker)
-    except UserError as error:
-        raise UserError(f"{error}; {remedy}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("files"), dict) or "identity" not in record:
-        raise UserError(f"{marker}: no record of a toy world (identity and files); {remedy}")
-    if record["identity"] != identity:
+    manifest, _ = read_manifest(marker, "identity", "files", remedy)
+    if manifest.changes(identity):
         raise UserError(f"{folder} holds a toy world of other settings or another seed: set overwrite=true")
-    for name, digest in record["files"].items():
-        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
-            raise UserError(f"{folder / name} is missing or not as it was made; {remedy}")
+    if damaged := manifest.damaged(digests_in(folder)):
+        raise UserError(f"{folder / damaged[0]} is missing or not as it was made; {remedy}")
 
 
 def _row(rng: random.Random, fact: dict[str, str], styles: dict[str, float]) -> dict[str, str]:

@@ -210,6 +210,14 @@ def check_context(source: str | None, longest: int, architecture: dict | None = 
         raise UserError(f"max_length={longest}, but {what} holds {limit} positions; lower max_length")
 
 
+def deciding_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that decide its output: settings, tokenizer and weights."""
+    names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    names.append("special_tokens_map.json")
+    settings = [folder / name for name in names if (folder / name).is_file()]
+    return [*settings, *sorted(folder.glob("*.safetensors"))]
+
+
 def weights_fingerprint(source: str) -> str:
     """Content hash of all in a folder that decides what its model says; of a hub model, of its name.
 
@@ -220,10 +228,7 @@ def weights_fingerprint(source: str) -> str:
         return fingerprint(source)
     digest = hashlib.sha256()
     digest.update(str(read_card(source).get("add_bos")).encode())
-    names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-    names.append("special_tokens_map.json")
-    settings = [path for path in (Path(source) / name for name in names) if path.is_file()]
-    for path in [*settings, *sorted(Path(source).glob("*.safetensors"))]:
+    for path in deciding_files(Path(source)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

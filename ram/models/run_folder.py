@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ram.errors import UserError
-from ram.models.checkpoints import weights_fingerprint
-from ram.storage.files import read_json
+from ram.models.checkpoints import deciding_files, weights_fingerprint
+from ram.storage.files import read_json, write_json
+from ram.storage.provenance import Manifest, cached_sha256, digests_in
 
 LATEST = "LATEST"
 DONE = "done.json"
@@ -40,9 +41,22 @@ def finished_run(run_dir: Path) -> dict[str, Any] | None:
     return record
 
 
+def write_done(run_dir: Path, record: dict[str, Any]) -> None:
+    """Write done.json: `record` with the fingerprint of LATEST and the digest of each of its files."""
+    latest = run_dir / LATEST
+    files = {f"{LATEST}/{path.name}": cached_sha256(path) for path in deciding_files(latest)}
+    write_json(run_dir / DONE, record | {"weights": weights_fingerprint(str(latest)), "files": files})
+
+
+def manifest_of(record: dict[str, Any]) -> Manifest:
+    """Return what a run was made from. Records of earlier versions name no files, only `weights`."""
+    return Manifest(record["settings"] | record["inputs"], record.get("files", {}))
+
+
 def check_finished(run_dir: Path, record: dict[str, Any]) -> None:
-    """Raises UserError where LATEST is missing or holds other weights than `record` (done.json) describes."""
-    if weights_fingerprint(str(Path(run_dir) / LATEST)) != record["weights"]:
+    """Raise UserError if LATEST is missing or differs from the weights that `record` (done.json) names."""
+    damaged = manifest_of(record).damaged(digests_in(Path(run_dir), cached_sha256))
+    if damaged or weights_fingerprint(str(Path(run_dir) / LATEST)) != record["weights"]:
         raise UserError(
             f"{run_dir}: {LATEST} does not hold the weights that {DONE} describes (missing, changed or from "
             "another run); overwrite=true trains them anew"

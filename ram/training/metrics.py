@@ -13,28 +13,17 @@ from ram.distributed import processes
 from ram.log import log
 from ram.models import run_folder
 from ram.storage.files import naming, replacing
+from ram.training.losses import LOSSES, REWARD_METRICS, Loss
 
-# Columns of metrics.csv; the README says what each one means.
-COLUMNS = (
-    "split",
-    "updates",
-    "examples",
-    "epoch",
-    "loss",
-    "target_logp",
-    "target_logp_per_token",
-    "sampled_logp",
-    "sampled_logp_per_token",
-    "chosen_reward",
-    "rejected_reward",
-    "reward_margin",
-    "reward_accuracy",
-    "grad_norm",
-    "lr",
-    "tokens",
-    "examples_per_second",
-    "tokens_per_second",
-)
+PROGRESS = ("split", "updates", "examples", "epoch")
+LOGPS = ("target_logp", "target_logp_per_token", "sampled_logp", "sampled_logp_per_token")
+SPEED = ("grad_norm", "lr", "tokens", "examples_per_second", "tokens_per_second")
+
+
+def columns_of(loss: Loss) -> tuple[str, ...]:
+    """Return the columns of metrics.csv, which the documentation explains."""
+    # Every file has the reward columns, as files of earlier versions do, whatever the loss.
+    return (*PROGRESS, "loss", *LOGPS, *dict.fromkeys([*REWARD_METRICS, *loss.metrics]), *SPEED)
 
 
 class MetricsLog:
@@ -49,14 +38,16 @@ class MetricsLog:
         # With debug the folder may be a finished run's: nothing in it is touched.
         nowhere = settings.debug or not processes.is_first()
         self.path = Path(os.devnull) if nowhere else run_dir / run_folder.METRICS
+        self.loss = LOSSES[settings.loss.name]
+        columns = columns_of(self.loss)
         if not nowhere:
             kept = [] if after is None else rows_until(self.path, after)
             with replacing(self.path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=COLUMNS)
+                writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(kept)
         self.file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
-        self.writer = csv.DictWriter(self.file, fieldnames=COLUMNS)
+        self.writer = csv.DictWriter(self.file, fieldnames=columns)
         self.wandb = None
         if settings.wandb.enabled and not nowhere:
             import wandb
@@ -78,14 +69,8 @@ class MetricsLog:
             return
         if split == "train":
             self.last = now
-        shown = (
-            "loss",
-            "target_logp_per_token",
-            "sampled_logp_per_token",
-            "reward_accuracy",
-            "grad_norm",
-            "lr",
-        )
+        logps = ("target_logp_per_token", "sampled_logp_per_token")
+        shown = ("loss", *logps, *self.loss.metrics, "grad_norm", "lr")
         figures = "  ".join(f"{key} {row[key]:.4g}" for key in shown if key in row)
         speed = f"  {row['examples_per_second']:.1f} examples/s" if "examples_per_second" in row else ""
         log.info(f"{split:<8} {int(row['examples']):>8,} examples  {figures}{speed}")
@@ -106,8 +91,8 @@ def rows_until(path: Path, updates: int) -> list[dict[str, str]]:
     kept = []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
-            whole = set(row) == set(COLUMNS) and None not in row.values()
-            if not whole or not row["updates"].isdigit():
+            whole = None not in row and None not in row.values()
+            if not whole or not row.get("updates", "").isdigit():
                 break
             if int(row["updates"]) <= updates:
                 kept.append(row)

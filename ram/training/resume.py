@@ -17,7 +17,8 @@ from typing import Any
 from ram.distributed import processes
 from ram.errors import UserError
 from ram.log import log
-from ram.storage.files import file_sha256, read_json, write_json
+from ram.storage.files import file_sha256, write_json
+from ram.storage.provenance import Manifest, digests_in, read_manifest
 
 STATES, MARK = "states", "state.json"
 
@@ -127,17 +128,14 @@ def newest(run_dir: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
     """
     for folder in reversed(found(run_dir)):
         try:
-            facts = read_json(folder / MARK)
-            files, made_from = facts["files"], facts["origin"]
-        except (UserError, KeyError, TypeError):
-            files, made_from = {}, None
-        mine = sorted(files)[processes.rank() :: processes.count()]
-        broken = not files or any(
-            not (folder / name).is_file() or file_sha256(folder / name) != files[name] for name in mine
-        )
-        if processes.any_of(broken):
+            manifest, facts = read_manifest(folder / MARK, "origin", "files", "")
+        except UserError:
+            manifest, facts = Manifest({}, {}), {}
+        own = sorted(manifest.files)[processes.rank() :: processes.count()]
+        damaged = not manifest.files or bool(manifest.damaged(digests_in(folder), own))
+        if processes.any_of(damaged):
             log.info(f"{folder}: damaged, passed over")
-        elif made_from != origin:
+        elif manifest.changes(origin):
             log.info(f"{run_dir}: stopped with other settings, data or weights; training starts anew")
             return None
         else:

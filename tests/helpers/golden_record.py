@@ -31,7 +31,9 @@ import pipeline
 from preference_datasets import get_dataset, load_tokenized
 from ram.answers import answer_files, influence
 from ram.data.toy_world import build_world
-from ram.evaluation.judges import judges
+from ram.evaluation import steps
+from ram.evaluation.context import EvaluationContext, read_test_rows
+from ram.evaluation.judges.base import make_judge
 from ram.evaluation.systems import System, job_of, resolve_systems
 from ram.models import checkpoints
 from ram.settings import compose, recipes, serving
@@ -47,7 +49,7 @@ from ram.storage.files import (
     write_jsonl,
     write_text,
 )
-from ram.storage.provenance import read_marker
+from ram.storage.provenance import marker
 from ram.training.losses import LOSSES
 from train import sample_job
 from utils import TABLES
@@ -194,7 +196,8 @@ def case_facts(command_line: str) -> Facts:
     facts["stages"] = {name: stage_facts(stage) for name, stage in stages.items()}
     for task in config.evaluation.tasks:
         systems = resolve_systems(config, task, stages, keys)
-        rows = pipeline.read_test_rows(systems, config, task, data)
+        settings = [system.settings for system in systems.values()]
+        rows = read_test_rows(pipeline.test_file(config, task), settings, make_judge(config.judge), BadRows())
         facts[f"order of systems, {task}"] = list(systems)
         facts[f"systems, {task}"] = {name: system_facts(s, rows, config) for name, s in systems.items()}
     return facts
@@ -206,12 +209,9 @@ def case_facts(command_line: str) -> Facts:
 def judge_facts(overrides: str) -> Facts:
     """The identity of a judge by task."""
     put_weights(Path("reward"))
-    judge = settings_of(compose.compose(overrides.split()), TABLES).judge
-    by_task = {task: judges.settings_for(task, judge) for task in ("helpful", "harmless", "summ")}
-    return {
-        task: {"identity": judges.identity(settings), "described": judges.describe(settings)}
-        for task, settings in by_task.items()
-    }
+    judge = make_judge(settings_of(compose.compose(overrides.split()), TABLES).judge)
+    by_task = {task: judge.for_task(task) for task in ("helpful", "harmless", "summ")}
+    return {task: {"identity": j.identity(), "described": j.describe()} for task, j in by_task.items()}
 
 
 def judgement_facts(judge: str) -> Facts:
@@ -219,10 +219,13 @@ def judgement_facts(judge: str) -> Facts:
     config, stages, keys = resolve(f"experiment=demo judge={judge}")
     system = resolve_systems(config, "facts", stages, keys)["proposal"]
     texts, rows = [row["output"] for row in ROWS], list(enumerate(ROWS))
-    answers = {"proposal": [{"text": text} for text in texts]}
-    pipeline.judge({"proposal": system}, answers, texts, rows, "facts", config)
-    path = pipeline.judgements_path(system, config)
-    return {"path": str(path), **read_marker(path)}
+    made_up = make_judge(config.judge).for_task("facts")
+    context = EvaluationContext(config, "facts", Path(), [], made_up, {"proposal": system}, rows)
+    context.answers = {"proposal": [{"text": text} for text in texts]}
+    context.references = texts
+    steps.judge(context)
+    path = context.judgements_path(system)
+    return {"path": str(path), **read_json(marker(path))}
 
 
 def server_facts(overrides: str) -> Facts:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ram.errors import UserError
+from ram.evaluation.systems import resolve_systems
 from ram.settings import compose, recipes
 from ram.settings.schema import settings_of
 from utils import TABLES
@@ -108,7 +109,7 @@ def test_the_eight_published_evaluations():
         config = settings_of(compose.compose([f"experiment={name}"]), TABLES)
         stages = {stage.name: stage for stage in recipes.resolve([f"experiment={name}"], TABLES)}
         for task in config.evaluation.tasks:
-            system = pipeline.resolve_systems(config, task, stages, set())["proposal+aligner[par_kl]"]
+            system = resolve_systems(config, task, stages, set())["proposal+aligner[par_kl]"]
             found[name, task] = (system.params.temperature, system.params.base_temperature)
             assert system.params.sample_mode == "par_kl" and system.params.div_threshold == 0.1
             assert system.pair.aligner == str(stages["aligner"].weights)

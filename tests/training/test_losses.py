@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ram.settings import compose
 from ram.training import losses
 from ram.training.losses import LOSSES, head_logps, preference_loss, sequence_logps, token_logps
 
@@ -124,7 +125,7 @@ def test_gradient_reaches_labelled_positions_alone():
 def test_shape_mismatch_raises(shape):
     """Labels that do not belong to the logits are refused."""
     logits, _ = make_batch()
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="do not fit labels"):
         sequence_logps(logits, torch.zeros(shape, dtype=torch.long))
 
 
@@ -348,6 +349,23 @@ EXPECTED_FLAGS = {
 }
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_settings_have_the_keys_of_the_yaml_file(name):
+    """config/loss/NAME.yaml has the fields of the loss's settings, and they accept its values."""
+    values = dict(compose.compose([f"loss={name}"]).loss)
+    assert vars(LOSSES[name].settings(**values)) == values
+
+
+@pytest.mark.parametrize(
+    "name, key, value",
+    [("ours_sft", "alpha", 1.5), ("ours_sft", "sampled_fraction", 0.0), ("dpo", "beta", 0.0)],
+)
+def test_settings_out_of_range_are_refused(name, key, value):
+    values = dict(compose.compose([f"loss={name}"]).loss) | {key: value}
+    with pytest.raises(ValueError, match=f"{key}={value}: expected a number in "):
+        LOSSES[name].settings(**values)
+
+
 def test_table_names_and_needs():
     """The table holds the five losses, each with its need of a second answer and of a reference."""
     flags = {name: (loss.needs_negative, loss.needs_reference) for name, loss in LOSSES.items()}
@@ -371,6 +389,7 @@ def test_table_preference_entries(name):
     options = {"ipo": True} if name == "ipo" else {"label_smoothing": 0.1}
     expected, chosen, rejected = preference(reference_free=free, **options)
     torch.testing.assert_close(loss, expected)
+    assert tuple(metrics) == LOSSES[name].metrics
     assert set(metrics) == {"chosen_reward", "rejected_reward", "reward_margin", "reward_accuracy"}
     torch.testing.assert_close(metrics["chosen_reward"], chosen)
     torch.testing.assert_close(metrics["rejected_reward"], rejected)
