@@ -78,7 +78,7 @@ class Fixed(DraftPolicy):
 
 
 class Costs(NamedTuple):
-    """Seconds of a forward: per layer, per weight that is read, per weight and token, per logit and law."""
+    """Seconds of a forward: per layer, per weight (read once, or multiplied per token), per law and logit."""
 
     layer: float
     weight: float
@@ -88,7 +88,10 @@ class Costs(NamedTuple):
 
 
 # One thread of a common CPU; a common data-centre GPU. The choice of a width depends on their ratios only.
-COSTS = {"cpu": Costs(1.5e-4, 2e-10, 5e-11, 6e-4, 4e-8), "cuda": Costs(1.5e-4, 1e-12, 1e-14, 1e-3, 1e-11)}
+COSTS = {
+    "cpu": Costs(1.5e-4, 3.5e-10, 1.6e-11, 6e-4, 4e-8),
+    "cuda": Costs(1.5e-4, 1e-12, 1e-14, 1e-3, 1e-11),
+}
 
 
 class Counted(DraftPolicy):
@@ -110,7 +113,7 @@ class Counted(DraftPolicy):
     def seconds(served: ServedModel, tokens: int) -> float:
         """The cost of a forward over some tokens and of the laws at them, by the table."""
         costs = COSTS.get(served.pool.device.type, COSTS["cuda"])
-        weights = served.parameters * (costs.weight + costs.product * tokens)
+        weights = served.parameters * max(costs.weight, costs.product * tokens)
         return served.layers * costs.layer + weights + costs.law + costs.logit * tokens * served.vocab_size
 
 
