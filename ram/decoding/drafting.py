@@ -36,7 +36,7 @@ class DraftPolicy:
     """Chooses the width of each round. Rates are kept for pairs and for models alone."""
 
     def __init__(self) -> None:
-        self.agreement = {True: [1.0, 2.0], False: [1.0, 2.0]}  # decayed counts of kept and compared drafts
+        self.agreement = {True: [1.6, 2.0], False: [1.6, 2.0]}  # decayed counts of kept and compared drafts
         self.rounds = {True: 0, False: 0}
 
     def width(self, load: Load) -> int:
@@ -78,17 +78,21 @@ class Fixed(DraftPolicy):
 
 
 class Costs(NamedTuple):
-    """Seconds of a forward: per layer, per weight that is read, per weight and token, per logit and law."""
+    """Seconds of the parts of a round."""
 
-    layer: float
-    weight: float
-    product: float
+    round: float
+    layer: float  # of a forward
+    weight: float  # to read one weight
+    product: float  # to multiply one weight by one token
     law: float
     logit: float
 
 
 # One thread of a common CPU; a common data-centre GPU. The choice of a width depends on their ratios only.
-COSTS = {"cpu": Costs(1.5e-4, 2e-10, 5e-11, 6e-4, 4e-8), "cuda": Costs(1.5e-4, 1e-12, 1e-14, 1e-3, 1e-11)}
+COSTS = {
+    "cpu": Costs(3e-3, 1.5e-4, 3.5e-10, 1.6e-11, 6e-4, 4e-8),
+    "cuda": Costs(3e-3, 1.5e-4, 1e-12, 1e-14, 1e-3, 1e-11),
+}
 
 
 class Counted(DraftPolicy):
@@ -101,16 +105,17 @@ class Counted(DraftPolicy):
         assert role.drafter is not None
         drafter, verifier = role.drafter, role.verifier
         self.rounds[is_pair] += 1
-        best = self.best(load, self.seconds(drafter, load.rows), lambda n: self.seconds(verifier, n))
+        costs = COSTS.get(verifier.pool.device.type, COSTS["cuda"])
+        step = self.seconds(costs, drafter, load.rows)
+        best = self.best(load, step, lambda tokens: costs.round + self.seconds(costs, verifier, tokens))
         if best == 1 and not is_pair and self.rounds[is_pair] % self.TRIAL == 0:
             return 4
         return best
 
     @staticmethod
-    def seconds(served: ServedModel, tokens: int) -> float:
-        """The cost of a forward over some tokens and of the laws at them, by the table."""
-        costs = COSTS.get(served.pool.device.type, COSTS["cuda"])
-        weights = served.parameters * (costs.weight + costs.product * tokens)
+    def seconds(costs: Costs, served: ServedModel, tokens: int) -> float:
+        """The cost of a forward over some tokens and of the laws at them."""
+        weights = served.parameters * max(costs.weight, costs.product * tokens)
         return served.layers * costs.layer + weights + costs.law + costs.logit * tokens * served.vocab_size
 
 

@@ -188,11 +188,7 @@ class Frame:
 
 
 def draft_law(
-    logits: torch.Tensor,
-    role: Role,
-    params: PARParams,
-    seen: torch.Tensor | None,
-    eos: Sequence[int],
+    logits: torch.Tensor, role: Role, params: PARParams, seen: torch.Tensor | None, eos: Sequence[int]
 ) -> torch.Tensor:
     """The law (R, V) of drafts: the drafter's logits under the settings of the model it drafts for."""
     if role.z_q is None:

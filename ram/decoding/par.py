@@ -426,10 +426,7 @@ class Noise:
         self.whole = None if self.sparse else gumbel_noise(*self.keys, vocab_size, stream)
 
     def draw(
-        self,
-        logprobs: torch.Tensor,
-        rows: torch.Tensor | slice = ALL,
-        columns: int | slice = ALL,
+        self, logprobs: torch.Tensor, rows: torch.Tensor | slice = ALL, columns: int | slice = ALL
     ) -> torch.Tensor:
         """Draw one token per law (N,) from laws (N, V) at these rows and columns, row by row."""
         support = int((logprobs > NEG_INF).sum(dim=-1).max()) if self.sparse else self.vocab_size

@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ram.decoding.cache import Limits, ServedModel, max_positions, open_model
 from ram.decoding.drafting import Clocked
 from ram.decoding.engine import Engine
-from ram.decoding.requests import (
-    EngineError,
-    Event,
-    Failed,
-    Finished,
-    Request,
-    TokenLogprobs,
-    Tokens,
-)
+from ram.decoding.requests import EngineError, Event, Failed, Finished, Request, TokenLogprobs, Tokens
 from ram.decoding.rows import CHANGED, FELL_BACK, ShownText
 from ram.decoding.scheduler import Ticket
 from ram.log import log

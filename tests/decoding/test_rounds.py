@@ -76,11 +76,11 @@ def test_aligners_run_in_the_order_of_their_numbers():
     """Rows of one round are ordered by their aligners' numbers, and aligners of one shape stay together."""
     models = {"b": tiny_model(len(LETTERS), 7, layers=2), "a": tiny_model(len(LETTERS), 1)}
     models["c"] = tiny_model(len(LETTERS), 2)
-    engine = engine_of(models, drafts=0)
-    for name in ("c", "a", "b", "a"):
-        engine.add(engine.ticket(ask("abc", name)))
-    engine.step()
-    ((_, rows),) = engine.rounds.sets.values()
+    engine = engine_of(models)
+    tickets = [engine.ticket(ask("abc", name)) for name in ("c", "a", "b", "a")]
+    for line, ticket in enumerate(tickets):
+        ticket.line = line
+    rows = frames.RowSet(tickets, drafted=True, device=torch.device("cpu"))
     numbers = [ticket.role.drafter.number for ticket in rows.tickets]
     assert numbers == sorted(numbers)
     assert [len(drafters.members) for drafters in rows.drafters] == [1, 2]
