@@ -56,7 +56,10 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     else:
         architecture = config.model.architecture
     checkpoints.check_context(source, config.max_length, architecture)
-    tokenizer = checkpoints.load_tokenizer(config.model.tokenizer_name_or_path or source)
+    tokenizer_source = config.model.tokenizer_name_or_path or source
+    if tokenizer_source is None:
+        raise UserError("model.architecture has no tokenizer: give model.tokenizer_name_or_path=FOLDER")
+    tokenizer = checkpoints.load_tokenizer(tokenizer_source)
     loss = LOSSES[config.loss.name]
     bad = BadRows(config.on_bad_row)
     with processes.first_goes_first():  # the first process caches the token ids, the others read them
@@ -122,6 +125,7 @@ def make_trainer(
     config, run_dir, loss = stage.config, stage.output, LOSSES[stage.config.loss.name]
     seed_everything(config.seed)
     if source is None:
+        assert architecture is not None
         model = checkpoints.new_model(architecture, tokenizer, config.seed)
     else:
         model = checkpoints.load_model(source, "float32")

@@ -103,14 +103,11 @@ BOUNDS: dict[str, Any] = {
     "n_candidates": Annotated[int, Field(ge=1, le=64)],
 }
 DECLARED = get_type_hints(PARParams)
-LawKeys = create_model(
-    "LawKeys",
-    __base__=Strict,
-    **{
-        key: (BOUNDS.get(key.removeprefix("base_"), DECLARED[key]) | None, None)
-        for key in PARParams.field_names()
-    },
-)
+LAW_FIELDS: dict[str, Any] = {
+    key: (BOUNDS.get(key.removeprefix("base_"), DECLARED[key]) | None, None)
+    for key in PARParams.field_names()
+}
+LawKeys = create_model("LawKeys", __base__=Strict, **LAW_FIELDS)
 
 
 class Common(LawKeys):

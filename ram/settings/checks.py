@@ -146,31 +146,30 @@ TYPES = {
 
 def _explain(kind: type, details: ErrorDetails, values: dict[str, Any], prefix: str, source: str) -> str:
     """Return pydantic's first error as one line: got, expected, remedy."""
-    error, value = details["type"], details["input"]
-    key = (
-        prefix + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"])[1:]
-    )
-    group = prefix.removesuffix(".")
+    error, value, context = details["type"], details["input"], details.get("ctx", {})
+    steps = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"]]
+    key = prefix + "".join(steps).removeprefix(".")
     if error == "missing":
-        needs = ""
-        if "name" in values:
-            name = values["name"]
-            needs = f", but {prefix}name={name} needs it: choose a {group} by {group}={name}"
-            needs += f", which reads config/{group}/{name}.yaml"
-        return f"{key} is not set{needs}"
+        group, name = prefix.removesuffix("."), values.get("name")
+        if name is None:
+            return f"{key} is not set: give {key}=VALUE"
+        return (
+            f"{key} is not set, but {group}.name={name} needs it: choose a {group} by {group}={name}, which "
+            f"reads config/{group}/{name}.yaml"
+        )
     if error in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {key!r}: {nearest(key, keys_of(kind, prefix)) or f'see config/{source}.yaml'}"
-    if error == "value_error":  # a dataclass that checks itself
-        return f"{key}{'.' if details['loc'] else prefix}{details['ctx']['error']}"
+    if error == "value_error":  # a dataclass that checks itself; its message begins with the key
+        return f"{prefix}{context['error']}"
     if error.startswith(("model", "dataclass")):
-        below = functools.reduce(lambda section, part: _types(section)[part], details["loc"], kind)
+        below = functools.reduce(lambda section, part: _types(section)[str(part)], details["loc"], kind)
         return _expected_keys(below, f"{key}.", value)
     if error in ("interval", "folder_name"):
         return f"{key}={shown(value)}: {details['msg']}"
     if error == "finite_number":
         return f"{key}={value}: expected a finite number"
     if error == "literal_error":
-        choices = details["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
+        choices = context["expected"].replace(" or ", ", ").replace("'", "")
         return f"{key}={shown(value)}: expected one of {choices}"
     expected = TYPES.get(error.split("_")[0])
     if expected is None:

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -95,10 +95,15 @@ def defaults(name: str) -> dict[str, Any]:
 def resolved(config: DictConfig) -> dict[str, Any]:
     """Return a configuration as nested dicts, every reference such as ${seed} replaced by its value."""
     try:
-        return OmegaConf.to_container(config, resolve=True)
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{error.full_key}: {reason}; check the references, ${{...}}, in its value") from None
+
+
+def unresolved(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as nested dicts with its references as they are."""
+    return cast(dict[str, Any], OmegaConf.to_container(config))
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -123,7 +128,7 @@ def set_values(config: DictConfig, values: Mapping[str, Any]) -> None:
     """Set dotted keys of an unresolved configuration, so that references to them follow."""
     for key, value in values.items():
         if not has_key(config, key):
-            known = leaves(OmegaConf.to_container(config))
+            known = leaves(unresolved(config))
             raise UserError(f"unknown key {key!r}: {nearest(key, known) or 'see config/config.yaml'}")
         OmegaConf.update(config, key, value, merge=True)
 
@@ -199,7 +204,7 @@ def _explain(overrides: Sequence[str], error: Exception, name: str) -> str:
             _compose([*groups, override], name)
         except Exception:
             try:
-                known = leaves(OmegaConf.to_container(_compose(groups, name)))
+                known = leaves(unresolved(_compose(groups, name)))
             except Exception:  # the chosen files do not compose
                 break
             if key not in known:

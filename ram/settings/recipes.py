@@ -159,6 +159,7 @@ def _stage(
         if label in earlier:
             label = earlier[label].config.model.name
         output = local_file(f"{spec['dataset']}_{Path(label).name}", data_dir, tables.datasets)
+        assert output is not None  # only sampled data sets get here, and their files are local
         return Stage(name, kind, config, output, source, _files([spec["dataset"]], data_dir, tables))
     check_training(config, tables)
     model = config.model

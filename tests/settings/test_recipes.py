@@ -261,7 +261,7 @@ REFUSED = {
         [*TRAIN, "sample_during_eval=true", "sampling.sample_mode=snis"],
         r"n_candidates",
     ),
-    "alpha": ([*TRAIN, "loss=ours_sft", "loss.alpha=2"], r"loss.alpha=2: expected a number in \[0, 1\]"),
+    "alpha": ([*TRAIN, "loss=ours_sft", "loss.alpha=2"], r"\Aloss.alpha=2: expected a number in \[0, 1\]"),
     "share": (
         [*TRAIN, "loss=ours_sft", "loss.sampled_fraction=0"],
         r"loss.sampled_fraction=0: expected a number in \(0, 1\]",
