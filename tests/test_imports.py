@@ -126,3 +126,17 @@ def test_nothing_private_is_tracked():
     paths = [*MODULES.values(), *(path for pattern in patterns for path in ROOT.glob(pattern))]
     for path in paths:
         assert not private.search(path.read_text()), path
+
+
+def test_laws_need_only_torch():
+    """`ram.decoding.par` loads without transformers; the package's public names are resolved on first use."""
+    code = """
+import sys
+import ram.decoding.par
+assert "transformers" not in sys.modules
+from ram.decoding import Generation, PARParams, generate, generate_iter
+from ram.decoding import generation
+assert generate is generation.generate and "transformers" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ram.answers import answer_files
-from ram.decoding.par import PARParams, next_token_law, seen_mask, warp
-from ram.decoding.reference import eos_token_ids, wide
+from ram.decoding.par import PARParams, next_token_law, seen_mask, warp, wide
+from ram.decoding.rows import eos_token_ids
 from ram.distributed import processes
 from ram.log import log, progress
 from ram.storage.files import fingerprint, only_run, read_rows

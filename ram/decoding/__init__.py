@@ -1,20 +1,21 @@
-"""Decoding with a proposal and an aligner: `from ram.decoding import generate, PARParams`.
+"""Decoding with a frozen proposal and a residual aligner.
 
-The public names load on first use, so that importing `ram.decoding.par` alone loads only torch.
+The public names are resolved on first use, so that importing `ram.decoding.par` loads torch alone.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ram.decoding.generation import Generation, generate, generate_iter
+    from ram.decoding.generation import generate, generate_iter
     from ram.decoding.par import PARParams
+    from ram.decoding.rows import Generation
 
 __all__ = ["Generation", "PARParams", "generate", "generate_iter"]
+MODULES = {"Generation": "rows", "PARParams": "par", "generate": "generation", "generate_iter": "generation"}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
+def __getattr__(name: str) -> object:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "ram.decoding.par" if name == "PARParams" else "ram.decoding.generation"
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ram.data import toy_world
-from ram.decoding import reference
+from ram.decoding import rows as decoding_rows
 from ram.errors import UserError
 from ram.evaluation import length_control
 from ram.evaluation.judges.judges import Judgement
@@ -115,7 +115,7 @@ def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
         for key in ("fallback_fraction", "mean_kl")
     }
     drafted = sum(a["stats"]["drafted"] for a in pairs)
-    changed = sum(answer["events"].count(reference.CHANGED) for answer in pairs)
+    changed = sum(answer["events"].count(decoding_rows.CHANGED) for answer in pairs)
     weighted["acceptance"] = sum(a["stats"]["accepted"] for a in pairs) / drafted
     return weighted | {"changed_fraction": changed / tokens}
 

@@ -14,10 +14,11 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ram.decoding.engine import Busy, Closed, Engine, EngineError, TooLong, UnknownAligner
+from ram.decoding.requests import EngineError, TooLong, UnknownAligner
 from ram.errors import UserError
 from ram.serving import protocol
 from ram.serving.guard import HUNG_UP, Guard
+from ram.serving.loop import Busy, Closed, EngineThread
 from ram.serving.metrics import CONTENT_TYPE, Metrics, TimedEngine
 from ram.serving.protocol import AlignerRequest, ApiError, ChatRequest, Common, CompletionRequest
 from ram.serving.registry import Models, Served
@@ -238,7 +239,7 @@ def prompts_of(request: CompletionRequest) -> list[str] | list[list[int]]:
 def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
     limits, streamed = models.settings.config.limits, {"text/event-stream": {}}
     # `Running` uses nothing of the engine but the two methods that `TimedEngine` has.
-    engine = cast(Engine, TimedEngine(models.engine, metrics))
+    engine = cast(EngineThread, TimedEngine(models.engine, metrics))
 
     async def answer(
         request: Request,

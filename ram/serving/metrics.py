@@ -9,7 +9,9 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
 from prometheus_client.registry import Collector
 
-from ram.decoding.engine import Done, Engine, Listener, Piece, Request, Ticket
+from ram.decoding.requests import Request
+from ram.decoding.scheduler import Ticket
+from ram.serving.loop import Done, EngineThread, Listener, Piece
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 COUNTERS = {  # figures of the engine that only grow
@@ -69,7 +71,7 @@ class Metrics:
         self.requests.labels(route, str(code)).inc()
         self.request_seconds.labels(route).observe(seconds)
 
-    def watch(self, engine: Engine) -> None:
+    def watch(self, engine: EngineThread) -> None:
         """Include an engine's figures from now on."""
         self.registry.register(EngineFigures(engine))
 
@@ -81,7 +83,7 @@ class Metrics:
 class EngineFigures(Collector):
     """The figures of an engine, read whenever the metrics are."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineThread) -> None:
         self.engine = engine
 
     def collect(self) -> Iterator[Metric]:
@@ -104,7 +106,7 @@ class EngineFigures(Collector):
 class TimedEngine:
     """An engine's `submit` and `cancel` that also record the latencies of each answer."""
 
-    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, engine: EngineThread, metrics: Metrics) -> None:
         self.engine, self.metrics = engine, metrics
 
     def submit(self, request: Request, listener: Listener) -> Ticket:

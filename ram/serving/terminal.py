@@ -22,9 +22,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ram.decoding.engine import Done, EngineError, Piece, UnknownAligner
-from ram.decoding.reference import StopWatch
+from ram.decoding.requests import EngineError, UnknownAligner
+from ram.decoding.rows import StopWatch
 from ram.errors import UserError, nearest
+from ram.serving.loop import Done, Piece
 from ram.serving.registry import Models
 from ram.settings.serving import PROPOSAL
 

@@ -11,13 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 from engines import MODELS, PAR, PROPOSAL, Listener, alone, ask, assert_alone, assert_whole
-from test_generation import CASES, LETTERS, last_logits
+from pairs import CASES, LETTERS, last_logits
 from tiny import byte_tokenizer, tiny_model
 
 from ram.decoding import cache, par
-from ram.decoding.engine import Done, Piece, Request, UnknownAligner
-from ram.decoding.reference import ShownText, StopWatch
-from ram.decoding.speculation import WIDTHS, DraftLength
+from ram.decoding.drafting import WIDTHS, Clocked
+from ram.decoding.requests import Request, UnknownAligner
+from ram.decoding.rows import ShownText, StopWatch
+from ram.serving.loop import Done, Piece
 
 SETTINGS = [params for roles, params, _ in CASES.values() if roles[0]]
 
@@ -49,7 +50,7 @@ def test_any_crowd_changes_nothing(seed, kind, start, monkeypatch):
         monkeypatch.setattr(cache, "is_plain_llama", lambda model: False)
     if kind == "large vocabulary":
         monkeypatch.setattr(par, "LARGE_VOCABULARY", 0)
-    monkeypatch.setattr(DraftLength, "choose", lambda self, rows, beside: rng.choice(WIDTHS))
+    monkeypatch.setattr(Clocked, "width", lambda self, load: rng.choice(WIDTHS))
     served = start(max_rows=rng.randint(1, 6), max_tokens=rng.randint(80, 250), max_read=rng.randint(2, 40))
     asked, tickets, turn = [], [], threading.RLock()
 
@@ -88,7 +89,7 @@ def test_a_conversation_is_not_read_twice(start):
         assert_alone(request, heard)
         figures = served.figures()["prefix_hits"]
         assert figures["requests"] == hits and figures["tokens"] >= hits * 32
-    reads = {name: member.pool.kept for name, member in served.aligners.items()}
+    reads = {name: member.pool.positions.kept for name, member in served.aligners.items()}
     assert max(hold.shared for hold in reads["a"]) >= 32 and max(hold.shared for hold in reads["b"]) == 0
     assert_whole(served)
 

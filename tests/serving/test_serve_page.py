@@ -4,7 +4,8 @@ import pytest
 from sample_report import HOSTILE
 from served import TOKENIZER, ask, chat_text, eventually, get, running
 
-from ram.decoding.requests import Busy, Closed, Done, Piece, TokenLogprobs
+from ram.decoding.requests import TokenLogprobs
+from ram.serving.loop import Busy, Closed, Done, Piece
 
 LAST = "document.querySelector('.answers:last-child')"
 IDLE = f"{LAST}?.getAttribute('aria-busy') === 'false'"

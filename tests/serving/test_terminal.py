@@ -16,8 +16,8 @@ from rich.cells import cell_len
 from served import SAMPLING, TOKENIZER, chat_text, expected, save_models, settings
 
 import serve
-from ram.decoding.requests import Piece
 from ram.serving import terminal
+from ram.serving.loop import Piece
 from ram.serving.registry import Models
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ram.answers import answer_files, influence
-from ram.decoding import reference
+from ram.decoding import rows as decoding_rows
 from ram.errors import UserError
 from ram.evaluation import statistics
 from ram.evaluation.report import page
@@ -30,7 +30,7 @@ from ram.settings import recipes
 from ram.storage.files import fingerprint, read_json, write_text
 
 SAVED, FORMAT = "report.json", 1
-CODES = {reference.AGREED: "a", reference.CHANGED: "c", reference.FELL_BACK: "f"}
+CODES = {decoding_rows.AGREED: "a", decoding_rows.CHANGED: "c", decoding_rows.FELL_BACK: "f"}
 CURVES = ("split", "examples", "loss", "target_logp_per_token", "sampled_logp_per_token")  # of metrics.csv
 
 

@@ -30,12 +30,13 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ram.data import prompts
-from ram.decoding import engine
-from ram.decoding.engine import Busy, Done, EngineError, TooLong, UnknownAligner
+from ram.decoding import requests as decoding
 from ram.decoding.par import PARParams
+from ram.decoding.requests import EngineError, TooLong, UnknownAligner
 from ram.errors import UserError, nearest
 from ram.log import log
 from ram.serving.guard import HUNG_UP, Guard
+from ram.serving.loop import Busy, Done
 from ram.serving.metrics import Metrics
 from ram.serving.protocol import LAW_OF_ONE, ApiError
 from ram.serving.registry import Models, Served
@@ -126,7 +127,7 @@ def failure(error: Exception) -> dict[str, Any]:
     return {"text": str(error), "error_code": int(code)}
 
 
-def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[list[engine.Request], str]:
+def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[list[decoding.Request], str]:
     """Turn a request of FastChat's protocol into requests for the engine.
 
     Returns:
