@@ -14,12 +14,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # Ctrl-C during the seconds that the imports take needs no traceback
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+# No traceback if Ctrl-C is pressed during the imports, which take seconds. `start` in utils.py undoes this.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ram.answers import answer_files, influence
 from ram.distributed import processes
@@ -28,13 +29,14 @@ from ram.evaluation import ablations, length_control, paper_table, statistics
 from ram.evaluation.judges import judges
 from ram.evaluation.report import gather, wandb_run
 from ram.evaluation.systems import System, check_models, job_of, resolve_systems
-from ram.log import log, setup_logging
+from ram.log import log
 from ram.models import checkpoints
 from ram.settings import compose, recipes
+from ram.settings.schema import Settings, settings_of
 from ram.storage import provenance
 from ram.storage.files import BadRows, fingerprint, read_rows, write_csv, write_json, write_jsonl, write_text
 from ram.storage.provenance import commit
-from utils import TABLES
+from utils import TABLES, start
 
 ALPACA_EVAL = "alpaca_eval_gpt4_baseline.json"
 # data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
@@ -52,14 +54,14 @@ STEPS = ("generate", "influence", "judge", "leaderboard", "report")
 
 
 def read_test_rows(
-    systems: dict[str, System], config: DictConfig, task: str, folder: Path
+    systems: dict[str, System], config: Settings, task: str, folder: Path
 ) -> list[tuple[int, dict]]:
     """Records of a task's test file with their row ids; each has the fields that any of the systems reads."""
     tasks = pick(test_files, config.evaluation.dataset, "evaluation.dataset")
     path = Path(config.data_dir) / "test" / pick(tasks, task, f"task of {config.evaluation.dataset}")
     settings = [system.settings for system in systems.values()]
     keys = dict.fromkeys(key for s in settings for key in (s.input_key, s.output_key, s.system_key) if key)
-    if key := config.judge.get("instruction_key"):
+    if key := getattr(config.judge, "instruction_key", None):
         keys[key] = None
     bad = BadRows(config.on_bad_row)
     rows = read_rows(path, list(keys), bad)
@@ -84,7 +86,7 @@ def references_of(
     return [row[key] for _, row in rows]
 
 
-def judgements_path(system: System, config: DictConfig) -> Path:
+def judgements_path(system: System, config: Settings) -> Path:
     reference = fingerprint(config.evaluation.reference)[:8]
     return system.folder / f"judgements_{config.judge.name}_{reference}.jsonl"
 
@@ -95,7 +97,7 @@ def judge(
     references: list[str],
     rows: list[tuple[int, dict]],
     task: str,
-    config: DictConfig,
+    config: Settings,
 ) -> dict[str, list[dict]]:
     """Judgements of every system by row, written beside its answers and read back where nothing changed."""
     records = [row for _, row in rows]
@@ -130,7 +132,7 @@ def leaderboard(
     references: list[str],
     gamed: length_control.Gamed | None,
     task: str,
-    config: DictConfig,
+    config: Settings,
 ) -> list[dict[str, Any]]:
     """One row of figures per system, also written beside its answers."""
     rows, judge_settings = [], judges.describe(judges.settings_for(task, config.judge))
@@ -187,9 +189,7 @@ def identical_to_plain(answers: list[dict], job: answer_files.Job) -> bool:
     ]
 
 
-def run_task(
-    task: str, config: DictConfig, stages: list[recipes.Stage], given: set[str], folder: Path
-) -> None:
+def run_task(task: str, config: Settings, stages: list[recipes.Stage], given: set[str], folder: Path) -> None:
     """All steps of one task; whatever cannot work is said before the first answer."""
     steps = list(config.evaluation.steps)
     systems = resolve_systems(config, task, {stage.name: stage for stage in stages}, given)
@@ -246,7 +246,7 @@ def run_task(
         f"{config.experiment_name}, task {task}, judge {config.judge.name}, "
         f"against {config.evaluation.reference}\n\n{statistics.table(board)}\n"
     )
-    if named := OmegaConf.to_container(config.evaluation.paper).get(task):
+    if named := config.evaluation.paper.get(task):
         about = (
             f"{config.evaluation.dataset}/{task}, judge {config.judge.name}, against "
             f"{config.evaluation.reference}, seed {config.seed}. All figures in %."
@@ -265,8 +265,9 @@ def run_task(
             wandb_run.log_evaluation(config.wandb, f"{config.experiment_name}-{task}", folder, found)
 
 
-def run(config: DictConfig, overrides: list[str]) -> None:
-    """Evaluates every task of a recipe, then rebuilds the leaderboard of everything evaluated so far."""
+def run(composed: DictConfig, overrides: list[str]) -> None:
+    """Evaluate every task of a recipe, then rebuild the leaderboard of everything evaluated so far."""
+    config = settings_of(composed, TABLES)
     if config.report is not None:
         gather.rebuild(Path(config.report))
         return
@@ -308,13 +309,5 @@ def main(config: DictConfig) -> None:
     run_entry_point(lambda: run(config, list(HydraConfig.get().overrides.task)))
 
 
-def start() -> None:
-    """`main` with a log file and a command line that were checked."""
-    sys.argv[1:] = compose.preflight(sys.argv[1:])
-    setup_logging(Path("_log") / f"pipeline-{datetime.now():%Y%m%d-%H%M%S}.log")
-    main()
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    processes.run(start)
+    start("pipeline", main)

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     if arguments and "=" not in arguments[0]:
         mode, *arguments = arguments
     if mode in ("-h", "--help"):
-        sys.stdout.write(f"{__doc__}\n{(compose.CONFIG_DIR / 'serve.yaml').read_text(encoding='utf-8')}")
+        sys.stdout.write(f"{__doc__}\n{compose.manual('serve')}")
         return
     if mode not in MODES:
         raise UserError(f"{mode!r}: expected key=value or one of {nearest(mode, MODES)}")

@@ -6,13 +6,13 @@ Resolves and checks all stages first, then runs them one after the other; what i
 
 import copy
 import signal
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the seconds that the imports take needs no traceback
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+# No traceback if Ctrl-C is pressed during the imports, which take seconds. `start` in utils.py undoes this.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,18 +22,19 @@ from preference_datasets import get_dataset, load_tokenized
 from ram.answers import answer_files
 from ram.data import toy_world
 from ram.data.catalogue import hub_cache
-from ram.decoding.par import PARParams
 from ram.distributed import processes
 from ram.errors import UserError, run_entry_point
-from ram.log import log, pick_dtype, setup_logging
+from ram.log import log, pick_dtype
 from ram.models import checkpoints, run_folder
-from ram.settings import compose, recipes
+from ram.settings import recipes
+from ram.settings.checks import nested
+from ram.settings.schema import settings_of
 from ram.storage import provenance
 from ram.storage.files import BadRows, differences, only_run, set_aside, write_json
 from ram.training import resume
 from ram.training.losses import LOSSES
 from trainers import pick_trainer
-from utils import TABLES, seed_everything
+from utils import TABLES, seed_everything, start
 
 
 def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
@@ -45,19 +46,19 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     if not config.model.architecture or config.model.archive:
         source = checkpoints.find_model(stage.source, None if config.model.archive else config.model.hub_id)
     else:
-        architecture = OmegaConf.to_container(config.model.architecture, resolve=True)
+        architecture = config.model.architecture
     checkpoints.check_context(source, config.max_length, architecture)
     tokenizer = checkpoints.load_tokenizer(config.model.tokenizer_name_or_path or source)
     loss = LOSSES[config.loss.name]
     bad = BadRows(config.on_bad_row)
     with processes.first_goes_first():  # it leaves the token ids in the cache
         data = {
-            split: load_tokenized(list(config.datasets), split, tokenizer, config, bad, loss.needs_negative)
+            split: load_tokenized(config.datasets, split, tokenizer, config, bad, loss.needs_negative)
             for split in ("train", "heldout")
         }
     inputs = {"data": data["train"].key, "weights": source and checkpoints.weights_fingerprint(source)}
     if done is not None:
-        changed = differences(done["settings"] | done["inputs"], identity | inputs)
+        changed = differences(recipes.recorded_identity(done, identity) | done["inputs"], identity | inputs)
         if not changed:
             run_folder.check_finished(run_dir, done)
             log.info(f"stage {stage.name}: done before, {run_dir}")
@@ -83,7 +84,7 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
             run_folder.clear_run(run_dir)
             resume.clear(run_dir)
         bad.report(run_dir / run_folder.BAD_ROWS)
-        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+        OmegaConf.save(OmegaConf.create(nested(config)), run_dir / "config.yaml")
     processes.wait()
     metrics = trainer.train(state)
     if not config.debug and processes.is_first():
@@ -138,7 +139,7 @@ def sample_job(stage: recipes.Stage) -> tuple[answer_files.Job, BadRows]:
         pair=answer_files.Pair(
             checkpoints.find_model(stage.source), None, settings.dtype, settings.tokenizer_path
         ),
-        params=PARParams(**{key: settings[key] for key in PARParams.field_names()}),
+        params=settings.params,
         settings=settings,
         records=[example.record for example in examples],
         prompts=[example.prompt for example in examples],
@@ -171,9 +172,9 @@ def locked(run_stage):
 
 def world_stage(stage: recipes.Stage, overwrite: bool) -> None:
     """Writes the toy world's data files and tokenizer."""
-    settings = OmegaConf.to_container(stage.config.world, resolve=True)
+    config = stage.config
     with processes.first_goes_first():
-        toy_world.build_world(stage.output, settings, stage.config.seed, overwrite and processes.is_first())
+        toy_world.build_world(stage.output, config.world, config.seed, overwrite and processes.is_first())
 
 
 RUN = {"train": locked(train_stage), "sample": sample_stage, "world": locked(world_stage)}
@@ -236,8 +237,9 @@ def main(config: DictConfig) -> None:
     run_entry_point(lambda: run(config, list(HydraConfig.get().overrides.task)))
 
 
-def run(config: DictConfig, overrides: list[str]) -> None:
-    """Resolves and checks all stages, then runs those that were asked for."""
+def run(composed: DictConfig, overrides: list[str]) -> None:
+    """Resolve and check all stages, then run those in `stages`."""
+    config = settings_of(composed, TABLES)
     checkpoints.remote_code["trust_remote_code"] = config.trust_remote_code
     stages = recipes.resolve(overrides, TABLES)
     running = recipes.select(stages, config.stages)
@@ -255,13 +257,5 @@ def run(config: DictConfig, overrides: list[str]) -> None:
     processes.wait()  # whoever leaves early breaks the others' connections
 
 
-def start() -> None:
-    """`main` with a log file and a command line that were checked."""
-    sys.argv[1:] = compose.preflight(sys.argv[1:])
-    setup_logging(Path("_log") / f"train-{datetime.now():%Y%m%d-%H%M%S}.log")
-    main()
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    processes.run(start)
+    start("train", main)

@@ -75,7 +75,7 @@ class BasicTrainer:
             self.model.activation_checkpointing_enable()
         wanted = pick_dtype(settings.model.fsdp_policy_mp or "float32", self.device)
         self.compute_dtype = wanted if wanted != torch.float32 else None
-        self.fraction = settings.loss.get("sampled_fraction", 1.0)
+        self.fraction = getattr(settings.loss, "sampled_fraction", 1.0)
         self.place()
         if settings.compile:
             self.model.base_model.compile(dynamic=True)

@@ -188,18 +188,21 @@ def worker() -> None:
 
     from ram.distributed import processes
     from ram.settings import compose
+    from ram.settings.schema import settings_of
     from trainers import FSDPTrainer
+    from utils import TABLES
 
     torch.set_num_threads(1)
     processes.start(alone=True)
     checkpointing = bool(int(sys.argv[2]))
-    settings = compose.compose(
+    composed = compose.compose(
         [
             *("loss=sft", "trainer=FSDPTrainer", "model.block_name=LlamaDecoderLayer", f"batch_size={ROWS}"),
             *("datasets=[hh]", f"max_length={LENGTH}", "optimizer=RMSprop", "debug=true"),
             f"activation_checkpointing={str(checkpointing).lower()}",
         ]
     )
+    settings = settings_of(composed, TABLES)
     lengths = np.full((ROWS, 3), LENGTH // 2)
     data = dataset(lengths, HERE.vocabulary, LENGTH)
     before = memory_status("VmRSS")

@@ -38,10 +38,12 @@ from ram.data.prompts import split_dialogue
 from ram.data.tokenization import TokenizedDataset
 from ram.errors import UserError, run_entry_point
 from ram.settings import compose
+from ram.settings.schema import settings_of
 from ram.storage.files import read_rows
 from ram.training import logps, losses, packing
 from ram.training.packing import collate
 from trainers import BasicTrainer
+from utils import TABLES
 
 PARTS = ("prompt", "target", "negative")
 # Mean and standard deviation of the logarithm of HH's lengths in tokens, by part.
@@ -119,7 +121,7 @@ def dataset(lengths: np.ndarray, vocabulary: int, max_length: int) -> TokenizedD
 def make_run(args, vocabulary: int, *overrides: str, max_length: int | None = None) -> BasicTrainer:
     """A trainer of the benchmark's model and data; nothing is written."""
     max_length = max_length or args.max_length
-    settings = compose.compose(
+    composed = compose.compose(
         [
             "datasets=[hh]",
             "model.name_or_path=none",
@@ -133,6 +135,7 @@ def make_run(args, vocabulary: int, *overrides: str, max_length: int | None = No
             *overrides,
         ]
     )
+    settings = settings_of(composed, TABLES)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=args.hidden,

@@ -88,7 +88,7 @@ def test_decoding_and_training_need_only_torch_and_transformers():
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {sorted(LATE | {"hydra", "omegaconf"})}:
+        if name.split(".")[0] in {sorted(LATE | {"hydra", "omegaconf", "pydantic"})}:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
 import trainers
@@ -98,6 +98,19 @@ from ram.training import losses
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_checking_a_server_loads_no_training():
+    code = """
+import sys
+from ram.settings import serving
+serving.read_settings(["proposal=x"])
+print(*(name for name in sys.modules if name.startswith(("ram.training", "ram.settings.schema", "train"))))
+import serve
+print(*(name for name in sys.modules if name.startswith(("ram.training", "ram.settings.schema", "train"))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n\n", "")
 
 
 def test_commands_are_checked_before_heavy_imports():

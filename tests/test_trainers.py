@@ -7,15 +7,14 @@ import math
 
 import numpy as np
 import pytest
+import small
 import torch
-from omegaconf import OmegaConf
 from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from ram.data.tokenization import Example, tokenize
 from ram.errors import UserError
 from ram.models import checkpoints, run_folder
-from ram.settings import compose
 from ram.training import metrics, optimizers, resume
 from ram.training.packing import collate
 from trainers import BasicTrainer, Diverged
@@ -66,9 +65,7 @@ def settings(*overrides):
         "do_first_eval=false",
         "model.fsdp_policy_mp=float32",
     ]
-    config = compose.compose([*base, *overrides])
-    OmegaConf.resolve(config.sampling)
-    return config
+    return small.settings(*base, *overrides)
 
 
 def trainer(run_dir, *overrides, n=20, seed=0, dtype=torch.float32, reference=None, card=None):

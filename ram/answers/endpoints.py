@@ -196,7 +196,10 @@ def answers(job, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
     """
     settings, (tokenizer, ids) = job.settings, job.encoded
     role = "" if job.pair.aligner else "base_"
-    law = {key: settings[f"{role}{key}"] for key in ("temperature", "top_p", "top_k", "repetition_penalty")}
+    law = {
+        key: getattr(settings, f"{role}{key}")
+        for key in ("temperature", "top_p", "top_k", "repetition_penalty")
+    }
     common = {"max_tokens": job.max_new_tokens, "temperature": law["temperature"], "top_p": law["top_p"]}
     # What not every server knows is sent only where it says something.
     common |= {"stop": job.stop} if job.stop else {}

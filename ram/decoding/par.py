@@ -10,6 +10,7 @@ Source: "Leveraging Importance Sampling to Detach Alignment Modules from Large L
 (arXiv 2505.19700), section 3 and algorithm 1; the README lists where practice and derivation differ.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -50,7 +51,7 @@ class PARParams:
             if not condition:
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected {expected}")
 
-        for field in fields(self):
+        for field in fields(PARParams):
             accepted = field.type | int if field.type in (float, float | None) else field.type
             expected = getattr(field.type, "__name__", str(field.type)).replace("None", "null")
             value = getattr(self, field.name)
@@ -60,16 +61,16 @@ class PARParams:
         require(self.kl_fallback in KL_FALLBACKS, "kl_fallback", f"one of {', '.join(KL_FALLBACKS)}")
         for key in ("temperature", "base_temperature"):
             value = getattr(self, key)  # a smaller one would overflow float32 logits
-            require(value == 0 or value >= 1e-4, key, "0 (argmax) or a number >= 1e-4")
+            require(value == 0 or 1e-4 <= value < math.inf, key, "0 (argmax) or a number >= 1e-4")
         for key in ("top_p", "base_top_p"):
             require(0 < getattr(self, key) <= 1, key, "a number in (0, 1]")
         for key in ("top_k", "base_top_k"):
             require(getattr(self, key) >= -1, key, "-1 (no limit) or a count")
         for key in ("repetition_penalty", "base_repetition_penalty"):
-            require(getattr(self, key) > 0, key, "a number > 0 (1 = none)")
+            require(0 < getattr(self, key) < math.inf, key, "a number > 0 (1 = none)")
         require(self.div_threshold >= 0, "div_threshold", "a divergence in nats, >= 0")
         expert = self.expert_temperature
-        allowed = expert is None or expert == 0 or expert >= 1e-4
+        allowed = expert is None or expert == 0 or 1e-4 <= expert < math.inf
         require(allowed, "expert_temperature", "null, 0 (argmax) or a number >= 1e-4")
         n = self.n_candidates
         require(n is None or n >= 1, "n_candidates", "a count >= 1")
@@ -79,8 +80,8 @@ class PARParams:
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        """Return the keys of the settings, in their order."""
-        return tuple(field.name for field in fields(cls))
+        """Return the keys of the settings, in their order; those of a subclass are not included."""
+        return tuple(field.name for field in fields(PARParams))
 
 
 class Law(NamedTuple):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from ram.errors import UserError
 from ram.evaluation.report import charts, page
 from ram.evaluation.report.charts import text
 from ram.log import log
+from ram.settings.recipes import value_of
+from ram.settings.schema import Settings
 from ram.storage.files import read_json, write_csv, write_json, write_text
 
 POINT = "point.json"
@@ -28,7 +28,7 @@ COLOURS = 6  # of report_page/charts.css
 Curves = dict[str, list[tuple[Any, dict[str, Any]]]]  # name -> (value of the key, leaderboard row)
 
 
-def add_point(folder: Path, task: str, board: Sequence[dict[str, Any]], config: DictConfig) -> None:
+def add_point(folder: Path, task: str, board: Sequence[dict[str, Any]], config: Settings) -> None:
     """Keeps a point's leaderboard in `folder` and draws the plot of all points beside it again.
 
     config: evaluation.ablation has name, key (dotted, of the configuration) and, for a second key whose
@@ -38,7 +38,7 @@ def add_point(folder: Path, task: str, board: Sequence[dict[str, Any]], config: 
     point = {"task": task, "rows": list(board)}
     for role in ("key", "by"):
         if ablation.get(role):
-            value = OmegaConf.select(config, ablation[role])
+            value = value_of(config, ablation[role])
             if value is None:
                 raise UserError(f"evaluation.ablation.{role}={ablation[role]!r}: no such key here")
             point[role] = value
@@ -48,24 +48,24 @@ def add_point(folder: Path, task: str, board: Sequence[dict[str, Any]], config: 
     draw(root / f"{task}.html", [p for p in points if p["task"] == task], ablation, config.experiment_name)
 
 
-def draw(path: Path, points: Sequence[dict[str, Any]], ablation: DictConfig, experiment: str) -> None:
+def draw(path: Path, points: Sequence[dict[str, Any]], ablation: dict[str, str], experiment: str) -> None:
     """Writes the plot of a task's points, and beside it a CSV file of their leaderboards."""
     values = sorted({p["key"] for p in points}, key=lambda value: (isinstance(value, str), value))
     figures = ""
     for heading, curves in sections_of(points).items():
         panels = "".join(panel(title, column, curves, values) for column, title in PANELS.items())
         figures += f'<h2>{text(heading)}</h2><div class="all">{panels}</div>\n'
-    about = f"{experiment}, {path.stem}: {ablation.key} from {values[0]} to {values[-1]}"
-    about += f", {ablation.by} by curve" if ablation.get("by") else ""
+    about = f"{experiment}, {path.stem}: {ablation['key']} from {values[0]} to {values[-1]}"
+    about += f", {ablation['by']} by curve" if ablation.get("by") else ""
     write_text(
         path,
         f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{text(ablation.name)}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{text(ablation["name"])}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{page.STYLE}
 .all {{ display: grid; gap: 2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }}
 </style></head>
-<body><main><h1>{text(ablation.name)}</h1><p>{text(about)}</p>
+<body><main><h1>{text(ablation["name"])}</h1><p>{text(about)}</p>
 {figures}</main></body></html>
 """,
     )

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from ram.answers import answer_files
 from ram.data import prompts
 from ram.decoding.par import PARParams
 from ram.errors import UserError, nearest
 from ram.models import checkpoints
-from ram.settings import compose, recipes
-from ram.settings.schema import check_sampling, check_types, par_params
+from ram.settings import recipes
+from ram.settings.schema import SamplingSettings, Settings, check_sampling, merged
 from ram.storage.files import fingerprint
 
 
@@ -26,7 +24,7 @@ class System:
 
     name: str
     pair: answer_files.Pair
-    settings: DictConfig  # the `sampling` keys
+    settings: SamplingSettings
     params: PARParams
     folder: Path
     corrects: str | None = None
@@ -47,7 +45,7 @@ class System:
 
 
 def resolve_systems(
-    config: DictConfig, task: str, stages: dict[str, recipes.Stage], given: set[str]
+    config: Settings, task: str, stages: dict[str, recipes.Stage], given: set[str]
 ) -> dict[str, System]:
     """All systems of the recipe that its keys ask for, in its order; a corrector stands after what it
     corrects.
@@ -56,7 +54,7 @@ def resolve_systems(
     the command line (`given`) beats the task's key, not the system's: that is what its name says.
     """
     systems: dict[str, System] = {}
-    for name, spec in OmegaConf.to_container(config.evaluation.systems, resolve=True).items():
+    for name, spec in config.evaluation.systems.items():
         if recipes.applies(spec, config):
             systems[name] = _system(name, spec, task, config, stages, given, systems)
     return systems
@@ -66,7 +64,7 @@ def _system(name: str, spec: dict[str, Any], task: str, config, stages, given, e
     where, corrects = f"evaluation.systems.{name}", spec.get("corrects")
     own = {key: spec[key] for key in spec if key not in ("proposal", "aligner", "corrects", "only_if")}
     by_task = {k: v for k, v in config.evaluation.tasks[task].items() if f"sampling.{k}" not in given}
-    known = set(config.sampling)
+    known = vars(config.sampling)
     for key in [*own, *by_task]:
         if key not in known:
             raise UserError(f"evaluation: unknown sampling key {key!r}: {nearest(key, known)}")
@@ -81,9 +79,8 @@ def _system(name: str, spec: dict[str, Any], task: str, config, stages, given, e
             )
         if spec.get("proposal") or not spec.get("aligner"):
             raise UserError(f"{where}: a corrector is one model that rewrites answers; give `aligner` alone")
-    settings = OmegaConf.merge(config.sampling, by_task, own)
-    check_types({f"sampling.{k}": v for k, v in compose.leaves(settings).items()}, compose.all_keys())
-    params = check_sampling(settings)
+    settings = merged(config.sampling, by_task, own)
+    check_sampling(settings)
     paths = [spec.get(role) and recipes.model_source(spec[role], stages) for role in ("proposal", "aligner")]
     pair = answer_files.Pair(*paths, settings.dtype, settings.tokenizer_path)
     if all(paths) and settings.backend == "endpoint":
@@ -93,11 +90,11 @@ def _system(name: str, spec: dict[str, Any], task: str, config, stages, given, e
     main = Path(paths[1] or paths[0] or "")
     tag = settings_tag(pair, settings, config.seed, earlier[corrects].folder.name if corrects else None)
     folder = Path(config.output_dir) / config.evaluation.dataset / task / main.parent.name
-    return System(name, pair, settings, params, folder / f"{main.name}#{tag}", corrects)
+    return System(name, pair, settings, settings.params, folder / f"{main.name}#{tag}", corrects)
 
 
 def settings_tag(
-    pair: answer_files.Pair, settings: DictConfig, seed: int, corrected: str | None = None
+    pair: answer_files.Pair, settings: SamplingSettings, seed: int, corrected: str | None = None
 ) -> str:
     """The settings that a person looks for, and a hash of all that decide an answer.
 
@@ -124,16 +121,16 @@ def settings_tag(
         "tokenizer_path",
         "dtype",
     )
-    law = pair.law(par_params(s))
+    law = pair.law(s.params)
     models = [path and Path(path).parts[-2:] for path in (pair.proposal, pair.aligner)]
-    decides = [{key: s[key] for key in keys}, law, models, seed] + [corrected] * bool(corrected)
+    decides = [{key: getattr(s, key) for key in keys}, law, models, seed] + [corrected] * bool(corrected)
     return "_".join([*parts, fingerprint(decides)[:8]])
 
 
 def job_of(
     system: System,
     rows: list[tuple[int, dict]],
-    config: DictConfig,
+    config: Settings,
     drafts: Sequence[str] | None = None,
 ) -> answer_files.Job:
     """What has to be decoded for a system on a test file; `drafts`: the answers that a corrector rewrites."""

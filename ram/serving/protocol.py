@@ -5,9 +5,9 @@ support is accepted only with a value that has no effect (presence_penalty 0, an
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ram.decoding.par import KL_FALLBACKS, SAMPLE_MODES, PARParams
 from ram.errors import nearest
@@ -89,8 +89,32 @@ class Message(Strict):
         return "".join(part.text for part in self.content)
 
 
-class Common(Strict):
-    """The keys of both kinds of request. Those of the second block are this server's own: PARParams."""
+# Bounds of a request's keys of the next-token distribution, without `base_`. A key that is not listed has the
+# type that PARParams declares; PARParams itself checks the range of every key.
+BOUNDS: dict[str, Any] = {
+    "sample_mode": Literal[tuple(SAMPLE_MODES)],
+    "temperature": Temperature,
+    "top_p": Share,
+    "top_k": Limit,
+    "repetition_penalty": Penalty,
+    "div_threshold": Annotated[float, Field(ge=0)],
+    "kl_fallback": Literal[tuple(KL_FALLBACKS)],
+    "expert_temperature": Temperature,
+    "n_candidates": Annotated[int, Field(ge=1, le=64)],
+}
+DECLARED = get_type_hints(PARParams)
+LawKeys = create_model(
+    "LawKeys",
+    __base__=Strict,
+    **{
+        key: (BOUNDS.get(key.removeprefix("base_"), DECLARED[key]) | None, None)
+        for key in PARParams.field_names()
+    },
+)
+
+
+class Common(LawKeys):
+    """The keys of both kinds of request, beside those of PARParams, which are this server's own."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     max_tokens: Count | None = None
@@ -99,22 +123,7 @@ class Common(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
     user: str | None = None
-
-    sample_mode: Literal[tuple(SAMPLE_MODES)] | None = None
-    top_k: Limit | None = None
-    repetition_penalty: Penalty | None = None
-    base_temperature: Temperature | None = None
-    base_top_p: Share | None = None
-    base_top_k: Limit | None = None
-    base_repetition_penalty: Penalty | None = None
-    div_threshold: Annotated[float, Field(ge=0)] | None = None
-    kl_fallback: Literal[tuple(KL_FALLBACKS)] | None = None
-    eos_priority: bool | None = None
-    expert_temperature: Temperature | None = None
-    n_candidates: Annotated[int, Field(ge=1, le=64)] | None = None
 
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None

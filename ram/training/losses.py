@@ -5,6 +5,7 @@ response log-probabilities (B,), so it does not care how the models computed the
 `loss.name` picks from.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -186,6 +187,41 @@ def preference_loss(
     return losses, (beta * chosen_ratio).detach(), (beta * rejected_ratio).detach()
 
 
+# ---- settings of the losses: the keys of config/loss/*.yaml ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Settings of a loss without any of its own. Each type below raises ValueError for a wrong value."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ResidualAlignerSettings(LossSettings):
+    alpha: float
+    sampled_fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha}: expected a number in [0, 1]")
+        if not 0 < self.sampled_fraction <= 1:
+            raise ValueError(f"sampled_fraction={self.sampled_fraction}: expected a number in (0, 1]")
+
+
+@dataclass(frozen=True)
+class PreferenceSettings(LossSettings):
+    beta: float
+    label_smoothing: float
+    reference_free: bool
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta}: expected a number in (0, inf)")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: expected a number in [0, 0.5)")
+
+
 # ---- the table ---------------------------------------------------------------------------------------------
 
 # "target" (B,) and, where the loss needs it, "negative" (B,); "negative_weight" (B,), mean 1, where only some
@@ -194,16 +230,18 @@ Logps = Mapping[str, torch.Tensor]
 LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]  # losses (B,), metrics, each (B,)
 
 
-def _sft(policy: Logps, reference: Logps | None, settings) -> LossOutput:
+def _sft(policy: Logps, reference: Logps | None, settings: LossSettings) -> LossOutput:
     return -policy["target"], {}
 
 
-def _residual_aligner(policy: Logps, reference: Logps | None, settings) -> LossOutput:
+def _residual_aligner(
+    policy: Logps, reference: Logps | None, settings: ResidualAlignerSettings
+) -> LossOutput:
     sampled = policy["negative"] * policy.get("negative_weight", 1.0)
     return residual_aligner_loss(policy["target"], sampled, settings.alpha), {}
 
 
-def _preference(policy: Logps, reference: Logps | None, settings) -> LossOutput:
+def _preference(policy: Logps, reference: Logps | None, settings: PreferenceSettings) -> LossOutput:
     reference = reference or {}
     losses, chosen, rejected = preference_loss(
         policy["target"],
@@ -224,14 +262,15 @@ class Loss:
     """How a loss is computed and what it needs: a second answer, a frozen reference unless reference_free."""
 
     function: Callable[..., LossOutput]
+    settings: type[LossSettings]
     needs_negative: bool
     needs_reference: bool = False
 
 
 LOSSES: dict[str, Loss] = {
-    "sft": Loss(_sft, needs_negative=False),
-    "ours_sft": Loss(_residual_aligner, needs_negative=True),
-    "dpo": Loss(_preference, needs_negative=True, needs_reference=True),
-    "ipo": Loss(_preference, needs_negative=True, needs_reference=True),
-    "ours_dpo": Loss(_preference, needs_negative=True, needs_reference=True),
+    "sft": Loss(_sft, LossSettings, needs_negative=False),
+    "ours_sft": Loss(_residual_aligner, ResidualAlignerSettings, needs_negative=True),
+    "dpo": Loss(_preference, PreferenceSettings, needs_negative=True, needs_reference=True),
+    "ipo": Loss(_preference, PreferenceSettings, needs_negative=True, needs_reference=True),
+    "ours_dpo": Loss(_preference, PreferenceSettings, needs_negative=True, needs_reference=True),
 }

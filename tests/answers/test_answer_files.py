@@ -19,7 +19,7 @@ from ram.decoding import generation
 from ram.decoding.par import PARParams
 from ram.errors import UserError
 from ram.models import checkpoints
-from ram.settings import recipes, schema
+from ram.settings import recipes
 from ram.storage import provenance
 from ram.storage.files import write_json
 from utils import TABLES
@@ -334,7 +334,7 @@ def test_settings_reach_the_sampler(resolve, decoded):
         "n_candidates": 3,
     }
     assert given.keys() == set(PARParams.field_names())
-    overrides = [f"sampling.{key}={schema.literal(value)}" for key, value in given.items()]
+    overrides = [f"sampling.{key}={json.dumps(value)}" for key, value in given.items()]
     overrides += ["seed=7", "sampling.stop_str=zz", "sampling.batch_size=5"]
     seen = interrupt(resolve(*overrides), decoded, after=0)
     assert asdict(seen.params) == given
@@ -371,7 +371,9 @@ def test_stop_string_ends_the_samples(resolve):
     """A stop string cuts the samples where it first stands and changes nothing before it."""
     whole = texts(sample(resolve()))
     common = max((c for text in whole for c in text), key=lambda c: sum(c in text for text in whole))
-    stopped = texts(sample(resolve(f"sampling.stop_str={schema.literal(common)}"), overwrite=True))
+    stopped = texts(
+        sample(resolve(f"sampling.stop_str={json.dumps(common, ensure_ascii=False)}"), overwrite=True)
+    )
     assert stopped == [text.split(common)[0] for text in whole] != whole
 
 
@@ -393,7 +395,7 @@ def test_pair_answers_are_traced(resolve, folders, tmp_path):
         ["hello", "you", "a" * 30],
     )
     settings = resolve("sampling.sample_mode=par", "sampling.base_top_p=1.0").config.sampling
-    params, records = schema.par_params(settings), [{"instruction": prompt} for prompt in prompts]
+    params, records = settings.params, [{"instruction": prompt} for prompt in prompts]
     job = answer_files.Job(
         *("pair", pair, params, settings, records, prompts, [0, 10, 20]), 0, add_bos=False, key="x", extra={}
     )

@@ -3,13 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+from small import settings
 from tiny import SHARED, needs_shared
 
 import pipeline
 from preference_datasets import get_dataset
 from ram.data import prepare as prepare_data
 from ram.errors import UserError
-from ram.settings import compose
 from ram.storage.files import read_rows
 
 pytestmark = needs_shared
@@ -32,7 +32,7 @@ def rows_of(path):
 
 def read_test_rows(data_dir, dataset, task):
     """What pipeline.py reads of a test file, found by the names in its table."""
-    config = compose.compose([f"data_dir={data_dir}", f"evaluation.dataset={dataset}"])
+    config = settings(f"data_dir={data_dir}", f"evaluation.dataset={dataset}")
     systems = {"any": SimpleNamespace(settings=config.sampling)}
     return [row for _, row in pipeline.read_test_rows(systems, config, task, data_dir)]
 

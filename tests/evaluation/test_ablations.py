@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from omegaconf import OmegaConf
-from small import ROOT, SMALL
+from small import ROOT, SMALL, settings
 
 from ram.errors import UserError
 from ram.evaluation import ablations
@@ -24,11 +24,12 @@ def board(pair, **more):
 
 def config(tmp_path, value, **more):
     """The root configuration with a point's value."""
-    found = compose.compose(["experiment=demo", f"sampling.div_threshold={value}"])
-    OmegaConf.set_struct(found, False)
     ablation = {"name": "gate", "key": "sampling.div_threshold", **more}
-    return OmegaConf.merge(
-        found, {"report_dir": str(tmp_path / "gate" / str(value)), "evaluation": {"ablation": ablation}}
+    return settings(
+        "experiment=demo",
+        f"sampling.div_threshold={value}",
+        f"report_dir={tmp_path / 'gate' / str(value)}",
+        *(f"++evaluation.ablation.{key}={text}" for key, text in ablation.items()),
     )
 
 
@@ -74,8 +75,7 @@ def test_systems_that_no_point_changes_are_left_out():
 
 def test_a_key_that_is_not_there_is_refused(tmp_path):
     """Rather than a plot over nothing."""
-    given = config(tmp_path, 1.0)
-    given.evaluation.ablation.key = "sampling.threshold"
+    given = config(tmp_path, 1.0, key="sampling.threshold")
     with pytest.raises(UserError, match=r"evaluation.ablation.key='sampling.threshold': no such key"):
         ablations.add_point(tmp_path, "facts", board(0.5), given)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import completion_server
 import pytest
+from small import settings
 from test_judges import ANSWERS, PRICES, REFERENCES, ROWS, ask, rule, share  # noqa: F401
 from test_length_control import evaluate  # noqa: F401
 
@@ -254,7 +255,7 @@ def test_judgements_go_from_the_package_s_scale_to_ours():
 
 
 def test_what_a_judge_is_and_how_it_is_named():
-    config = compose.compose(compose.preflight(["judge=alpaca_eval", "judge.model=m"])).judge
+    config = settings("judge=alpaca_eval", "judge.model=m").judge
     helpful, harmless = (judges.settings_for(task, config) for task in ("helpful", "harmless"))
     assert judges.describe(helpful) == f"model m, criterion helpful, prompt {alpaca_package.ANNOTATOR}"
     assert judges.describe(harmless) == "model m, criterion harmless"

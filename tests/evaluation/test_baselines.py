@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import small
 from small import SMALL, run
 
 import pipeline
@@ -33,7 +34,7 @@ def table(tmp_path_factory):
 
 
 def systems_of(*arguments):
-    config = compose.compose(arguments)
+    config = small.settings(*arguments)
     stages = {stage.name: stage for stage in recipes.resolve(arguments, TABLES)}
     return config, resolve_systems(config, next(iter(config.evaluation.tasks)), stages, set())
 

@@ -295,9 +295,9 @@ def test_a_price_limit_needs_the_server_s_count(ask, rule):
 def test_half_a_price_is_refused(given):
     settings = {"name": "endpoint", "urls": ["http://a/v1"], "max_price": None}
     settings |= {"input_price": None, "output_price": None}
-    judges.check(judges.OmegaConf.create(settings))
+    judges.check(SimpleNamespace(**settings))
     with pytest.raises(UserError, match="give both prices, each of a million tokens, or none of the three"):
-        judges.check(judges.OmegaConf.create(settings | given))
+        judges.check(SimpleNamespace(**settings | given))
 
 
 @pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"message": {"content": "mM"}}]}])
@@ -319,13 +319,13 @@ def test_paired_difference_and_its_p_value():
 
 
 def test_the_criterion_goes_with_the_task():
-    settings = judges.OmegaConf.create({"name": "endpoint", "criterion": None})
+    settings = SimpleNamespace(name="endpoint", criterion=None)
     asked = {
         task: judges.settings_for(task, settings)["criterion"] for task in ("helpful", "harmless", "summ")
     }
     assert asked == {"helpful": "helpful", "harmless": "harmless", "summ": "summary"}
     assert set(judges.BY_TASK.values()) == set(judges.CRITERIA)
-    given = SimpleNamespace(**judges.settings_for("summ", judges.OmegaConf.create({"criterion": "helpful"})))
+    given = SimpleNamespace(**judges.settings_for("summ", SimpleNamespace(criterion="helpful")))
     assert given.criterion == "helpful"
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from ram.settings import compose
+from ram.settings.schema import Settings, settings_of
+from utils import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -29,3 +31,8 @@ def run(entry, *overrides):
     """What `python train.py OVERRIDES` does after its command line was read."""
     overrides = compose.preflight(list(overrides))
     entry.run(compose.compose(overrides), overrides)
+
+
+def settings(*overrides: str) -> Settings:
+    """Return the typed settings of a command line."""
+    return settings_of(compose.compose(compose.preflight(list(overrides))), TABLES)

@@ -159,7 +159,8 @@ def stage(tmp_path):
     TOKENIZER.save_pretrained(tmp_path / "data" / "tokenizer")
 
     def make(*overrides, **sizes):
-        fresh = f"model.architecture={recipes.literal(SIZES | sizes)}"
+        sized = ", ".join(f"{key}: {json.dumps(value)}" for key, value in (SIZES | sizes).items())
+        fresh = f"model.architecture={{{sized}}}"
         overrides = [
             f"data_dir={tmp_path / 'data'}",
             f"output_dir={tmp_path}",

@@ -78,8 +78,11 @@ def test_keys_are_hidden_and_must_differ(monkeypatch):
 
 
 def test_help_prints_the_configuration(capsys):
+    """Every key is printed with its comment, including the keys of an included file."""
     serve.main(["--help"])
-    assert (ROOT / "config" / "serve.yaml").read_text() in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (ROOT / "config" / "serve.yaml").read_text() in printed
+    assert (ROOT / "config" / "decoding" / "par.yaml").read_text() in printed
 
 
 def free_port() -> int:

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from ram.answers.endpoints import Endpoints, Failed, Read, Tally
 from ram.data import toy_world
@@ -85,7 +84,7 @@ Answer with the one character that names the better output, m or M, and nothing 
 
 def settings_for(task: str, settings) -> dict[str, Any]:
     """The `judge` keys, with the criterion that goes with a task's name where none is set."""
-    found = OmegaConf.to_container(settings, resolve=True)
+    found = dict(vars(settings))
     if found.get("criterion", "") is None:
         found["criterion"] = BY_TASK.get(task, "helpful")
     return found

@@ -15,8 +15,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from ram.answers import answer_files, influence
 from ram.decoding import rows as decoding_rows
 from ram.errors import UserError
@@ -27,6 +25,7 @@ from ram.evaluation.systems import System
 from ram.log import log
 from ram.models import run_folder
 from ram.settings import recipes
+from ram.settings.schema import Settings
 from ram.storage.files import fingerprint, read_json, write_text
 
 SAVED, FORMAT = "report.json", 1
@@ -114,7 +113,7 @@ def gather(
     rows: list[tuple[int, dict]],
     board: list[dict[str, Any]],
     curves: dict[str, list[dict]],
-    config: DictConfig,
+    config: Settings,
     task: str,
     folder: Path,
 ) -> dict[str, Any]:
