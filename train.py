@@ -33,7 +33,6 @@ from ram.settings.checks import nested
 from ram.settings.schema import settings_of
 from ram.storage import provenance
 from ram.storage.files import BadRows, only_run, set_aside
-from ram.storage.provenance import Manifest
 from ram.training import resume
 from ram.training.losses import LOSSES
 from trainers import BasicTrainer, pick_trainer

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the other scripts. Changes to the project's folder and picks a Python: the active environment's, else .venv's.
+# Sourced by the other scripts. Changes to the project's folder and picks a Python, that of the active environment first.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # Idle threads sleep instead of spinning. With two processes on two cores this was three times faster; with one process
 # decoding with small models took twice as long. If the machine is yours alone, `export OMP_WAIT_POLICY=ACTIVE`.

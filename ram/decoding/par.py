@@ -80,7 +80,7 @@ class PARParams:
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        """Return the keys of the settings, in their order."""
+        """Return the keys of the settings, in their order; those of a subclass are not included."""
         return tuple(field.name for field in fields(PARParams))
 
 

@@ -117,7 +117,7 @@ def listen(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # A client that does not read its answer would otherwise keep its connection forever.
-        milliseconds = min(1000 * settings.config.limits.seconds, (1 << 31) - 1)
+        milliseconds = min(int(1000 * settings.config.limits.seconds), (1 << 31) - 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     try:
         listener.bind((host, port))

@@ -9,8 +9,8 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
 from prometheus_client.registry import Collector
 
-from ram.decoding.engine import Ticket
 from ram.decoding.requests import Request
+from ram.decoding.scheduler import Ticket
 from ram.serving.loop import Done, EngineThread, Listener, Piece
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4

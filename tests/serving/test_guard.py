@@ -38,8 +38,8 @@ def locked(folder):
         yield models_and_url
 
 
-@pytest.fixture(scope="module")
-def slow(folder):
+@contextlib.contextmanager
+def slow_server(folder, *arguments):
     """A server with a slow proposal and room for two answers at once and three that wait."""
     load = checkpoints.load_model
 
@@ -48,11 +48,17 @@ def slow(folder):
         model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
         return model
 
-    bounds = ["engine.max_rows=2", "engine.max_waiting=3", "limits.choices=2", "limits.seconds=20"]
+    bounds = ["engine.max_rows=2", "engine.max_waiting=3", "limits.choices=2"]
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoints, "load_model", load_slowly)
-            models_and_url = stack.enter_context(running(folder, *bounds))
+            models_and_url = stack.enter_context(running(folder, *bounds, *arguments))
+        yield models_and_url
+
+
+@pytest.fixture(scope="module")
+def slow(folder):
+    with slow_server(folder, "limits.seconds=60") as models_and_url:
         yield models_and_url
 
 
@@ -231,14 +237,13 @@ def test_oversized_body_is_refused(server, size):
     assert ask(server[1], CHAT).status_code == 200
 
 
-def test_body_that_does_not_arrive_gets_408(server, monkeypatch):
-    monkeypatch.setattr(server[0].settings.config.limits, "body_seconds", 0.1)
-    host, port = server[1].removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 100\r\n\r\n{{".encode()
-        )
-        assert b"408" in connection.recv(1000).split(b"\r\n")[0]
+def test_body_that_does_not_arrive_gets_408(folder):
+    with running(folder, "limits.body_seconds=1") as (_, url):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 100\r\n\r\n"
+            connection.sendall(f"{head}{{".encode())
+            assert b"408" in connection.recv(1000).split(b"\r\n")[0]
 
 
 MALFORMED = [
@@ -399,15 +404,14 @@ def test_disconnected_client_frees_its_place(slow, stream):
     assert ask(url, CHAT).status_code == 200
 
 
-def test_answer_that_takes_too_long_is_cancelled(slow, monkeypatch):
-    models, url = slow
-    monkeypatch.setattr(models.settings.config.limits, "seconds", 0.2)
-    answer = ask(url, LONG)
-    assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
-    lines = ask(url, LONG | {"stream": True}).text.split("\n\n")
-    assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == "timeout"
-    assert lines[-2] == "data: [DONE]"
-    eventually(lambda: idle(models), seconds=2)
+def test_answer_that_takes_too_long_is_cancelled(folder):
+    with slow_server(folder, "limits.seconds=1") as (models, url):
+        answer = ask(url, LONG)
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+        lines = ask(url, LONG | {"stream": True}).text.split("\n\n")
+        assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert lines[-2] == "data: [DONE]"
+        eventually(lambda: idle(models), seconds=2)
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -78,7 +78,7 @@ def test_keys_are_hidden_and_must_differ(monkeypatch):
 
 
 def test_help_prints_the_configuration(capsys):
-    """Every key is printed with its comment, including those of an included file."""
+    """Every key is printed with its comment, including the keys of an included file."""
     serve.main(["--help"])
     printed = capsys.readouterr().out
     assert (ROOT / "config" / "serve.yaml").read_text() in printed
