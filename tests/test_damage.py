@@ -12,8 +12,7 @@ import time
 import pytest
 import torch
 from small import ROOT, run
-from test_processes import FLAT, go_on, stopped
-from test_trainers import path_of, trainer, weights
+from training_runs import RESUMABLE, path_of, resumed_run, stopped_run, trainer, weights
 
 import train
 from ram.errors import UserError, run_entry_point
@@ -22,7 +21,7 @@ from ram.storage.files import only_run, replacing
 from ram.training import resume
 from ram.training.metrics import rows_until
 
-GIVEN = ("loss=ours_sft", *FLAT)
+GIVEN = ("loss=ours_sft", *RESUMABLE)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def whole(tmp_path_factory):
 def cut(tmp_path_factory):
     """The folder of a run that was told to stop after 5 of 6 updates, with states of 2, 4 and 5."""
     folder = tmp_path_factory.mktemp("cut") / "run"
-    stopped(folder, 5, *GIVEN)
+    stopped_run(folder, 5, *GIVEN)
     return folder
 
 
@@ -94,7 +93,7 @@ def test_the_last_good_state_is_gone_on_from(damage, cut, whole, tmp_path):
     harm(folder / "states" / "000000005")
     state = resume.newest(folder, {"it": 1})
     assert (state and state["updates"]) == left
-    run, _ = go_on(folder, *GIVEN)
+    run, _ = resumed_run(folder, *GIVEN)
     assert path_of(run) == path_of(whole)
     for name, weight in weights(whole).items():
         assert torch.equal(weights(run)[name], weight), name
@@ -108,7 +107,7 @@ def test_a_clock_that_jumps_changes_nothing(cut, whole, tmp_path, monkeypatch):
         for path in (state, *state.iterdir()):
             os.utime(path, (1e9 - 1e6 * age, 1e9 - 1e6 * age))
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    run, state = go_on(folder, *GIVEN)
+    run, state = resumed_run(folder, *GIVEN)
     assert state["updates"] == 5 and path_of(run) == path_of(whole)
 
 
@@ -122,7 +121,7 @@ def test_a_damaged_log_keeps_its_whole_rows(line, cut, whole, tmp_path):
         "1",
         "2",
     ]
-    run, _ = go_on(folder, *GIVEN)
+    run, _ = resumed_run(folder, *GIVEN)
     assert path_of(run) == path_of(whole)
 
 
@@ -130,7 +129,7 @@ FULL = """
 import resource, signal, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from test_trainers import trainer
+from training_runs import trainer
 import utils
 utils.setup_logging()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -148,7 +147,7 @@ utils.run_entry_point(run.train)
 
 def test_a_full_disk_is_one_line_and_the_last_state_stands(tmp_path, whole):
     """A state that cannot be written ends the run with the file's name; the one before is gone on from."""
-    code = FULL.format(paths=[str(ROOT), str(ROOT / "tests")], given=GIVEN)
+    code = FULL.format(paths=[str(ROOT), str(ROOT / "tests" / "helpers")], given=GIVEN)
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
     )

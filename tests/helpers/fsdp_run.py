@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
-from test_trainers import TOKENIZER, dataset, settings
 from tiny import tiny_model
+from training_runs import TOKENIZER, dataset, settings
 
 import trainers
 import utils
