@@ -63,7 +63,7 @@ def read_test_rows(
         keys[key] = None
     bad = BadRows(config.on_bad_row)
     rows = read_rows(path, list(keys), bad)
-    if not config.dry_run and processes.is_first():
+    if not config.dry_run and processes.is_rank0():
         bad.report(folder / "bad_rows.jsonl")
     return rows[: settings[0].limit]
 
@@ -198,7 +198,7 @@ def run_task(
     rows = read_test_rows(systems, config, task, folder)
     check_models(systems, stages)
     gamed = None
-    if processes.is_first() and test_files[config.evaluation.dataset][task] == ALPACA_EVAL:
+    if processes.is_rank0() and test_files[config.evaluation.dataset][task] == ALPACA_EVAL:
         ids = [index for index, _ in rows]
         gamed = length_control.find_gamed(Path(config.data_dir) / "test", ids, config.evaluation.reference)
     jobs = {name: job_of(system, rows, config) for name, system in systems.items() if not system.corrects}
@@ -223,7 +223,7 @@ def run_task(
             if system.pair.proposal and system.pair.aligner:
                 n = config.evaluation.examples
                 influence.figures_file(system.output, jobs[name], n, config.overwrite)
-    if not set(steps) & {"judge", "leaderboard", "report"} or not processes.is_first():
+    if not set(steps) & {"judge", "leaderboard", "report"} or not processes.is_rank0():
         return
     answers = {name: answer_files.read_answers(system.output, jobs[name]) for name, system in systems.items()}
     references = references_of(systems, answers, rows, config)
@@ -287,9 +287,9 @@ def run(config: DictConfig, overrides: list[str]) -> None:
             run_task(task, config, stages, given, folder)
     finally:
         judges.log_spending()
-    if processes.is_first():
+    if processes.is_rank0():
         merge_leaderboards(Path(config.output_dir))
-    processes.wait()
+    processes.barrier()
 
 
 def merge_leaderboards(output_dir: Path) -> None:

@@ -50,7 +50,7 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     tokenizer = checkpoints.load_tokenizer(config.model.tokenizer_name_or_path or source)
     loss = LOSSES[config.loss.name]
     bad = BadRows(config.on_bad_row)
-    with processes.first_goes_first():  # it leaves the token ids in the cache
+    with processes.rank0_first():  # it leaves the token ids in the cache
         data = {
             split: load_tokenized(list(config.datasets), split, tokenizer, config, bad, loss.needs_negative)
             for split in ("train", "heldout")
@@ -68,31 +68,31 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
             f"stage {stage.name}: starts from {source}, which lies in its own run folder and would be "
             "replaced; set exp_flag=NAME"
         )
-    processes.wait()  # all have seen what is there
-    if done is not None and processes.is_first():
+    processes.barrier()  # all have seen what is there
+    if done is not None and processes.is_rank0():
         set_aside(run_dir, f"trained with other settings, data or weights ({changed})")
-    processes.wait()
+    processes.barrier()
     origin = {"settings": identity, "inputs": inputs}
     wanted = config.resume == "auto" and not overwrite and not config.debug
     state = resume.newest(run_dir, origin) if wanted else None
     start = time.monotonic()
     with processes.in_turn():
         trainer = make_trainer(stage, source, architecture, tokenizer, data, origin)
-    if not config.debug and processes.is_first():
+    if not config.debug and processes.is_rank0():
         if state is None:
             run_folder.clear_run(run_dir)
             resume.clear(run_dir)
         bad.report(run_dir / run_folder.BAD_ROWS)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    processes.wait()
+    processes.barrier()
     metrics = trainer.train(state)
-    if not config.debug and processes.is_first():
+    if not config.debug and processes.is_rank0():
         weights = checkpoints.weights_fingerprint(str(run_dir / run_folder.LATEST))
         record = origin | {"weights": weights, "metrics": metrics}
         record |= {"seconds": time.monotonic() - start, "finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         write_json(run_dir / run_folder.DONE, record)
         resume.clear(run_dir)
-    processes.wait()
+    processes.barrier()
 
 
 def make_trainer(stage: recipes.Stage, source: str | None, architecture, tokenizer, data, origin: dict):
@@ -154,7 +154,7 @@ def sample_job(stage: recipes.Stage) -> tuple[answer_files.Job, BadRows]:
 def sample_stage(stage: recipes.Stage, overwrite: bool) -> None:
     """The sample stage: answers every training prompt once with the proposal."""
     job, bad = sample_job(stage)
-    if processes.is_first():
+    if processes.is_rank0():
         bad.report(stage.output.with_name(f"{stage.output.name}.bad_rows.jsonl"))
     answer_files.answer_file(stage.output, job, overwrite)
 
@@ -172,8 +172,8 @@ def locked(run_stage):
 def world_stage(stage: recipes.Stage, overwrite: bool) -> None:
     """Writes the toy world's data files and tokenizer."""
     settings = OmegaConf.to_container(stage.config.world, resolve=True)
-    with processes.first_goes_first():
-        toy_world.build_world(stage.output, settings, stage.config.seed, overwrite and processes.is_first())
+    with processes.rank0_first():
+        toy_world.build_world(stage.output, settings, stage.config.seed, overwrite and processes.is_rank0())
 
 
 RUN = {"train": locked(train_stage), "sample": sample_stage, "world": locked(world_stage)}
@@ -252,7 +252,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
     processes.start()
     for stage in running:
         RUN[stage.kind](stage, config.overwrite)
-    processes.wait()  # whoever leaves early breaks the others' connections
+    processes.barrier()  # whoever leaves early breaks the others' connections
 
 
 def start() -> None:

@@ -37,7 +37,7 @@ def start(alone: bool = False) -> None:
     if dist.is_initialized() or not (torchrun or alone):
         return
     if torchrun:
-        end_with_launcher()
+        terminate_with_launcher()
     device = pick_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -72,7 +72,7 @@ def run(main: Callable[[], Any]) -> None:
         os._exit(code)
 
 
-def end_with_launcher() -> None:
+def terminate_with_launcher() -> None:
     """Has Linux send SIGTERM when torchrun dies, so that a process it can no longer watch does not stay."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -92,23 +92,23 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this is the process that writes files and the log."""
     return rank() == 0
 
 
-def wait(group=None) -> None:
-    """Until all processes are here. group: `second_group`'s, from a thread."""
-    everyones(None, group)
+def barrier(group=None) -> None:
+    """Until all processes are here. group: `new_cpu_group`'s, from a thread."""
+    all_gather(None, group)
 
 
-def second_group():
+def new_cpu_group():
     """Another group of the same processes, on their CPUs, for a thread; None where there is one process."""
     return dist.new_group(backend="gloo", timeout=TIMEOUT) if count() > 1 else None
 
 
-def everyones(value, group=None) -> list:
-    """The values of all processes, in order of rank. group: `second_group`'s, from a thread."""
+def all_gather(value, group=None) -> list:
+    """The values of all processes, in order of rank. group: `new_cpu_group`'s, from a thread."""
     found = [value]
     if count() > 1:
         found = [None] * count()
@@ -116,34 +116,34 @@ def everyones(value, group=None) -> list:
     return found
 
 
-def total(values: dict[str, float]) -> dict[str, float]:
+def all_sum(values: dict[str, float]) -> dict[str, float]:
     """Sums over the processes, by key; one that lacks a key adds nothing to it."""
     found: dict[str, float] = defaultdict(float)
-    for part in everyones(dict(values)):
+    for part in all_gather(dict(values)):
         for key, value in part.items():
             found[key] += value
     return found
 
 
-def any_of(flag: bool) -> bool:
-    return any(everyones(bool(flag)))
+def any_rank(flag: bool) -> bool:
+    return any(all_gather(bool(flag)))
 
 
-def from_first(make: Callable[[], Any]) -> Any:
+def from_rank0(make: Callable[[], Any]) -> Any:
     """What the first process makes, for all of them."""
-    return everyones(make() if is_first() else None)[0]
+    return all_gather(make() if is_rank0() else None)[0]
 
 
 @contextlib.contextmanager
-def first_goes_first() -> Iterator[None]:
+def rank0_first() -> Iterator[None]:
     """The first process does it while the others wait; then they do it, and find what it left."""
-    if not is_first():
-        wait()
+    if not is_rank0():
+        barrier()
     try:
         yield
     finally:
-        if is_first():
-            wait()
+        if is_rank0():
+            barrier()
 
 
 @contextlib.contextmanager
@@ -177,8 +177,8 @@ def stop_signals() -> Iterator[list[int]]:
 def in_turn() -> Iterator[None]:
     """One process of a machine after the other, for what needs a machine's memory once."""
     mine = int(os.environ.get("LOCAL_RANK", 0))
-    size = max(everyones(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # machines may differ
+    size = max(all_gather(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # machines may differ
     for turn in range(size):
         if turn == mine:
             yield
-        wait()
+        barrier()

@@ -130,7 +130,7 @@ def how_to_get(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def path_in_errors(path: str | Path) -> Iterator[None]:
     """Has an OSError name `path` where it names no file: a full disk's, and what safetensors makes of one."""
     try:
         yield
@@ -155,7 +155,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     # Host and process are part of the name: two that write the same file must not take each other's.
     aside, old = (path.with_name(f".{path.name}.{HOST}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
     try:
-        with naming(path):
+        with path_in_errors(path):
             yield aside
             if aside.is_dir() and os.path.lexists(path):
                 os.rename(path, old)

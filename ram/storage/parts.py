@@ -12,7 +12,7 @@ from typing import Any
 
 from ram.distributed import processes
 from ram.errors import UserError
-from ram.storage.files import naming, set_aside
+from ram.storage.files import path_in_errors, set_aside
 
 
 class PartFiles:
@@ -25,14 +25,14 @@ class PartFiles:
     def __init__(self, output: Path, identity: str, overwrite: bool) -> None:
         self.output, self.identity, self.done = output, identity, {}
         output.parent.mkdir(parents=True, exist_ok=True)
-        with processes.first_goes_first():
-            if processes.is_first():
+        with processes.rank0_first():
+            if processes.is_rank0():
                 self._make_room(overwrite)
             for path in self._paths():
                 good = self._read(path)
                 if path == self.path:
                     os.truncate(path, good)
-        processes.wait()  # nobody adds an answer while another still reads what is there
+        processes.barrier()  # nobody adds an answer while another still reads what is there
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as answers come)
         if not self.file.tell():
             self._write({"identity": identity})
@@ -61,7 +61,7 @@ class PartFiles:
         return good
 
     def _write(self, value: dict[str, Any]) -> None:
-        with naming(self.path):
+        with path_in_errors(self.path):
             self.file.write(json.dumps(value, ensure_ascii=False) + "\n")
             self.file.flush()
 
@@ -70,7 +70,7 @@ class PartFiles:
         self.done[value["index"]] = value
         self._write(value)
 
-    def everything(self, count: int) -> list[dict[str, Any]]:
+    def collect(self, count: int) -> list[dict[str, Any]]:
         """The `count` answers of all processes, in order; raises UserError where one is missing."""
         self.close()
         for path in self._paths():

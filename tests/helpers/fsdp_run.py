@@ -46,15 +46,15 @@ def train(folder, *overrides):
     config = settings("trainer=FSDPTrainer", "model.block_name=LlamaDecoderLayer", *overrides)
     reference = tiny_model(len(TOKENIZER), seed=7, layers=2) if config.loss.name == "dpo" else None
     model = tiny_model(len(TOKENIZER), seed=0, layers=2)
-    if processes.is_first():
+    if processes.is_rank0():
         folder.mkdir(parents=True, exist_ok=True)
-    processes.wait()
+    processes.barrier()
     run = Told(config, model, TOKENIZER, dataset(18), dataset(6, seed=99), folder, {}, reference, {"it": 1})
     try:
         run.train(resume.newest(folder, {"it": 1}))
     except trainers.Preempted:
         assert Told.stop_after
-    processes.wait()
+    processes.barrier()
 
 
 if __name__ == "__main__":

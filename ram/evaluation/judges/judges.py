@@ -23,7 +23,7 @@ from ram.errors import UserError, pick
 from ram.evaluation.judges import alpaca_package
 from ram.log import log, pick_device, progress
 from ram.models import checkpoints
-from ram.storage.files import fingerprint, naming
+from ram.storage.files import fingerprint, path_in_errors
 
 Judgement = dict[str, Any]
 
@@ -157,7 +157,7 @@ class Cache:
 
     def add(self, key: str, value: Any) -> None:
         self.known[key] = value
-        with naming(self.path):
+        with path_in_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(self.begin + json.dumps({"key": key, "value": value}) + "\n")
