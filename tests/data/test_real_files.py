@@ -1,4 +1,4 @@
-"""prepare_data.py on the real data files; skipped where those are not there."""
+"""ram.data.prepare on real data files; skipped if they are not available."""
 
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ def rows_of(path):
 
 
 def read_test_rows(data_dir, dataset, task):
-    """What pipeline.py reads of a test file, found by the names in its table."""
+    """Read a test file as pipeline.py does."""
     config = compose.compose([f"data_dir={data_dir}", f"evaluation.dataset={dataset}"])
     systems = {"any": SimpleNamespace(settings=config.sampling)}
     return [row for _, row in pipeline.read_test_rows(systems, config, task, data_dir)]
@@ -40,7 +40,7 @@ def read_test_rows(data_dir, dataset, task):
 def test_real_hh(prepare, data_dir):
     prepare("hh", "--from", *sorted((REAL / "hh").glob("*.jsonl.gz")))
     examples = get_dataset("hh", "heldout", data_dir=data_dir)
-    assert len(examples) == 2354 + 2312 - 9 - 5  # rows whose own prompts differ are left out
+    assert len(examples) == 2354 + 2312 - 9 - 5  # rows with two different prompts are dropped
     assert len(get_dataset("harmless", "heldout", data_dir=data_dir)) == 2312 - 5
     known = {(example.prompt, example.target) for example in examples}
     for task in ("helpful", "harmless"):
@@ -50,7 +50,7 @@ def test_real_hh(prepare, data_dir):
         assert {row["generator"] for row in rows} == {"chosen"}
 
 
-def test_real_hh_trains_too(prepare, data_dir, tmp_path):
+def test_real_hh_as_training_file(prepare, data_dir, tmp_path):
     source = REAL / "hh" / "harmless-base.test.jsonl.gz"
     (tmp_path / "harmless-base").mkdir()
     (tmp_path / "harmless-base" / "train.jsonl.gz").write_bytes(source.read_bytes())
@@ -71,7 +71,7 @@ def test_real_tldr(prepare, data_dir):
 
 
 def test_real_ultrachat(prepare, data_dir):
-    """The 1,100 instruction pairs stand in for UltraChat's answers, which are not among the real files."""
+    """1,100 instruction pairs replace UltraChat's answers, which are not among the files."""
     folder = REAL / "ultrachat"
     files = [folder / "instruction_pairs_1100.json", folder / "ultrachat_200k_row0.jsonl"]
     prepare("uc", "--from", *files)
