@@ -1,4 +1,4 @@
-"""The launcher: exit codes, dead processes, and whole stages by two processes, typed as a user types them."""
+"""The launcher: exit codes, signals, dead processes, and whole stages with two processes."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from ram.storage.files import fingerprint, only_run, write_json
 
 
 def launch(*command, cwd=ROOT, **environment):
+    """Start a script through the launcher with two processes."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NPROC": "2", **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
@@ -28,7 +29,7 @@ def launch(*command, cwd=ROOT, **environment):
 
 
 def script(folder, text):
-    """A script whose two processes have found each other before `text` runs."""
+    """Write a script that runs `text` in each process after the group has been formed."""
     path = folder / "script.py"
     start = "import os, sys, time\nimport utils\nfrom ram.distributed import processes\n"
     start += "processes.start()\nrank = processes.rank()\n"
@@ -37,7 +38,7 @@ def script(folder, text):
 
 
 @pytest.mark.parametrize(
-    "text, code, said",
+    "text, code, message",
     [
         ("raise utils.UserError('no such thing')", 2, "error: no such thing\n"),
         ("rank and sys.exit(3)", 3, ""),
@@ -45,13 +46,13 @@ def script(folder, text):
         ("1 / 0", 1, "ZeroDivisionError"),
     ],
 )
-def test_exit_code_and_words_are_the_first_process_to_end(text, code, said, tmp_path):
-    """What failed says why, once, and the others are not waited for."""
+def test_exit_code_is_that_of_the_first_process_to_end(text, code, message, tmp_path):
+    """The failing process reports its error once, and the others are not waited for."""
     start = time.monotonic()
     running = launch(script(tmp_path, text), cwd=tmp_path)
     _, errors = running.communicate(timeout=120)
     assert running.returncode == code, errors
-    assert said in errors and "ChildFailedError" not in errors and "torchrun" not in errors
+    assert message in errors and "ChildFailedError" not in errors and "torchrun" not in errors
     assert time.monotonic() - start < 60
 
 
@@ -59,33 +60,30 @@ def test_exit_code_and_words_are_the_first_process_to_end(text, code, said, tmp_
 def test_signals_reach_every_process(number, code, tmp_path):
     text = "print('ready\\n', end='', flush=True); [time.sleep(0.05) for _ in range(1200)]"
     running = launch(script(tmp_path, text), cwd=tmp_path)
-    said = ""
-    while said.count("ready\n") < 2:
-        said += running.stdout.readline()
+    output = ""
+    while output.count("ready\n") < 2:
+        output += running.stdout.readline()
         assert running.poll() is None
     running.send_signal(number)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == code
-    assert "stopped: what is finished stands" in errors and "Traceback" not in errors
+    assert "stopped: finished work is kept" in errors and "Traceback" not in errors
 
 
 def test_processes_end_with_their_launcher(tmp_path):
-    """kill -9 of the launcher leaves nobody behind."""
-    running = launch(
-        script(
-            tmp_path,
-            "print(f'pid {os.getpid()}\\n', end='', flush=True); [time.sleep(0.05) for _ in range(1200)]",
-        ),
-        cwd=tmp_path,
-    )
-    said = ""
-    while len(found := [int(pid) for pid in re.findall(r"pid (\d+)\n", said)]) < 2:
-        said += running.stdout.readline()
+    """kill -9 of the launcher leaves no process behind."""
+    text = "print(f'pid {os.getpid()}\\n', end='', flush=True); [time.sleep(0.05) for _ in range(1200)]"
+    running = launch(script(tmp_path, text), cwd=tmp_path)
+    output = ""
+    pids = []
+    while len(pids) < 2:
+        output += running.stdout.readline()
+        pids = [int(pid) for pid in re.findall(r"pid (\d+)\n", output)]
         assert running.poll() is None
     running.kill()
     running.wait()
     deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in found):
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -97,45 +95,45 @@ def test_processes_end_with_their_launcher(tmp_path):
         (("nothing.py",), {}, "expected a script"),
         (("train.py",), {"NPROC": "two"}, "NPROC=two: expected a number of at least 1"),
         (("train.py",), {"NPROC": "²"}, "expected a number of at least 1"),
-        (("train.py",), {"NNODES": "2"}, "no RDZV_ENDPOINT"),
+        (("train.py",), {"NNODES": "2"}, "RDZV_ENDPOINT is not set"),
         (("train.py",), {"NNODES": "2", "RDZV_ENDPOINT": "localhost:abc"}, "did not find each other"),
     ],
 )
-def test_what_cannot_be_launched(command, environment, message):
+def test_invalid_launch_is_one_line(command, environment, message):
     running = launch(*command, **environment)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 2 and message in errors and "Traceback" not in errors
 
 
-def test_one_process_needs_no_launcher(tmp_path):
-    """NPROC=1 runs the script itself."""
+def test_one_process_runs_without_torchrun(tmp_path):
     path = tmp_path / "script.py"
     path.write_text("import os, sys; print('RANK' in os.environ, sys.argv[1:])")
     running = launch(str(path), "a=1", NPROC="1")
     assert running.communicate(timeout=60)[0] == "False ['a=1']\n"
 
 
-def test_two_machines(tmp_path):
-    """The same command twice with NNODES=2, as two machines run it, makes one group of four."""
+def test_two_machines_form_one_group(tmp_path):
+    """The same command, run twice with NNODES=2, makes one group of four processes."""
     text = "print(f'here {rank} {processes.count()}\\n', end='', flush=True)"
-    path, port = script(tmp_path, text), processes_port()
-    two = [
+    path = script(tmp_path, text)
+    port = free_port()
+    machines = [
         launch(path, cwd=tmp_path, NNODES="2", RDZV_ENDPOINT=f"127.0.0.1:{port}", RDZV_ID="test")
         for _ in range(2)
     ]
-    said = "".join(running.communicate(timeout=120)[0] for running in two)
-    assert sorted(re.findall(r"here (\d) 4", said)) == ["0", "1", "2", "3"]
+    output = "".join(running.communicate(timeout=120)[0] for running in machines)
+    assert sorted(re.findall(r"here (\d) 4", output)) == ["0", "1", "2", "3"]
 
 
-def processes_port():
+def free_port():
     import socket
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-TOGETHER = """
+CONCURRENT_PARTS = """
     from pathlib import Path
     from ram.storage.parts import PartFiles
     read = PartFiles._read
@@ -156,25 +154,24 @@ TOGETHER = """
 """
 
 
-def test_two_processes_wait_for_each_other(tmp_path):
-    """No process adds answers while another, however slow, reads what is there: else their shares of the rest
-    would overlap. Taking turns waits equally often everywhere, though machines have different numbers of
-    processes. What ends well ends with 0 and no word of the launcher's.
+def test_processes_wait_before_adding_answers(tmp_path):
+    """No process adds answers while a slow one still reads the parts: their shares would overlap.
+
+    in_turn passes as many barriers in every process, though machines have different numbers of processes.
+    A run without errors ends with code 0 and no output of torchrun.
     """
-    running = launch(script(tmp_path, TOGETHER), cwd=tmp_path)
-    said, errors = running.communicate(timeout=120)
+    running = launch(script(tmp_path, CONCURRENT_PARTS), cwd=tmp_path)
+    output, errors = running.communicate(timeout=120)
     assert running.returncode == 0 and "torchrun" not in errors, errors
-    assert sorted(said.splitlines()) == [f"rank {i} began with 1, sum 3.0" for i in (0, 1)]
+    assert sorted(output.splitlines()) == [f"rank {i} began with 1, sum 3.0" for i in (0, 1)]
 
 
-def test_two_processes_share_a_file(tmp_path, caplog):
-    """Sampling by two processes leaves the file of one, which is this one; stopped after some rows, another
-    number goes on.
-    """
+def test_two_processes_sample_the_file_of_one(tmp_path, caplog):
+    """Two processes write the same bytes as one; a stopped run can be resumed by another number of them."""
     tokenizer = byte_tokenizer()
     save_model_folder(tmp_path / "model", tiny_model(len(tokenizer), 1, layers=2), tokenizer)
     rows = [{"instruction": f"row {i} " + "x" * (7 * i % 30), "output": "y"} for i in range(24)]
-    given = [
+    overrides = [
         f"+stage.sample={{kind: sample, proposal: {tmp_path / 'model'}, dataset: uc}}",
         "sampling.max_prompt_length=80",
         "sampling.max_length=110",
@@ -182,37 +179,38 @@ def test_two_processes_share_a_file(tmp_path, caplog):
         "sampling.base_temperature=1.0",
         "sampling.dtype=float32",
     ]
-    output = {}
+    files = {}
     for count in ("1", "2"):
         write_json(tmp_path / count / "train" / "ultrachat_round_one.json", rows)
-        output[count] = tmp_path / count / "train" / "ultrachat_round_one_sampling_model.json"
-    running = launch("train.py", f"data_dir={tmp_path / '2'}", *given)
-    run(train, f"data_dir={tmp_path / '1'}", *given)
-    said, errors = running.communicate(timeout=200)
-    assert running.returncode == 0, said + errors
-    assert output["1"].read_bytes() == output["2"].read_bytes()
+        files[count] = tmp_path / count / "train" / "ultrachat_round_one_sampling_model.json"
+    running = launch("train.py", f"data_dir={tmp_path / '2'}", *overrides)
+    run(train, f"data_dir={tmp_path / '1'}", *overrides)
+    log, errors = running.communicate(timeout=200)
+    assert running.returncode == 0, log + errors
+    assert files["1"].read_bytes() == files["2"].read_bytes()
 
-    # As a run of two that was killed leaves it: each process's part holds some of its rows.
-    trace = output["1"].with_suffix(".trace.jsonl").read_text()
+    # The state after a run of two was killed: each process's part has some of its rows and a cut line.
+    trace = files["1"].with_suffix(".trace.jsonl").read_text()
     traces = [json.loads(line) for line in trace.splitlines()]
-    meta = output["1"].with_name(output["1"].name + ".meta.json")
+    meta = files["1"].with_name(files["1"].name + ".meta.json")
     identity = fingerprint(json.loads(meta.read_text())["made_from"])
-    output["1"].unlink()
+    files["1"].unlink()
     for rank in (0, 1):
-        part = output["1"].with_name(output["1"].name + ".part" + ("-1" if rank else ""))
-        mine = [json.dumps(row) for row in traces if row["index"] % 2 == rank][: 5 + rank]
-        part.write_text("\n".join([json.dumps({"identity": identity}), *mine]) + "\n" + '{"index": 9, "te')
-    run(train, f"data_dir={tmp_path / '1'}", *given)
+        part = files["1"].with_name(files["1"].name + ".part" + ("-1" if rank else ""))
+        lines = [json.dumps(row) for row in traces if row["index"] % 2 == rank][: 5 + rank]
+        part.write_text("\n".join([json.dumps({"identity": identity}), *lines]) + "\n" + '{"index": 9, "te')
+    run(train, f"data_dir={tmp_path / '1'}", *overrides)
     assert "going on after 11 of 24 answers" in caplog.text and "13 answers" in caplog.text
-    assert output["1"].read_bytes() == output["2"].read_bytes()
-    assert not list(output["1"].parent.glob("*.part*"))
+    assert files["1"].read_bytes() == files["2"].read_bytes()
+    assert not list(files["1"].parent.glob("*.part*"))
 
 
-def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
-    """SIGTERM, sent to the launcher and, as a scheduler does, to its processes too: a state within 30 s, exit
-    code 75, and the next start, by another number of processes (this one), continues there.
+def test_preempted_job_saves_in_time_and_resumes(tmp_path, caplog):
+    """SIGTERM to the launcher and its processes, as schedulers send it: exit code 75 and a state within 30 s.
+
+    The next start, with one process instead of two, continues from that state.
     """
-    given = [
+    overrides = [
         *("experiment=demo", f"output_dir={tmp_path}", "stages=[world,general_proposal]"),
         *(
             "world.entities=20",
@@ -223,20 +221,20 @@ def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
         ),
         "stage.general_proposal.n_examples=1600",
     ]
-    running = launch("train.py", *given)
+    running = launch("train.py", *overrides)
     while "train " not in (line := running.stdout.readline()):
         assert line, running.stderr.read()
     start = time.monotonic()
     for pid in (running.pid, *children(running.pid)):
         os.kill(pid, signal.SIGTERM)
-    said, errors = running.communicate(timeout=60)
+    output, errors = running.communicate(timeout=60)
     assert running.returncode == 75 and time.monotonic() - start < 30, errors
-    assert "to go on from" in said and "Traceback" not in errors
+    assert "to go on from" in output and "Traceback" not in errors
     (state,) = tmp_path.glob("model/*/states/[0-9]*/state.json")
     examples = json.loads(state.read_text())["examples"]
     assert 0 < examples < 1600
     try:
-        run(train, *given)
+        run(train, *overrides)
     finally:
         processes.stop()
     assert f"going on after {examples:,} of 1,600 examples" in caplog.text
@@ -244,12 +242,13 @@ def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
 
 
 def children(pid):
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in found.split()]
+    """List the child processes of a process."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
 
 
-def test_a_second_run_is_kept_out(tmp_path):
-    """Whoever writes a file or folder has it alone, and leaves no lock that could go stale."""
+def test_second_run_is_refused_by_the_lock(tmp_path):
+    """A second run cannot write what another one writes, and no stale lock remains."""
     with only_run(tmp_path / "run"):
         with pytest.raises(UserError, match="another run is writing it"), only_run(tmp_path / "run"):
             pass
@@ -259,18 +258,16 @@ def test_a_second_run_is_kept_out(tmp_path):
         pass
 
 
-def test_a_signal_that_comes_twice_is_one(monkeypatch):
-    """torchrun and a scheduler both pass SIGTERM on; only Ctrl-C again, later, means that somebody
-    insists.
-    """
+def test_repeated_signals_do_not_interrupt(monkeypatch):
+    """torchrun and schedulers both forward signals; only a later Ctrl-C interrupts at once."""
     monkeypatch.setattr(processes, "PATIENCE", 0.05)
-    with processes.stop_signals() as asked:
+    with processes.stop_signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked[0] == signal.SIGTERM and len(asked) == 4
+        assert received[0] == signal.SIGTERM and len(received) == 4
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
