@@ -125,23 +125,23 @@ def test_entry_point_returns_results_and_keeps_tracebacks():
 
 def test_user_error_of_a_process_has_no_traceback():
     code = "import utils\ndef main(): raise utils.UserError('bad')\nutils.run_entry_point(main)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr, done.stdout) == (2, "error: bad\n", "")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr, result.stdout) == (2, "error: bad\n", "")
 
 
 @pytest.mark.parametrize("entry", [["train.py"], ["pipeline.py"], ["-m", "ram.data.prepare"]])
 def test_ctrl_c_during_imports_has_no_traceback(tmp_path, entry):
     (tmp_path / "torch.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, *entry], cwd=ROOT, env=env, capture_output=True, timeout=60)
-    assert (done.returncode, done.stderr, done.stdout) == (-2, b"", b"")
+    result = subprocess.run([sys.executable, *entry], cwd=ROOT, env=env, capture_output=True, timeout=60)
+    assert (result.returncode, result.stderr, result.stdout) == (-2, b"", b"")
 
 
 def test_unwritable_log_folder_is_one_line(tmp_path):
     (tmp_path / "_log").touch()
     command = [sys.executable, ROOT / "train.py", "experiment=llama_uc", "dry_run=true"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (2, f"error: _log: File exists; {REMEDY}\n")
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (2, f"error: _log: File exists; {REMEDY}\n")
 
 
 # ---- devices, folders, progress ----------------------------------------------------------------------------

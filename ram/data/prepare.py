@@ -194,8 +194,8 @@ def hub_rows(target: Target, missing: Iterable[str]) -> Iterator[dict[str, Any]]
         yield from datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise UserError(
-            f"{repository} cannot be read from the hub ({type(error).__name__}); fetch the files from "
-            f"https://huggingface.co/datasets/{repository}/tree/main where it can be reached, then: "
+            f"{repository} cannot be read from the hub ({type(error).__name__}); download the files from "
+            f"https://huggingface.co/datasets/{repository}/tree/main on another machine, then run: "
             f"python -m ram.data.prepare {target.name} --from {' '.join(dict.fromkeys(missing))}"
         ) from None
 

@@ -279,8 +279,8 @@ def test_existing_file_is_kept_without_overwrite(prepare, put, data_dir, logged)
 def test_script_reports_a_user_error_in_one_line(tmp_path):
     command = ["bash", ROOT / "bin" / "prepare_data.sh", "uk"]
     environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'uc'" in done.stderr
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "did you mean 'uc'" in result.stderr
 
 
 # ---- the draw ----------------------------------------------------------------------------------------------

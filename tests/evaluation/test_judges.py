@@ -392,7 +392,7 @@ def test_rewards_are_those_of_each_text_alone(reward_folder, tmp_path, monkeypat
 
 def test_what_is_no_reward_model_is_refused(tmp_path):
     folder = save_model_folder(tmp_path / "lm", tiny_model(len(TOKENIZER), 0), TOKENIZER)
-    with pytest.raises(UserError, match="is no reward model: expected a sequence classifier"):
+    with pytest.raises(UserError, match="is not a reward model: expected a sequence classifier"):
         judges.reward_model_judge(ROWS, ANSWERS, REFERENCES, reward_settings(folder), tmp_path / "cache")
     with pytest.raises(UserError, match="no model at"):
         judges.reward_model_judge(ROWS, ANSWERS, REFERENCES, reward_settings("nowhere"), tmp_path / "cache")

@@ -112,8 +112,8 @@ def test_kill_leaves_one_whole_folder(tmp_path, moment):
     """After a kill at either moment, the next call restores the old folder and removes the rest."""
     path = tmp_path / "model"
     write_folder(path, "old")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path), moment], cwd=ROOT)
-    assert done.returncode == -9 and len(names(tmp_path)) == 2
+    result = subprocess.run([sys.executable, "-c", KILLED, str(path), moment], cwd=ROOT)
+    assert result.returncode == -9 and len(names(tmp_path)) == 2
     with pytest.raises(ValueError), replacing(path):
         raise ValueError
     assert (path / "weights").read_text() == "old" and names(tmp_path) == ["model"]
