@@ -65,7 +65,7 @@ def run_steps(context: EvaluationContext) -> None:
     for step in context.config.evaluation.steps:
         selected |= IMPLIED.get(step, set())
     for name, step in STEPS.items():
-        if name in selected and (name in ON_ALL_PROCESSES or processes.is_first()):
+        if name in selected and (name in ON_ALL_PROCESSES or processes.is_rank0()):
             step(context)
 
 
@@ -107,9 +107,9 @@ def run(composed: DictConfig, overrides: list[str]) -> None:
                 run_steps(context)
     finally:
         endpoint.log_spending()
-    if processes.is_first():
+    if processes.is_rank0():
         tables.merge_leaderboards(Path(config.output_dir))
-    processes.wait()
+    processes.barrier()
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")

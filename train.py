@@ -61,7 +61,7 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     tokenizer = checkpoints.load_tokenizer(tokenizer_source)
     loss = LOSSES[config.loss.name]
     bad = BadRows(config.on_bad_row)
-    with processes.first_goes_first():  # the first process caches the token ids, the others read them
+    with processes.rank0_first():  # the first process caches the token ids, the others read them
         data = {
             split: load_tokenized(config.datasets, split, tokenizer, config, bad, loss.needs_negative)
             for split in ("train", "heldout")
@@ -81,30 +81,30 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
             f"stage {stage.name}: starts from {source}, which is in its own run folder and would be "
             "replaced; set exp_flag=NAME"
         )
-    processes.wait()  # all processes have read the folder's state
-    if done is not None and processes.is_first():
+    processes.barrier()  # all processes have read the folder's state
+    if done is not None and processes.is_rank0():
         set_aside(run_dir, f"trained with other settings, data or weights ({changed})")
-    processes.wait()
+    processes.barrier()
     origin = {"settings": identity, "inputs": inputs}
     resumable = config.resume == "auto" and not overwrite and not config.debug
     state = resume.newest(run_dir, origin) if resumable else None
     start = time.monotonic()
     with processes.in_turn():
         trainer = make_trainer(stage, source, architecture, tokenizer, data, origin)
-    if not config.debug and processes.is_first():
+    if not config.debug and processes.is_rank0():
         if state is None:
             run_folder.clear_run(run_dir)
             resume.clear(run_dir)
         bad.report(run_dir / run_folder.BAD_ROWS)
         OmegaConf.save(OmegaConf.create(nested(config)), run_dir / "config.yaml")
-    processes.wait()
+    processes.barrier()
     metrics = trainer.train(state)
-    if not config.debug and processes.is_first():
+    if not config.debug and processes.is_rank0():
         record = origin | {"metrics": metrics, "seconds": time.monotonic() - start}
         record |= {"finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         run_folder.write_done(run_dir, record)
         resume.clear(run_dir)
-    processes.wait()
+    processes.barrier()
 
 
 def make_trainer(
@@ -179,7 +179,7 @@ def sample_job(stage: recipes.Stage) -> tuple[answer_files.Job, BadRows]:
 def sample_stage(stage: recipes.Stage, overwrite: bool) -> None:
     """Answer every training prompt once with the proposal."""
     job, bad = sample_job(stage)
-    if processes.is_first():
+    if processes.is_rank0():
         bad.report(stage.output.with_name(f"{stage.output.name}.bad_rows.jsonl"))
     answer_files.answer_file(stage.output, job, overwrite)
 
@@ -197,8 +197,8 @@ def locked(run_stage: Runner) -> Runner:
 def world_stage(stage: recipes.Stage, overwrite: bool) -> None:
     """Write the toy data set's files and tokenizer."""
     config = stage.config
-    with processes.first_goes_first():
-        toy_world.build_world(stage.output, config.world, config.seed, overwrite and processes.is_first())
+    with processes.rank0_first():
+        toy_world.build_world(stage.output, config.world, config.seed, overwrite and processes.is_rank0())
 
 
 RUN: dict[str, Runner] = {"train": locked(train_stage), "sample": sample_stage, "world": locked(world_stage)}
@@ -280,7 +280,7 @@ def run(composed: DictConfig, overrides: list[str]) -> None:
     processes.start()
     for stage in running:
         RUN[stage.kind](stage, config.overwrite)
-    processes.wait()  # a process that ends early breaks the others' connections
+    processes.barrier()  # a process that ends early breaks the others' connections
 
 
 if __name__ == "__main__":

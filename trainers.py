@@ -63,7 +63,7 @@ class BasicTrainer:
         self.pad_id = checkpoints.pad_id(tokenizer)
         self.device, self.origin = pick_device(), origin or {}
         self.writes = (
-            processes.is_first() and not settings.debug
+            processes.is_rank0() and not settings.debug
         )  # whether it changes what lies in the folder
         if processes.count() > 1 and not self.many:
             raise UserError(
@@ -203,7 +203,7 @@ class BasicTrainer:
             self.backward(losses.sum() / len(rows))
             for key, value in parts.items():
                 sums[key] += value
-        sums = processes.total(sums)
+        sums = processes.all_sum(sums)
         row = self.averages(sums, len(rows))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         row["grad_norm"] = getattr(norm, "full_tensor", lambda: norm)().item()
@@ -246,7 +246,7 @@ class BasicTrainer:
     def finite(self) -> bool:
         """Whether all weights are numbers."""
         parts = (getattr(p, "to_local", lambda p=p: p)() for p in self.model.parameters())
-        return not processes.any_of(not all(bool(torch.isfinite(part).all()) for part in parts))
+        return not processes.any_rank(not all(bool(torch.isfinite(part).all()) for part in parts))
 
     def diverged(self, reason: str, remedy: str) -> Diverged:
         """The error to raise; it names the last good weights of this run."""
@@ -294,7 +294,7 @@ class BasicTrainer:
                     bar.update(len(rows))
                     self.after_update(metrics)
                     self.saver.check()
-                    if processes.any_of(asked):
+                    if processes.any_rank(asked):
                         self.remember()
                         self.saver.wait()
                         raise Preempted(asked[0] if asked else None)
@@ -387,7 +387,7 @@ class BasicTrainer:
             _, parts = self.computed(self.eval_data, np.arange(first, max(first, min(first + size, n))))
             for key, value in parts.items():
                 sums[key] += value
-        return self.averages(processes.total(sums), n)
+        return self.averages(processes.all_sum(sums), n)
 
     def save(self, name: str) -> None:
         """Exports the weights as a transformers folder run_dir/`name`; raises Diverged where one is no
@@ -400,10 +400,10 @@ class BasicTrainer:
         card = self.card | {"examples": self.examples, "updates": self.updates}
         folder = self.run_dir / name
         state = self.whole_state()
-        if processes.is_first():
+        if processes.is_rank0():
             dtype = self.settings.export_dtype
             checkpoints.export_model(self.model, self.tokenizer, folder, dtype, card, state)
-        processes.wait()
+        processes.barrier()
         log.info(f"saved    {folder}")
 
     def whole_state(self) -> dict[str, torch.Tensor] | None:

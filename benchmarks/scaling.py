@@ -226,7 +226,7 @@ def worker() -> None:
         if step == 1:  # the moments are there; the whole model that was loaded counts no longer
             state = memory_status("VmRSS") - before
             Path("/proc/self/clear_refs").write_text("5")
-        processes.wait()
+        processes.barrier()
         start = time.perf_counter()
         run.update(np.arange(ROWS))
         seconds.append(time.perf_counter() - start)
@@ -237,7 +237,7 @@ def worker() -> None:
         whole = torch.zeros(len(mine) * processes.count())
         times = []
         for _ in range(10):
-            processes.wait()
+            processes.barrier()
             start = time.perf_counter()
             dist.all_gather_into_tensor(whole, mine)
             times.append(time.perf_counter() - start)
@@ -248,10 +248,10 @@ def worker() -> None:
         "seconds": statistics.median(seconds[1:]),
         "bandwidth": bandwidth,
     }
-    everyone = processes.everyones(found)
-    if processes.is_first():
+    everyone = processes.all_gather(found)
+    if processes.is_rank0():
         print(json.dumps({key: max(part[key] or 0 for part in everyone) for key in found}))
-    processes.wait()
+    processes.barrier()
 
 
 def measure() -> dict:

@@ -131,7 +131,7 @@ def test_changed_setting_remakes_dependent_outputs(finished, tmp_path, caplog):
     stages = "stages=[general_proposal,proposal,sample,aligner]"
     before = snapshot(folder)
     run(train, *small, stages, "stage.proposal.n_examples=320")
-    said = [message for message in caplog.messages if "made anew" in message]
+    said = [message for message in caplog.messages if "created again" in message]
     assert len(said) == 3 and "(n_examples: 16 -> 320); kept as" in said[0]
     assert "(proposal: " in said[1] and "(data: " in said[2]
     assert any("general_proposal: done before" in message for message in caplog.messages)
@@ -143,8 +143,8 @@ def test_changed_setting_remakes_dependent_outputs(finished, tmp_path, caplog):
         assert written in [after.get(place) for place in (path, *old)], path
     caplog.clear()
     run(train, *small, stages, "stage.proposal.n_examples=320")
-    assert not [message for message in caplog.messages if "made anew" in message]
-    with pytest.raises(UserError, match="holds a toy world of other settings"):
+    assert not [message for message in caplog.messages if "created again" in message]
+    with pytest.raises(UserError, match="holds a toy data set of other settings"):
         run(train, *small, "world.entities=9")
 
 

@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 import pytest
-import small
 import torch
-from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
+from tiny import save_model_folder, tiny_model, tiny_tokenizer
+from training_runs import TOKENIZER, assert_same_path, path_of, trainer, weights
 from transformers import AutoModelForCausalLM
 
 from ram.data.tokenization import Example, tokenize
@@ -19,84 +19,6 @@ from ram.training import metrics, optimizers, resume
 from ram.training.losses import LOSSES
 from ram.training.packing import collate
 from trainers import BasicTrainer, Diverged
-
-TOKENIZER = byte_tokenizer()
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "then",
-    "it",
-    "went",
-    "away",
-    "from",
-    "here",
-    "to",
-    "there",
-]
-
-
-def examples(count, seed=0):
-    """Examples of uneven lengths with two answers each."""
-    rng = np.random.default_rng(seed)
-
-    def text(low, high):
-        return " ".join(rng.choice(WORDS, size=rng.integers(low, high)))
-
-    return [Example(i, f"Q: {text(1, 5)} A:", text(1, 6), text(1, 6)) for i in range(count)]
-
-
-def dataset(count, seed=0):
-    return tokenize(examples(count, seed), TOKENIZER, max_length=96, max_prompt_length=48)
-
-
-def settings(*overrides):
-    """The shipped configuration with a few keys changed."""
-    base = [
-        "datasets=[uc]",
-        "model.name_or_path=none",
-        "max_length=96",
-        "max_prompt_length=48",
-        "batch_size=8",
-        "warmup_steps=0",
-        "do_first_eval=false",
-        "model.fsdp_policy_mp=float32",
-    ]
-    return small.settings(*base, *overrides)
-
-
-def trainer(run_dir, *overrides, n=20, seed=0, dtype=torch.float32, reference=None, card=None):
-    run_dir.mkdir(parents=True, exist_ok=True)
-    model = tiny_model(len(TOKENIZER), seed=seed, layers=2, dtype=dtype)
-    heldout = dataset(6, seed=99)
-    return BasicTrainer(
-        settings(*overrides), model, TOKENIZER, dataset(n), heldout, run_dir, card or {}, reference
-    )
-
-
-def path_of(run):
-    """Loss and gradient norm of every update, from metrics.csv."""
-    with open(run.run_dir / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
-    return [(float(row["loss"]), float(row["grad_norm"])) for row in rows]
-
-
-def assert_same_path(actual, expected):
-    """Compare losses and gradient norms of two runs of float64 models.
-
-    The tolerance is that of float32, to which transformers' norms and FSDP's sums of gradients round even
-    here: 8 units of roundoff (2**-24). metrics.csv has eight digits.
-    """
-    actual, expected = (torch.tensor(path, dtype=torch.float64) for path in (actual, expected))
-    torch.testing.assert_close(actual, expected, rtol=16 * 2**-24, atol=0)
-
-
-def weights(run):
-    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
 
 @pytest.mark.parametrize("loss", ["sft", "ours_sft", "ours_dpo"])

@@ -173,10 +173,10 @@ def answer_all(job: Job, parts: PartFiles) -> None:
             parts.add(value)
             tokens += value["n_tokens"]
     parts.close()
-    report_failed(job, parts, [row for part in processes.everyones(failed) for row in part])
-    tokens = int(processes.total({"tokens": tokens})["tokens"])
-    seconds = max(processes.everyones(time.monotonic() - start))
-    if processes.is_first():
+    report_failed(job, parts, [row for part in processes.all_gather(failed) for row in part])
+    tokens = int(processes.all_sum({"tokens": tokens})["tokens"])
+    seconds = max(processes.all_gather(time.monotonic() - start))
+    if processes.is_rank0():
         speed = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
         write_json(speed_path(parts.output), speed)
     log.info(
@@ -188,7 +188,7 @@ def answer_all(job: Job, parts: PartFiles) -> None:
 def report_failed(job: Job, parts: PartFiles, failed: list[dict[str, Any]]) -> None:
     """Lists the rows that no answer came to, and raises UserError where there are any."""
     path = parts.output.with_name(f"{parts.output.name}.failed.jsonl")
-    if processes.is_first():
+    if processes.is_rank0():
         path.unlink(missing_ok=True)
         if failed:
             write_jsonl(path, sorted(failed, key=lambda row: row["row"]))
@@ -256,14 +256,14 @@ def answer_file(output: Path, job: Job, overwrite: bool) -> None:
 
 
 def _answer_file(output: Path, job: Job, overwrite: bool) -> None:
-    if processes.from_first(lambda: finished(output, job.made_from, overwrite, job.label)):
+    if processes.from_rank0(lambda: finished(output, job.made_from, overwrite, job.label)):
         return
     _ = job.encoded  # what cannot work is said before anything is written
     parts = PartFiles(output, job.identity, overwrite)
     answer_all(job, parts)
-    processes.wait()
-    if processes.is_first():
-        answers = parts.everything(len(job.prompts))
+    processes.barrier()
+    if processes.is_rank0():
+        answers = parts.collect(len(job.prompts))
         write_jsonl(trace_path(output), answers)
         rows = [
             {**row, job.key: answer["text"], **job.extra}
@@ -271,7 +271,7 @@ def _answer_file(output: Path, job: Job, overwrite: bool) -> None:
         ]
         write_marked(output, rows, job.made_from, trace_path(output))
         parts.remove()
-    processes.wait()
+    processes.barrier()
     log.info(f"saved    {output}")
 
 

@@ -125,7 +125,7 @@ def figures_file(output: Path, job: answer_files.Job, n: int, overwrite: bool) -
     """
     path, picked = figures_path(output), evenly_spread(n, len(job.prompts))
     with only_run(path):
-        if not picked or processes.from_first(lambda: not overwrite and is_finished(path, job, picked)):
+        if not picked or processes.from_rank0(lambda: not overwrite and is_finished(path, job, picked)):
             return
         answers = answer_files.read_answers(output, job)
         if any("token_ids" not in answers[row] for row in picked):
@@ -145,11 +145,11 @@ def figures_file(output: Path, job: answer_files.Job, n: int, overwrite: bool) -
             given = prompt_ids[row], answers[row]["token_ids"], job.params
             parts.add({"index": index, "row": row, **token_figures(proposal, aligner, tokenizer, *given)})
         parts.close()
-        processes.wait()
-        if processes.is_first():
-            write_marked(path, parts.everything(len(picked)), made_from(job))
+        processes.barrier()
+        if processes.is_rank0():
+            write_marked(path, parts.collect(len(picked)), made_from(job))
             parts.remove()
-        processes.wait()
+        processes.barrier()
         log.info(f"saved    {path}")
 
 

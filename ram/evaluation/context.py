@@ -123,11 +123,11 @@ def open_context(
         pick(systems, reference, "evaluation.reference (or output)")
     bad = BadRows(config.on_bad_row)
     rows = read_test_rows(test_file, [system.settings for system in systems.values()], judge, bad)
-    if not config.dry_run and processes.is_first():
+    if not config.dry_run and processes.is_rank0():
         bad.report(folder / "bad_rows.jsonl")
     check_models(systems, stages)
     context = EvaluationContext(config, task, folder, stages, judge.for_task(task), systems, rows)
-    if processes.is_first() and test_file.name == length_control.QUESTIONS_FILE:
+    if processes.is_rank0() and test_file.name == length_control.QUESTIONS_FILE:
         ids = [index for index, _ in rows]
         context.gamed = length_control.find_gamed(test_file.parent, ids, reference)
     for name, system in systems.items():

@@ -4,6 +4,7 @@ Shapes: B examples, T tokens, N response tokens, H hidden width, V vocabulary. A
 log-probabilities (B,), so it is independent of how the models computed them.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -12,7 +12,7 @@ from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.log import log
 from ram.models import run_folder
-from ram.storage.files import naming, replacing
+from ram.storage.files import path_in_errors, replacing
 from ram.training.losses import LOSSES, REWARD_METRICS, Loss
 
 PROGRESS = ("split", "updates", "examples", "epoch")
@@ -36,7 +36,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, settings, after: int | None = None) -> None:
         self.interval, self.last = settings.minimum_log_interval_secs, -math.inf
         # With debug the folder may be a finished run's: nothing in it is touched.
-        nowhere = settings.debug or not processes.is_first()
+        nowhere = settings.debug or not processes.is_rank0()
         self.path = Path(os.devnull) if nowhere else run_dir / run_folder.METRICS
         self.loss = LOSSES[settings.loss.name]
         columns = columns_of(self.loss)
@@ -61,7 +61,7 @@ class MetricsLog:
             )
 
     def write(self, split: str, row: dict[str, float]) -> None:
-        with naming(self.path):
+        with path_in_errors(self.path):
             self.writer.writerow({"split": split} | {key: f"{value:.8g}" for key, value in row.items()})
             self.file.flush()  # before the state that goes on from here is saved
         now = time.monotonic()
@@ -78,7 +78,7 @@ class MetricsLog:
             self.wandb.log({f"{split}/{key}": value for key, value in row.items()}, step=int(row["updates"]))
 
     def close(self) -> None:
-        with naming(self.path):
+        with path_in_errors(self.path):
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()

@@ -33,7 +33,7 @@ class Saver:
 
     def __init__(self, run_dir: Path, keep: int) -> None:
         self.run_dir, self.keep = run_dir, keep
-        self.group = processes.second_group()  # the thread's own: its messages must not meet training's
+        self.group = processes.new_cpu_group()  # the thread's own: its messages must not meet training's
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
@@ -77,17 +77,17 @@ def write_state(run_dir: Path, state: dict[str, Any], facts: dict[str, Any], kee
 
     folder = run_dir / STATES / f"{facts['updates']:09d}"
     aside = folder.with_suffix(".aside")
-    if processes.is_first():
+    if processes.is_rank0():
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    processes.wait(group)
+    processes.barrier(group)
     with quiet_errors(folder):
         dcp.save(state, checkpoint_id=aside, process_group=group, no_dist=processes.count() == 1)
     mine = sorted(path for path in aside.iterdir() if path.name.startswith(f"__{processes.rank()}_"))
-    if processes.is_first():
+    if processes.is_rank0():
         mine.append(aside / ".metadata")
-    hashes = processes.everyones({path.name: file_sha256(path) for path in mine}, group)
-    if processes.is_first():
+    hashes = processes.all_gather({path.name: file_sha256(path) for path in mine}, group)
+    if processes.is_rank0():
         files = {name: value for part in hashes for name, value in part.items()}
         write_json(aside / MARK, facts | {"files": files})
         if folder.exists():
@@ -95,7 +95,7 @@ def write_state(run_dir: Path, state: dict[str, Any], facts: dict[str, Any], kee
         os.replace(aside, folder)
         for old in found(run_dir)[:-keep]:
             shutil.rmtree(old)
-    processes.wait(group)
+    processes.barrier(group)
     log.info(f"saved    {folder}, to go on from")
 
 
@@ -133,7 +133,7 @@ def newest(run_dir: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
             manifest, facts = Manifest({}, {}), {}
         own = sorted(manifest.files)[processes.rank() :: processes.count()]
         damaged = not manifest.files or bool(manifest.damaged(digests_in(folder), own))
-        if processes.any_of(damaged):
+        if processes.any_rank(damaged):
             log.info(f"{folder}: damaged, passed over")
         elif manifest.changes(origin):
             log.info(f"{run_dir}: stopped with other settings, data or weights; training starts anew")
@@ -156,5 +156,5 @@ def load(folder: Path, model, optimizer) -> None:
 
 
 def clear(run_dir: Path) -> None:
-    if processes.is_first():
+    if processes.is_rank0():
         shutil.rmtree(run_dir / STATES, ignore_errors=True)

@@ -401,7 +401,7 @@ def test_pair_answers_are_traced(resolve, folders, tmp_path):
     )
     parts = answer_files.PartFiles(tmp_path / "x", job.identity, overwrite=False)
     answer_files.answer_all(job, parts)
-    answers = parts.everything(len(prompts))
+    answers = parts.collect(len(prompts))
     expected = generation.generate(
         *job.load()[:2], TOKENIZER, prompts, params, max_new_tokens=NEW_TOKENS, row_ids=[0, 10, 20]
     )

@@ -32,7 +32,7 @@ def script(folder, text):
     path = folder / "script.py"
     start = "import os, sys, time\nimport utils\nfrom ram.distributed import processes\n"
     start += "processes.start()\nrank = processes.rank()\n"
-    path.write_text(f"{start}def main():\n    {text}\n    processes.wait()\nprocesses.run(main)\n")
+    path.write_text(f"{start}def main():\n    {text}\n    processes.barrier()\nprocesses.run(main)\n")
     return str(path)
 
 
@@ -140,16 +140,16 @@ TOGETHER = """
     PartFiles._read = lambda self, path: (time.sleep(rank), read(self, path))[1]
     if rank == 0:
         Path("out.part").write_text('{"identity": "x"}\\n{"index": 0}\\n')
-    processes.wait()
+    processes.barrier()
     parts = PartFiles(Path("out").absolute(), "x", False)
     if rank == 0:
         parts.add({"index": 1})
     began = f"rank {rank} began with {len(parts.done) - (rank == 0)}"
-    processes.wait()
+    processes.barrier()
     os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = "0", str(1 + rank)
     with processes.in_turn():
         pass
-    sys.stdout.write(f"{began}, sum {processes.total({'x': 1.0 + rank})['x']}\\n")
+    sys.stdout.write(f"{began}, sum {processes.all_sum({'x': 1.0 + rank})['x']}\\n")
     sys.stdout.flush()
 """
 

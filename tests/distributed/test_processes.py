@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainers import TOKENIZER, dataset, path_of, settings, trainer, weights
 from tiny import tiny_model
+from training_runs import TOKENIZER, dataset, path_of, settings, trainer, weights
 
 from ram.errors import UserError
 from ram.training import resume, sharding

@@ -152,7 +152,7 @@ def damages():
     return {
         cut: "not valid JSON",
         change: "was changed after it was written",
-        bits: "not a text file in UTF-8",
+        bits: "not a UTF-8 text file",
         old: r"not a report of this version \(format 1\)",
         list_: "not a report of this version",
         none: "no report.json there; give the folder",

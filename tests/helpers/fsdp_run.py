@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from test_trainers import TOKENIZER, dataset, settings
 from tiny import tiny_model
+from training_runs import TOKENIZER, dataset, settings
 
 import trainers
 import utils
@@ -49,15 +49,15 @@ def train(folder, *overrides):
     if config.loss.name == "dpo":
         reference = tiny_model(len(TOKENIZER), seed=7, layers=2, dtype=torch.float64)
     model = tiny_model(len(TOKENIZER), seed=0, layers=2, dtype=torch.float64)
-    if processes.is_first():
+    if processes.is_rank0():
         folder.mkdir(parents=True, exist_ok=True)
-    processes.wait()
+    processes.barrier()
     run = Told(config, model, TOKENIZER, dataset(18), dataset(6, seed=99), folder, {}, reference, {"it": 1})
     try:
         run.train(resume.newest(folder, {"it": 1}))
     except trainers.Preempted:
         assert Told.stop_after
-    processes.wait()
+    processes.barrier()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_trainers import TOKENIZER, assert_same_path, dataset, path_of, settings, trainer
 from tiny import tiny_model
+from training_runs import TOKENIZER, assert_same_path, dataset, path_of, settings, trainer
 
 import trainers
 from ram.training import packing

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ram.evaluation import judges
-from ram.storage.files import naming
+from ram.storage.files import path_in_errors
 
 # `preference` in [0, 1] for the system's answer (1/2 is a tie) and other values that a judge reports. If a
 # judgement failed it has `failed`, the reason, instead of a preference.
@@ -83,7 +83,7 @@ class Cache:
 
     def add(self, key: str, value: Any) -> None:
         self.known[key] = value
-        with naming(self.path):
+        with path_in_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(self.separator + json.dumps({"key": key, "value": value}) + "\n")
