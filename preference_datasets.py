@@ -122,7 +122,7 @@ def get_harmless(request: LoadRequest) -> list[Example]:
 
 
 def get_summ(request: LoadRequest) -> list[Example]:
-    """Load TL;DR comparisons: a post followed by "\\nTL;DR:", and two summaries."""
+    r"""Load TL;DR comparisons: a post followed by "\nTL;DR:", and two summaries."""
     rows = local_or_hub(
         request, "summ", "*.jsonl*", "CarperAI/openai_summarize_comparisons", ("prompt", "chosen", "rejected")
     )

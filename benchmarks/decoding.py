@@ -64,8 +64,10 @@ def first_token(bench: Bench, rounds: int) -> dict[str, float]:
 
 
 def growth(bench: Bench, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds per token at batch 1 by the length of the prompt, up to the context limit, by
-    contender.
+    """Measure milliseconds per token at batch 1, for each contender and several prompt lengths.
+
+    Returns:
+        The prompt lengths, of which the longest fills the context, and one list for each contender.
     """
     whole, found = (bench.prompts, bench.new_tokens), {name: [] for name in CONTENDERS}
     bench.new_tokens = min(16, whole[1])
@@ -105,7 +107,8 @@ def main() -> None:
     args = arguments.parse_args()
     bench = load(args)
     if args.probe:
-        return print(json.dumps(probe(bench, args.probe, args.batches[0])))
+        print(json.dumps(probe(bench, args.probe, args.batches[0])))
+        return
     result = describe(bench, args) | {"by_batch": []}
     for batch in args.batches:
         result["by_batch"].append(compare(bench, batch, args.rounds) | {"peak_mb": peaks(batch)})

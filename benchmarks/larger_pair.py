@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train  # noqa: E402
-from ram.data import toy_world  # noqa: E402
+import train
+from ram.data import toy_world
 from ram.log import setup_logging
-from ram.settings import compose  # noqa: E402
-from ram.storage.files import read_rows, write_json, write_jsonl  # noqa: E402
+from ram.settings import compose
+from ram.storage.files import read_rows, write_json, write_jsonl
 
 WORLD = {"entities": 60, "general_rows": 10, "aligned_rows": 10}
 WORLD |= {"general_styles": {"terse": 1.0}, "mixture_styles": {"terse": 1.0}}

@@ -234,9 +234,7 @@ def contents(folder):
 
 
 def test_interrupted_run_finishes_identically(finished, tmp_path, monkeypatch):
-    """Ctrl-C in training, in sampling and in generation: started again, everything ends as if
-    uninterrupted.
-    """
+    """A run interrupted in training, sampling and generation gives the files of an uninterrupted run."""
     update, add = trainers.BasicTrainer.update, answer_files.PartFiles.add
 
     def stop_at_fourth(original, wanted):

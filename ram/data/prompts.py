@@ -59,7 +59,7 @@ def conversation_template(name: str = TEMPLATE) -> Conversation:
 
 
 def render(instruction: str, template: str = TEMPLATE, system: str | None = None) -> str:
-    """Render one instruction as a prompt; `ram` gives "\\n\\nHuman: …\\n\\nAssistant: "."""
+    r"""Render one instruction as a prompt; `ram` gives "\n\nHuman: …\n\nAssistant: "."""
     return render_dialogue([(True, instruction)], template, system)
 
 
@@ -113,11 +113,11 @@ def from_record(record: Mapping[str, str], settings: Any) -> str:
 
 
 def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) -> str:
-    """Cut a prompt to at most `max_tokens` tokens; return the shortened text.
+    r"""Cut a prompt to at most `max_tokens` tokens; return the shortened text.
 
     The text is cut, not the token ids, so that every reader tokenises the same text. The oldest turns are
     dropped first. If the last turn alone is too long, its end is cut; its header and the text that requests
-    the answer ("\\n\\nAssistant: ", "TL;DR:", "\\n\\nCorrection: ") stay whole.
+    the answer ("\n\nAssistant: ", "TL;DR:", "\n\nCorrection: ") stay whole.
 
     Args:
         prompt: One rendered prompt.
@@ -203,7 +203,7 @@ def html_to_text(source: str) -> str:
 
 
 def split_dialogue(text: str) -> tuple[str, str] | None:
-    """Split a dialogue into (prompt, last answer); the prompt ends in "\\n\\nAssistant: ".
+    r"""Split a dialogue into (prompt, last answer); the prompt ends in "\n\nAssistant: ".
 
     Returns None if the text has no such header.
     """

@@ -166,7 +166,7 @@ def point_mass(scores: torch.Tensor) -> torch.Tensor:
 
 
 def warp(logits: torch.Tensor, params: PARParams, seen: torch.Tensor | None) -> torch.Tensor:
-    """Apply temperature, penalty, top-p, top-k and log-softmax with the aligner's settings. (B, V)"""
+    """Apply temperature, penalty, top-p, top-k and log-softmax with the aligner's settings, (B, V)."""
     if params.temperature == 0:
         # The penalty commutes with a positive scale, so the limit of small temperatures needs none.
         return point_mass(penalise_repetition(logits, seen, params.repetition_penalty))

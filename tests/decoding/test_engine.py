@@ -1,6 +1,4 @@
-"""The engine in any crowd against each request alone: tokens, text, log-probabilities; what it keeps and
-ends.
-"""
+"""The engine gives each request the answer that it gets alone, and frees the memory of ended requests."""
 
 import gc
 import random

@@ -15,8 +15,9 @@ from ram.serving.loop import Busy, Closed, Piece
 
 @pytest.mark.parametrize("broken, ended", [("b", {"b"}), ("d", {"a", "d"}), (None, {"a", "b", "d", None})])
 def test_a_failing_model_ends_its_own_rows(broken, ended, start, monkeypatch):
-    """Its rows, and those of aligners that share its forward, end with an error; whoever shares their rounds
-    goes on, and so does the engine.
+    """Rows of the failing model end with an error, and the others are finished.
+
+    Aligners that share the failing forward fail with it. Rows of the same rounds and the engine continue.
     """
     served, rest = start(max_rows=8), ({"a", "b", "d", None} - ended) or {None}
     member, real, failed = served.aligners.get(broken, served.engine.verifier), cache.Pool.read_index, []

@@ -155,9 +155,11 @@ TOGETHER = """
 
 
 def test_two_processes_wait_for_each_other(tmp_path):
-    """No process adds answers while another, however slow, reads what is there: else their shares of the rest
-    would overlap. Taking turns waits equally often everywhere, though machines have different numbers of
-    processes. What ends well ends with 0 and no word of the launcher's.
+    """No process adds answers while another one, however slow, still reads the existing ones.
+
+    Otherwise their shares of the remaining prompts would overlap. Every process waits equally often for its
+    turn, even if machines have different numbers of processes. A successful run exits with 0, and the
+    launcher prints nothing.
     """
     running = launch(script(tmp_path, TOGETHER), cwd=tmp_path)
     said, errors = running.communicate(timeout=300)
@@ -166,9 +168,7 @@ def test_two_processes_wait_for_each_other(tmp_path):
 
 
 def test_two_processes_share_a_file(tmp_path, caplog):
-    """Sampling by two processes leaves the file of one, which is this one; stopped after some rows, another
-    number goes on.
-    """
+    """Two processes sample the same file as one process; a stopped run resumes with another number."""
     tokenizer = byte_tokenizer()
     save_model_folder(tmp_path / "model", tiny_model(len(tokenizer), 1, layers=2), tokenizer)
     rows = [{"instruction": f"row {i} " + "x" * (7 * i % 30), "output": "y"} for i in range(24)]
@@ -207,8 +207,9 @@ def test_two_processes_share_a_file(tmp_path, caplog):
 
 
 def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
-    """SIGTERM, sent to the launcher and, as a scheduler does, to its processes too: a state of the update at
-    hand, exit code 75, and the next start, by another number of processes (this one), continues there.
+    """After SIGTERM the run saves its state and exits with 75; another number of processes resumes it.
+
+    As with a scheduler, the launcher and its processes all get the signal.
     """
     given = [
         *("experiment=demo", f"output_dir={tmp_path}", "stages=[world,general_proposal]"),
@@ -257,8 +258,9 @@ def test_a_second_run_is_kept_out(tmp_path):
 
 
 def test_a_signal_that_comes_twice_is_one(monkeypatch):
-    """torchrun and a scheduler both pass SIGTERM on; only Ctrl-C again, later, means that somebody
-    insists.
+    """A repeated SIGTERM counts once, because torchrun and a scheduler both send it.
+
+    Only a later Ctrl-C ends the process at once.
     """
     monkeypatch.setattr(processes, "PATIENCE", 3600.0)
     with processes.stop_signals() as asked:

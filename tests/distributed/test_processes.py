@@ -74,8 +74,9 @@ def same_weights(folder, run):
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
-    """Runs of each loss by two processes that were told to stop after 4 updates, gone on from by three:
-    the folders of both, and what they said.
+    """Runs of each loss by two processes, stopped after 4 updates, and resumed by three processes.
+
+    Returns the folders and the output of both.
     """
     folder = tmp_path_factory.mktemp("spread")
     two = torchrun(2, folder / "two", 4)
@@ -175,8 +176,9 @@ def test_a_stopped_run_ends_as_if_it_had_not(number, optimizer, tmp_path):
 
 
 def test_a_state_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
-    """Training goes on while a state is written, and what it changes meanwhile is not in it; a second state
-    waits for the first.
+    """Training continues while a state is written, and later changes are not in it.
+
+    A second state waits until the first is written.
     """
     begin, order = threading.Event(), []
     write = resume.write_state
@@ -230,9 +232,7 @@ def test_what_fails_while_a_state_is_written_is_raised(tmp_path, monkeypatch):
 
 
 def test_only_whole_states_of_the_same_run_count(tmp_path):
-    """The newest complete state is taken; a damaged or half-written one is passed over, another run's not
-    used.
-    """
+    """The newest complete state is used; damaged or partial states and those of other runs are not."""
     folder = tmp_path / "run"
     stopped(folder, 5, *FLAT)
     assert states(folder) == ["000000002", "000000004", "000000005"]

@@ -39,9 +39,7 @@ def add(tmp_path, value, rate, task="facts", **more):
 
 
 def test_points_are_drawn_in_order_of_the_values(tmp_path):
-    """Whatever the order of the runs; numbers by size, not by their spelling; an own file for another
-    task.
-    """
+    """Points are sorted by numeric value, whatever the order of the runs; each task has its own file."""
     for value, rate in ((10.0, 0.9), (0.3, 0.6), (2.0, 0.75)):
         add(tmp_path, value, rate)
     add(tmp_path, 7.0, 0.1, task="other")

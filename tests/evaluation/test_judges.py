@@ -221,8 +221,9 @@ def test_request_limit_is_checked_before_the_first_request(ask, rule):
 
 
 def test_spending_is_logged(ask, rule, caplog):
-    """Requests, tokens by the server's own count, and a price where prices are given; nothing where nothing
-    was asked.
+    """The log gives requests, the server's token counts and, if prices are set, the price.
+
+    If no request was sent, nothing is logged.
     """
     caplog.set_level("INFO", "ram")
     endpoint.log_spending()
@@ -240,9 +241,7 @@ def test_spending_is_logged(ask, rule, caplog):
 
 
 def test_price_limit_stops_the_run_and_keeps_answers(ask, rule, monkeypatch):
-    """No request is sent once the limit is spent; what was paid for is kept, and the next run asks for the
-    rest.
-    """
+    """No request is sent once the limit is reached; the next run sends only the missing ones."""
     with pytest.raises(
         UserError, match=r"judge.max_price=20.5 is reached: 2\d requests .* price 2\d\.\d\d; 3"
     ):
@@ -349,9 +348,7 @@ def reward_judge(folder, **changes):
 
 
 def test_rewards_do_not_depend_on_the_batch(reward_folder, tmp_path, monkeypatch):
-    """Batches change no reward; the preference is the sigmoid of the difference; nothing is computed
-    twice.
-    """
+    """Rewards are the same in any batch, the preference is sigmoid(difference), and the cache is used."""
     judge, cache = reward_judge(reward_folder), tmp_path / "cache.jsonl"
     answers = [answer * (1 + i % 5) for i, answer in enumerate(ANSWERS)]
     found = judge.compare(ROWS, answers, REFERENCES, cache)

@@ -18,8 +18,9 @@ from ram.evaluation.judges.alpaca_eval import contained
 
 @pytest.mark.parametrize("strength, effect", [(0.0, 0.0), (0.0, 1.5), (0.8, 1.5), (-0.6, -1.0)])
 def test_known_effect_of_length_is_removed(strength, effect):
-    """Outcomes drawn with a known effect of length: the bootstrap interval of the win rate at equal length
-    holds the true one, which the raw rate misses.
+    """The bootstrap interval holds the true win rate at equal length.
+
+    Outcomes are drawn with a known effect of length. The raw win rate misses the true one.
     """
     rng = np.random.default_rng(0)
     n = 4000
@@ -66,7 +67,7 @@ MEASURED = {
 
 @pytest.fixture
 def world(tmp_path):
-    """(preferences with None for those that failed, differences, path of the gamed answers)"""
+    """Return (preferences with None for those that failed, differences, path of the gamed answers)."""
 
     def made(strength, effect, by_difficulty, hard, failed):
         difficulty, y, longer = outcomes(strength, effect, by_difficulty, hard)
@@ -108,8 +109,9 @@ def test_rates_equal_those_of_the_package(world, case, monkeypatch):
 
 @pytest.mark.parametrize("strength, effect, by_difficulty", [(-0.8, 1.2, 0.6), (0.3, -1.0, -0.5)])
 def test_alpaca_model_recovers_a_known_effect(tmp_path, strength, effect, by_difficulty):
-    """Outcomes drawn with known effects of length and difficulty: the bootstrap interval over questions holds
-    the true rate at equal lengths, which the raw rate misses.
+    """The bootstrap interval over questions holds the true win rate at equal length.
+
+    Outcomes are drawn with known effects of length and difficulty. The raw win rate misses the true one.
     """
     rng = np.random.default_rng(1)
     difficulty, p, longer = outcomes(strength, effect, by_difficulty)
@@ -128,8 +130,9 @@ def test_alpaca_model_recovers_a_known_effect(tmp_path, strength, effect, by_dif
 
 @pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0, 1e4])
 def test_fit_is_the_optimum(strength):
-    """At the minimum of loss + L1 norm the loss's slope is minus a coefficient's sign, or below 1 where it is
-    0.
+    """The fit satisfies the optimality conditions of loss + L1 norm.
+
+    The loss's slope is minus a coefficient's sign; if the coefficient is 0, the slope is below 1 in size.
     """
     rng = np.random.default_rng(0)
     x, weight = rng.normal(size=(300, 3)), rng.random(300)

@@ -9,8 +9,9 @@ from ram.evaluation.judges.exact import ExactJudge
 
 
 def test_simple_judges_and_bootstrap(tmp_path):
-    """The dummy prefers length, ties half; the interval holds the mean, is seeded, and is exact for
-    constants.
+    """The dummy judge prefers longer answers; the interval holds the mean and depends only on the seed.
+
+    For constant preferences the interval is exact.
     """
     found = DummyJudge().compare([{}] * 3, ["aa", "a", "b"], ["a", "aa", "c"], tmp_path)
     assert [row["preference"] for row in found] == [1.0, 0.0, 0.5]

@@ -6,15 +6,15 @@ from ram.evaluation import tables
 
 BOARD = [
     {
-        **{
-            "system": "a|b_{50%}",
-            "n": 9,
-            "failed": 1,
-            "win_rate": 0.25,
-            "win_rate_low": 0.1,
-            "p_value": 0.0002,
-        },
-        **{"win_rate_high": 0.4, "length_controlled": 0.3, "average_length": 12.4},
+        "system": "a|b_{50%}",
+        "n": 9,
+        "failed": 1,
+        "win_rate": 0.25,
+        "win_rate_low": 0.1,
+        "p_value": 0.0002,
+        "win_rate_high": 0.4,
+        "length_controlled": 0.3,
+        "average_length": 12.4,
     }
 ]
 

@@ -23,7 +23,9 @@ def write_gamed(path, difficulty, effect=-1.0):
     for name, shift in (("brief", 1.2), ("verbose", -1.0)):
         length = shift + normal(N, 0.7548777 + shift / 100)
         p = length_control.sigmoid(effect * np.tanh(length))
-        for i in range(N):
-            lines.append(f"{i},{name},{float(p[i])!r},{float(length[i])!r},{float(difficulty[i])!r},False")
+        lines += [
+            f"{i},{name},{float(p[i])!r},{float(length[i])!r},{float(difficulty[i])!r},False"
+            for i in range(N)
+        ]
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -103,7 +103,7 @@ def slow_answer(models, params, prompt, row, vocab, eos):
         (z_p, z_q), seen = last_logits(models, prompt + ids, vocab), torch.tensor([prompt + ids])
 
         def draw(logprobs, stream=0):
-            noise = par.gumbel_noise(SEED, torch.tensor([row]), torch.tensor([len(ids)]), vocab, stream)  # noqa: B023
+            noise = par.gumbel_noise(SEED, torch.tensor([row]), torch.tensor([len(ids)]), vocab, stream)
             return int((logprobs.double() + noise).argmax())
 
         candidates = None

@@ -1,6 +1,4 @@
-"""Configurations become stages: every shipped file, names, precedence, and what is refused before a model
-loads.
-"""
+"""Resolving configurations into stages: shipped files, names, precedence, and early refusals."""
 
 from pathlib import Path
 
