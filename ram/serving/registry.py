@@ -1,9 +1,9 @@
-"""What a server holds: one frozen proposal, any number of aligners by name, the engine that decodes for all.
+"""The models of a server: one frozen proposal, named aligners, and the engine that decodes with them.
 
     messages or text -> prompt ids, as in training -> Request, one per answer -> EngineThread
 
-Aligners come and go while others answer; every one is checked against the proposal before its weights are
-read.
+Aligners are added and removed while the server answers. Each one is checked against the proposal before its
+weights are read.
 """
 
 import threading
@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from ram.data import prompts
 from ram.data.tokenization import encode, encode_prompts
@@ -26,25 +28,35 @@ from ram.settings import serving
 from ram.settings.serving import PROPOSAL, Settings
 from ram.storage.files import fingerprint
 
-MOST_CUT = 8  # a dialogue may be so many times longer than what fits; cutting a longer one costs too much
+MOST_CUT = 8  # limit of a dialogue's length, in multiples of the room; cutting a longer one costs too much
 
 
 @dataclass(frozen=True)
 class Served:
-    """A name over HTTP: the proposal, or the pair of it and an aligner."""
+    """A model name of the HTTP API: the proposal alone, or the pair of the proposal and one aligner.
+
+    Attributes:
+        name: the name in requests.
+        aligner: the aligner's name in the engine; None for the proposal alone.
+        path: folder of the aligner, or of the proposal if it is served alone.
+        add_bos: begin each prompt with the BOS token.
+        fingerprint: digest of the weights of all models involved.
+        created: when the model was loaded, in seconds since 1970.
+    """
 
     name: str
-    aligner: str | None  # its name in the engine, None for the proposal alone
+    aligner: str | None
     path: str
     add_bos: bool
-    fingerprint: str  # of both models' weights
-    created: int  # seconds since 1970
+    fingerprint: str
+    created: int
 
 
 class Models:
     """A proposal, its aligners and their engine.
 
-    Raises UserError for folders that cannot be served, before weights are read where that is possible.
+    Raises:
+        UserError: A folder cannot be served. Most faults are reported before any weights are read.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -52,23 +64,24 @@ class Models:
         checkpoints.remote_code["trust_remote_code"] = config.trust_remote_code
         self.proposal = checkpoints.find_model(config.proposal)
         self.template_stops = prompts.template_stops(config.template)
-        self.lock = threading.Lock()  # of the tokenizer, which forgets who asked first
-        self.tokenizer, own = checkpoints.load_pair(self.proposal, None)
-        found = {name: checkpoints.find_model(path) for name, path in settings.aligners.items()}
-        bos = {name: self._check(path) for name, path in found.items()}
+        self.lock = threading.Lock()  # of the tokenizer, which is not safe to use from two threads at once
+        self.tokenizer, proposal_add_bos = checkpoints.load_pair(self.proposal, None)
+        paths = {name: checkpoints.find_model(path) for name, path in settings.aligners.items()}
+        add_bos = {name: self._check(path) for name, path in paths.items()}
         devices = [pick_device(name) for name in (config.proposal_device, config.aligner_device)]
         self.device = devices[1]
         model = checkpoints.load_model(self.proposal, config.dtype, devices[0])
-        encode(self.tokenizer, ["a"])  # its first call sets it up, which must not happen in two threads
-        aligners = {name: self._load(path) for name, path in found.items()}
-        limits = [positions(each) for each in (model, *aligners.values())]
+        # The first call initialises the tokenizer, which must not happen in two threads at once.
+        encode(self.tokenizer, ["a"])
+        aligners = {name: self._load(path) for name, path in paths.items()}
+        limits = [positions(one_model) for one_model in (model, *aligners.values())]
         self.max_length = config.limits.max_length or min([*limits, config.engine.max_tokens])
-        self.usual = min(config.max_new_tokens, self.max_length // 2)  # tokens of an answer
+        self.usual = min(config.max_new_tokens, self.max_length // 2)  # default answer length, in tokens
         self.served: dict[str, Served] = {}  # replaced, never changed: other threads may be reading it
-        self._add(PROPOSAL, None, self.proposal, own)
-        for name, path in found.items():
+        self._add(PROPOSAL, None, self.proposal, proposal_add_bos)
+        for name, path in paths.items():
             self._check_length(aligners[name], path)
-            self._add(name, name, path, bos[name])
+            self._add(name, name, path, add_bos[name])
         self._check_length(model, self.proposal)
         try:
             self.engine = EngineThread(model, self.tokenizer, aligners, **vars(config.engine))
@@ -76,31 +89,40 @@ class Models:
             raise UserError(str(error)) from None
 
     def _check(self, path: str) -> bool | None:
-        """An aligner's `add_bos`; raises UserError where its tokenizer is not the proposal's."""
+        """Return an aligner's `add_bos`.
+
+        Raises:
+            UserError: Its tokenizer differs from the proposal's.
+        """
         return checkpoints.load_pair(self.proposal, path)[1]
 
-    def _load(self, path: str):
+    def _load(self, path: str) -> PreTrainedModel:
         return checkpoints.load_model(path, self.settings.config.dtype, self.device)
 
-    def _check_length(self, model, path: str) -> None:
+    def _check_length(self, model: PreTrainedModel, path: str) -> None:
         if positions(model) < self.max_length:
             raise UserError(
                 f"{path} holds {positions(model)} positions, fewer than limits.max_length={self.max_length}"
             )
 
-    def _add(self, name: str, aligner: str | None, path: str, bos: bool | None) -> None:
-        given = self.settings.config.add_bos
+    def _add(self, name: str, aligner: str | None, path: str, trained_add_bos: bool | None) -> None:
+        """Serve a model under a name; `add_bos` in the settings overrides that of its training."""
+        configured_add_bos = self.settings.config.add_bos
         paths = [self.proposal] if aligner is None else [self.proposal, path]
-        weights = fingerprint([checkpoints.weights_fingerprint(each) for each in paths])[:12]
-        add_bos = bool(bos if given is None else given)
-        found = Served(name, aligner, path, add_bos, f"fp_{weights}", int(time.time()))
-        self.served = {**self.served, name: found}
+        weights = fingerprint([checkpoints.weights_fingerprint(folder) for folder in paths])[:12]
+        add_bos = bool(trained_add_bos if configured_add_bos is None else configured_add_bos)
+        served = Served(name, aligner, path, add_bos, f"fp_{weights}", int(time.time()))
+        self.served = {**self.served, name: served}
 
-    # ---- aligners that come and go -------------------------------------------------------------------------
+    # ---- adding and removing aligners ----------------------------------------------------------------------
 
     def add_aligner(self, name: str, path: str) -> Served:
-        """Loads an aligner from a folder below `aligner_root` and serves it from now on, also where another
-        one has the name; raises UserError, and changes nothing, where that fails. For one thread at a time.
+        """Load an aligner from a folder below `aligner_root` and serve it from now on.
+
+        If another aligner has this name, it is replaced. Only one thread may call this at a time.
+
+        Raises:
+            UserError: The aligner cannot be served. Nothing has changed.
         """
         config = self.settings.config
         if not config.aligner_root:
@@ -112,19 +134,23 @@ class Models:
         if "\0" in path or not (folder := (root / path).resolve()).is_relative_to(root):
             raise UserError(f"{path!r} does not lie below aligner_root")
         source = checkpoints.find_model(str(folder))
-        bos = self._check(source)
+        add_bos = self._check(source)
         model = self._load(source)
         self._check_length(model, source)
         try:
             self.engine.add_aligner(name, model)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self._add(name, name, source, bos)
+        self._add(name, name, source, add_bos)
         log.info(f"aligner {name}: loaded from {source}")
         return self.served[name]
 
     def remove_aligner(self, name: str) -> None:
-        """Serves an aligner no longer; what it is answering it finishes. Raises UnknownAligner."""
+        """Stop serving an aligner; its running requests are finished.
+
+        Raises:
+            UnknownAligner: No aligner has this name.
+        """
         if name == PROPOSAL or name not in self.served:
             raise UnknownAligner(f"no aligner {name!r} is loaded")
         self.served = {key: served for key, served in self.served.items() if key != name}
@@ -132,21 +158,35 @@ class Models:
         log.info(f"aligner {name}: removed")
 
     def find(self, name: str) -> Served:
-        if (found := self.served.get(name)) is None:
+        """Return the model that is served under a name.
+
+        Raises:
+            UnknownAligner: No model has this name.
+        """
+        if (served := self.served.get(name)) is None:
             raise UnknownAligner(f"no model {name[:64]!r}; there are: {', '.join(sorted(self.served))}")
-        return found
+        return served
 
     # ---- requests ------------------------------------------------------------------------------------------
 
-    def law(self, given: dict[str, Any]) -> PARParams:
-        """The settings of this server with those of a request; raises BadRequest for one out of range."""
+    def law(self, request: dict[str, Any]) -> PARParams:
+        """Return the server's next-token settings with those of a request.
+
+        Raises:
+            BadRequest: A setting is out of range.
+        """
         try:
-            return request_params(self.settings.params, given)
+            return request_params(self.settings.params, request)
         except ValueError as error:
             raise BadRequest(str(error)) from None
 
-    def new_tokens(self, wanted: int | None) -> int:
-        new = self.usual if wanted is None else wanted
+    def new_tokens(self, max_tokens: int | None) -> int:
+        """Return a request's limit on the answer, in tokens; None gives the default.
+
+        Raises:
+            TooLong: The limit leaves no room for a prompt.
+        """
+        new = self.usual if max_tokens is None else max_tokens
         if new >= self.max_length:
             raise TooLong(f"max_tokens={new}: expected less than {self.max_length}, which the prompt shares")
         return new
@@ -154,24 +194,28 @@ class Models:
     def encode_dialogue(
         self, turns: Sequence[tuple[bool, str]], system: str | None, new_tokens: int, add_bos: bool
     ) -> list[int]:
-        """The ids of a dialogue, cut as in training to leave room for `new_tokens`; raises TooLong where its
-        headers do not fit, or it is too long to be worth cutting.
+        """Return the ids of a dialogue, cut as in training to leave room for `new_tokens`.
 
-        turns: as in `prompts.render_dialogue`.
+        Args:
+            turns: as in `prompts.render_dialogue`.
+
+        Raises:
+            TooLong: The headers of the dialogue do not fit, or it is longer than `MOST_CUT` allows.
         """
         return self.encode_cut(
             prompts.render_dialogue(turns, self.settings.config.template, system), new_tokens, add_bos
         )
 
     def encode_cut(self, text: str, new_tokens: int, add_bos: bool) -> list[int]:
-        """`encode_dialogue` of a dialogue that is text already."""
+        """Return the ids of a rendered dialogue, as `encode_dialogue` does."""
         room = self.max_length - new_tokens
         most = max(MOST_CUT * room, 4096)
         with self.lock:
-            # A character has at most four bytes, and hardly a token is shorter: short texts are not counted.
-            if 4 * len(text) > most and (found := len(encode(self.tokenizer, [text])[0])) > most:
+            # A character has at most four bytes and a token has usually at least one, so a short text cannot
+            # exceed the limit and is not tokenised an extra time.
+            if 4 * len(text) > most and (n_tokens := len(encode(self.tokenizer, [text])[0])) > most:
                 raise TooLong(
-                    f"a dialogue of {found} tokens, and room for {room}: leave its oldest turns out"
+                    f"a dialogue of {n_tokens} tokens, and room for {room}: leave its oldest turns out"
                 )
             try:
                 return encode_prompts(self.tokenizer, [text], room, add_bos)[0][0]
@@ -179,9 +223,14 @@ class Models:
                 raise TooLong(str(error)) from None
 
     def encode_text(self, text: str, add_bos: bool) -> list[int]:
+        """Return the ids of a text, which is not cut."""
         with self.lock:
             ids = encode(self.tokenizer, [text])[0]
-        return [self.tokenizer.bos_token_id, *ids] if add_bos else ids
+        if not add_bos:
+            return ids
+        bos = self.tokenizer.bos_token_id
+        assert isinstance(bos, int), "add_bos needs a tokenizer with a BOS token"
+        return [bos, *ids]
 
     def requests(
         self,
@@ -195,11 +244,16 @@ class Models:
         logprobs: int | None = None,
         stop_token_ids: Sequence[int] = (),
     ) -> list[Request]:
-        """One request per answer: n to each prompt, drawn as rows 0 ... n - 1.
+        """Return one request per answer; the n answers to a prompt have the row ids 0 to n - 1.
 
-        new_tokens: None is the usual length, or what the prompt leaves of it. Raises TooLong.
+        Args:
+            new_tokens: limit on each answer. None gives the default length, reduced to the room that the
+                prompt leaves.
+
+        Raises:
+            TooLong: A prompt and its answer do not fit into the context.
         """
-        found = []
+        requests = []
         for ids in prompt_ids:
             room = self.max_length - len(ids)
             new = min(self.usual, room) if new_tokens is None else new_tokens
@@ -209,11 +263,21 @@ class Models:
                     f"{self.max_length} that this server holds"
                 )
             for row in range(n):
-                request = (tuple(ids), served.aligner, params, new, seed, row, tuple(stop), logprobs)
-                found.append(Request(*request, tuple(stop_token_ids)))
-        return found
+                request = Request(
+                    tuple(ids),
+                    served.aligner,
+                    params,
+                    max_new_tokens=new,
+                    seed=seed,
+                    row_id=row,
+                    stop=tuple(stop),
+                    logprobs=logprobs,
+                    stop_token_ids=tuple(stop_token_ids),
+                )
+                requests.append(request)
+        return requests
 
 
-def positions(model) -> int:
-    """How many tokens a model tells apart by place."""
+def positions(model: PreTrainedModel) -> int:
+    """Return the longest context of a model; a very large number if its configuration sets none."""
     return getattr(model.config, "max_position_embeddings", None) or 1 << 31

@@ -1,7 +1,7 @@
-"""FastChat's `generate_stream` protocol over a pair, so that its tools can drive one.
+"""FastChat's `generate_stream` protocol for a pair of models.
 
-`fastchat.serve.inference.chat_loop` and its workers call a function of this signature; a `PairModel` stands
-where they expect a model.
+`fastchat.serve.inference.chat_loop` and FastChat's workers call a function with this signature. They pass a
+`PairModel` as the model.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ram.data.tokenization import encode_prompts
 from ram.decoding.generation import decode_rows
@@ -18,49 +19,72 @@ from ram.decoding.rows import ShownText, StopWatch
 
 @dataclass(frozen=True)
 class PairModel:
-    """A proposal and an aligner (either may be None) with the settings that a request does not give."""
+    """A proposal and an aligner, with default settings for requests.
 
-    proposal: Any
-    aligner: Any
+    Attributes:
+        proposal, aligner: one of them may be None.
+        params: defaults of the next-token settings.
+        add_bos: begin each prompt with the BOS token.
+    """
+
+    proposal: PreTrainedModel | None
+    aligner: PreTrainedModel | None
     params: PARParams
     add_bos: bool = False
 
     @property
-    def device(self) -> torch.device:
-        return (self.proposal if self.proposal is not None else self.aligner).device
+    def first(self) -> PreTrainedModel:
+        """The proposal, or the aligner if there is no proposal."""
+        model = self.proposal if self.proposal is not None else self.aligner
+        assert model is not None, "a PairModel needs a proposal or an aligner"
+        return model
 
     @property
-    def config(self):
-        return (self.proposal if self.proposal is not None else self.aligner).config
+    def device(self) -> torch.device:
+        return self.first.device
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.first.config
 
 
 def request_params(params: PARParams, request: dict[str, Any]) -> PARParams:
-    """The pair's settings with every PARParams key that the request gives; raises ValueError for a bad
-    value.
+    """Return `params` with the values of all PARParams keys in a request.
+
+    Raises:
+        ValueError: A value is out of range.
     """
-    given = {key: request[key] for key in PARParams.field_names() if request.get(key) is not None}
+    values = {key: request[key] for key in PARParams.field_names() if request.get(key) is not None}
     for key in ("temperature", "base_temperature"):
-        if key in given and 0 <= given[key] < 1e-4:  # FastChat asks for argmax with a small number
-            given[key] = 0.0
-    return replace(params, **given)
+        if key in values and 0 <= values[key] < 1e-4:  # FastChat requests argmax by a small temperature
+            values[key] = 0.0
+    return replace(params, **values)
 
 
 def generate_stream(
     model: PairModel,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     params: dict[str, Any],
     device: str,
     context_len: int,
     stream_interval: int = 2,
     judge_sent_end: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yields {text, logprobs, usage, finish_reason} as one answer grows; text is all of it so far.
+    """Yield {text, logprobs, usage, finish_reason} while one answer is decoded.
 
-    params: FastChat's request (prompt, temperature, repetition_penalty, top_p, top_k, max_new_tokens, echo,
-    stop, stop_token_ids), any other key of PARParams, and `seed`. device, judge_sent_end: of the protocol;
-    the models are where they are, and sentences are not judged. Text that may be the beginning of a stop
-    string is held back. The last item has finish_reason "stop" or "length" and exact token counts. logprobs
-    is None. Raises ValueError for settings out of range or no room for a prompt.
+    `text` is the whole text so far, without an end that may be the beginning of a stop string. The last item
+    has finish_reason "stop" or "length" and exact token counts. `logprobs` is None.
+
+    Args:
+        params: FastChat's request (prompt, temperature, repetition_penalty, top_p, top_k, max_new_tokens,
+            echo, stop, stop_token_ids), any other key of PARParams, and `seed`.
+        device: ignored; the models stay on their devices.
+        context_len: limit of prompt and answer, in tokens.
+        stream_interval: yield at most once per this many tokens.
+        judge_sent_end: ignored; part of FastChat's protocol.
+
+    Raises:
+        ValueError: A setting is out of range, or there is no room for a prompt.
     """
     del device, judge_sent_end
     law, new = request_params(model.params, params), int(params.get("max_new_tokens", 256))
@@ -81,13 +105,15 @@ def generate_stream(
         stop=stop,
         stop_token_ids=params.get("stop_token_ids") or (),
     )
-    shown, told, sent = ShownText(StopWatch(tokenizer, stop)), "", 0
+    shown = ShownText(StopWatch(tokenizer, stop))
+    sent_text = ""
+    sent = 0  # tokens
     for row in rows:
         shown.more(row.shown_ids, row.finish is not None)
         text, new = shown.shown, len(row.ids) - sent
-        if row.finish is None and (text == told or new < stream_interval):
+        if row.finish is None and (text == sent_text or new < stream_interval):
             continue
-        told, sent = text, len(row.ids)
+        sent_text, sent = text, len(row.ids)
         yield {
             "text": prompt + text if echo else text,
             "logprobs": None,
