@@ -132,7 +132,9 @@ def make_trainer(
     if loss.needs_reference and not config.loss.reference_free:
         dtype = config.model.reference_dtype
         if source is None:
-            reference = copy.deepcopy(model).to(pick_dtype(dtype, model.device))
+            # transformers wraps `to` so that its signature loses `self`.
+            reference = copy.deepcopy(model)
+            reference.to(pick_dtype(dtype, model.device))  # pyright: ignore[reportArgumentType]
         else:
             reference = checkpoints.load_model(source, dtype)
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -165,7 +167,7 @@ def sample_job(stage: recipes.Stage) -> tuple[answer_files.Job, BadRows]:
         ),
         params=settings.params,
         settings=settings,
-        records=[example.record for example in examples],
+        records=[example.record or {} for example in examples],
         prompts=[example.prompt for example in examples],
         row_ids=[example.row for example in examples],
         seed=config.seed,

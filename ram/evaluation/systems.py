@@ -107,6 +107,7 @@ def _system(
             f"{where}: an endpoint answers for one model, not for a pair; give {where}.backend=local"
         )
     main = Path(aligner or proposal or "")
+    assert config.evaluation.dataset is not None  # the pipeline refuses an evaluation without a data set
     tag = settings_tag(pair, settings, config.seed, earlier[corrects].folder.name if corrects else None)
     folder = Path(config.output_dir) / config.evaluation.dataset / task / main.parent.name
     return System(name, pair, settings, settings.params, folder / f"{main.name}#{tag}", corrects)

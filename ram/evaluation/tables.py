@@ -4,7 +4,7 @@ A leaderboard is a list of rows (one per system) with the figures of `statistics
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ PAPER_COLUMNS = {  # column of the leaderboard -> header
 }
 
 
-def paper_table(rows: Sequence[Row], systems: dict[str, Sequence[Any]], caption: str) -> str:
+def paper_table(rows: Sequence[Row], systems: Mapping[str, Sequence[Any]], caption: str) -> str:
     """Return the paper's table with our figures beside the published ones, in Markdown and in %.
 
     Args:
@@ -155,7 +155,7 @@ def _percent(row: Row, key: str) -> str:
 
 
 def write_paper_table(
-    folder: Path, rows: Sequence[Row], systems: dict[str, Sequence[Any]], caption: str
+    folder: Path, rows: Sequence[Row], systems: Mapping[str, Sequence[Any]], caption: str
 ) -> None:
     """Write and log paper_table.md."""
     text = paper_table(rows, systems, caption)
