@@ -191,7 +191,7 @@ def _seconds(text: str | None) -> float | None:
 
 
 def answers(job, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Answers to some rows of a `sampling.Job` by the servers of its settings; of a row that keeps failing
+    """Answers to some rows of a `jobs.Job` by the servers of its settings; of a row that keeps failing
     its index and the reason, `failed`.
     """
     settings, (tokenizer, ids) = job.settings, job.encoded

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ram.answers import answer_files
+from ram.answers.jobs import Job
 from ram.decoding.par import PARParams, next_token_law, seen_mask, warp
 from ram.decoding.reference import eos_token_ids, wide
 from ram.distributed import processes
@@ -113,11 +114,11 @@ def evenly_spread(n: int, count: int) -> list[int]:
     return [round(i * (count - 1) / max(n - 1, 1)) for i in range(n)]
 
 
-def made_from(job: answer_files.Job) -> str:
+def made_from(job: Job) -> str:
     return fingerprint([job.identity, TOP])
 
 
-def figures_file(output: Path, job: answer_files.Job, n: int, overwrite: bool) -> None:
+def figures_file(output: Path, job: Job, n: int, overwrite: bool) -> None:
     """Makes the file of figures beside the finished answers in `output`, for n rows spread evenly over them.
 
     A file of the same answers and rows is left alone; an unfinished one goes on where it stopped. Answers of
@@ -153,11 +154,11 @@ def figures_file(output: Path, job: answer_files.Job, n: int, overwrite: bool) -
         log.info(f"saved    {path}")
 
 
-def is_finished(path: Path, job: answer_files.Job, picked: list[int]) -> bool:
+def is_finished(path: Path, job: Job, picked: list[int]) -> bool:
     return is_made_from(path, made_from(job)) and [row["row"] for _, row in read_rows(path)] == picked
 
 
-def read_figures(output: Path, job: answer_files.Job) -> dict[int, dict[str, Any]]:
+def read_figures(output: Path, job: Job) -> dict[int, dict[str, Any]]:
     """`token_figures` by row, of the rows that have them; none where the file is not of these answers."""
     path = figures_path(output)
     if not is_made_from(path, made_from(job)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ram.answers import answer_files
+from ram.answers.jobs import Job, Pair
 from ram.data import prompts
 from ram.decoding.par import PARParams
 from ram.errors import UserError, nearest
@@ -25,7 +25,7 @@ class System:
     """
 
     name: str
-    pair: answer_files.Pair
+    pair: Pair
     settings: DictConfig  # the `sampling` keys
     params: PARParams
     folder: Path
@@ -85,7 +85,7 @@ def _system(name: str, spec: dict[str, Any], task: str, config, stages, given, e
     check_types({f"sampling.{k}": v for k, v in compose.leaves(settings).items()}, compose.all_keys())
     params = check_sampling(settings)
     paths = [spec.get(role) and recipes.model_source(spec[role], stages) for role in ("proposal", "aligner")]
-    pair = answer_files.Pair(*paths, settings.dtype, settings.tokenizer_path)
+    pair = Pair(*paths, settings.dtype, settings.tokenizer_path)
     if all(paths) and settings.backend == "endpoint":
         raise UserError(
             f"{where}: an endpoint answers for one model, not for a pair; give {where}.backend=local"
@@ -96,9 +96,7 @@ def _system(name: str, spec: dict[str, Any], task: str, config, stages, given, e
     return System(name, pair, settings, params, folder / f"{main.name}#{tag}", corrects)
 
 
-def settings_tag(
-    pair: answer_files.Pair, settings: DictConfig, seed: int, corrected: str | None = None
-) -> str:
+def settings_tag(pair: Pair, settings: DictConfig, seed: int, corrected: str | None = None) -> str:
     """The settings that a person looks for, and a hash of all that decide an answer.
 
     corrected: the folder of the answers that a corrector rewrites.
@@ -135,12 +133,12 @@ def job_of(
     rows: list[tuple[int, dict]],
     config: DictConfig,
     drafts: Sequence[str] | None = None,
-) -> answer_files.Job:
+) -> Job:
     """What has to be decoded for a system on a test file; `drafts`: the answers that a corrector rewrites."""
     key, records = system.settings.output_key, [row for _, row in rows]
     if drafts is not None:
         records = [row | {key: draft} for row, draft in zip(records, drafts, strict=True)]
-    return answer_files.Job(
+    return Job(
         label=system.name,
         pair=system.pair,
         params=system.params,

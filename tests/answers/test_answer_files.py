@@ -13,6 +13,7 @@ from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
 import train
 from ram.answers import answer_files
+from ram.answers.jobs import Job, Pair
 from ram.data.prompts import render
 from ram.data.tokenization import encode_prompts
 from ram.decoding import generation
@@ -389,12 +390,12 @@ def test_bos_is_what_the_model_was_trained_with(resolve, tmp_path, decoded):
 def test_pair_answers_are_traced(resolve, folders, tmp_path):
     """A pair's answers carry a piece of text and an event per token, and the texts of `decoding`."""
     pair, prompts = (
-        answer_files.Pair(folders["large"], folders["small"], "float32"),
+        Pair(folders["large"], folders["small"], "float32"),
         ["hello", "you", "a" * 30],
     )
     settings = resolve("sampling.sample_mode=par", "sampling.base_top_p=1.0").config.sampling
     params, records = schema.par_params(settings), [{"instruction": prompt} for prompt in prompts]
-    job = answer_files.Job(
+    job = Job(
         *("pair", pair, params, settings, records, prompts, [0, 10, 20]), 0, add_bos=False, key="x", extra={}
     )
     parts = answer_files.PartFiles(tmp_path / "x", job.identity, overwrite=False)

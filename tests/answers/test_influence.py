@@ -10,6 +10,7 @@ import torch
 from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
 from ram.answers import answer_files, influence
+from ram.answers.jobs import Job, Pair
 from ram.decoding import generation, reference
 from ram.decoding.par import PARParams, gumbel_argmax
 from ram.storage.files import write_jsonl
@@ -166,9 +167,9 @@ def answered(tmp_path_factory):
     )
     prompts = ["ab", "c", "ddd", "eh", "f"]
     records = [{"instruction": prompt} for prompt in prompts]
-    pair = answer_files.Pair(*paths, dtype="float32")
+    pair = Pair(*paths, dtype="float32")
     given = ("pair", pair, CASES["par"], settings, records, prompts, list(range(5)))
-    job = answer_files.Job(*given, seed=0, add_bos=False, key="output", extra={})
+    job = Job(*given, seed=0, add_bos=False, key="output", extra={})
     answer_files.answer_file(folder / "output.json", job, overwrite=False)
     return folder / "output.json", job
 

@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ram.answers import answer_files, influence
+from ram.answers.jobs import Job
 from ram.decoding import reference
 from ram.errors import UserError
 from ram.evaluation import statistics
@@ -108,7 +109,7 @@ def results(
 
 def gather(
     systems: dict[str, System],
-    jobs: dict[str, answer_files.Job],
+    jobs: dict[str, Job],
     answers: dict[str, list[dict]],
     judgements: dict[str, tuple[Path, list[dict]]],
     rows: list[tuple[int, dict]],
