@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ram.answers import answer_files, influence
-from ram.answers.jobs import Job
+from ram.answers.jobs import AnswerJob
 from ram.distributed import processes
 from ram.errors import UserError, pick, run_entry_point
 from ram.evaluation import ablations, length_control, paper_table, statistics
@@ -166,7 +166,7 @@ def leaderboard(
     return rows
 
 
-def identical_to_plain(answers: list[dict], job: Job) -> bool:
+def identical_to_plain(answers: list[dict], job: AnswerJob) -> bool:
     """Decodes the first rows of a job again, one at a time by the plain loop, and compares token by token."""
     from ram.decoding import generation
 

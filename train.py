@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from preference_datasets import get_dataset, load_tokenized
 from ram.answers import answer_files
-from ram.answers.jobs import Job, Pair
+from ram.answers.jobs import AnswerJob, Pair
 from ram.data import toy_world
 from ram.data.catalogue import hub_cache
 from ram.decoding.par import PARParams
@@ -126,7 +126,7 @@ def make_trainer(stage: recipes.Stage, source: str | None, architecture, tokeniz
     )
 
 
-def sample_job(stage: recipes.Stage) -> tuple[Job, BadRows]:
+def sample_job(stage: recipes.Stage) -> tuple[AnswerJob, BadRows]:
     """What a sample stage has to decode: every training prompt once, the answer under the key `sampling`."""
     config, settings = stage.config, stage.config.sampling
     name, bad = config.datasets[0], BadRows(config.on_bad_row)
@@ -134,7 +134,7 @@ def sample_job(stage: recipes.Stage) -> tuple[Job, BadRows]:
         name, "all", data_dir=config.data_dir, cache_dir=hub_cache(config.local_dirs), bad=bad
     )
     examples = examples[: settings.limit]
-    job = Job(
+    job = AnswerJob(
         label=f"stage {stage.name}",
         pair=Pair(checkpoints.find_model(stage.source), None, settings.dtype, settings.tokenizer_path),
         params=PARParams(**{key: settings[key] for key in PARParams.field_names()}),

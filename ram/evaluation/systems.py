@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ram.answers.jobs import Job, Pair
+from ram.answers.jobs import AnswerJob, Pair
 from ram.data import prompts
 from ram.decoding.par import PARParams
 from ram.errors import UserError, nearest
@@ -133,12 +133,12 @@ def job_of(
     rows: list[tuple[int, dict]],
     config: DictConfig,
     drafts: Sequence[str] | None = None,
-) -> Job:
+) -> AnswerJob:
     """What has to be decoded for a system on a test file; `drafts`: the answers that a corrector rewrites."""
     key, records = system.settings.output_key, [row for _, row in rows]
     if drafts is not None:
         records = [row | {key: draft} for row, draft in zip(records, drafts, strict=True)]
-    return Job(
+    return AnswerJob(
         label=system.name,
         pair=system.pair,
         params=system.params,

@@ -203,7 +203,7 @@ def test_two_processes_share_a_file(tmp_path, caplog):
         mine = [json.dumps(row) for row in traces if row["index"] % 2 == rank][: 5 + rank]
         part.write_text("\n".join([json.dumps({"identity": identity}), *mine]) + "\n" + '{"index": 9, "te')
     run(train, f"data_dir={tmp_path / '1'}", *given)
-    assert "going on after 11 of 24 answers" in caplog.text and "13 answers" in caplog.text
+    assert "resuming after 11 of 24 answers" in caplog.text and "13 answers" in caplog.text
     assert output["1"].read_bytes() == output["2"].read_bytes()
     assert not list(output["1"].parent.glob("*.part*"))
 

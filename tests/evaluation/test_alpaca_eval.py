@@ -240,7 +240,7 @@ def test_log_probabilities_are_read_and_nothing_else():
     assert alpaca_package.read_logprobs(answer("M", "The", "m", " m")) == {"M": -1.0, "m": -3.0}
     for wrong in (answer("The"), answer(), {"choices": [{"logprobs": None}]}, {"choices": [{}]}):
         found = alpaca_package.read_logprobs(wrong)
-        assert isinstance(found, endpoints.Failed) and "no log-probability of m or M" in str(found)
+        assert isinstance(found, endpoints.RequestFailed) and "no log-probability of m or M" in str(found)
 
 
 def test_judgements_go_from_the_package_s_scale_to_ours():
@@ -250,7 +250,7 @@ def test_judgements_go_from_the_package_s_scale_to_ours():
         "preference": 1.0,
         "first": 0,
     }
-    assert alpaca_package.completion(endpoints.Failed("no"))["failed"] == "no"
+    assert alpaca_package.completion(endpoints.RequestFailed("no"))["failed"] == "no"
 
 
 def test_what_a_judge_is_and_how_it_is_named():

@@ -156,7 +156,7 @@ def test_an_answer_of_another_shape_is_a_failure_and_no_hang(ask, rule, content)
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://a:port/v1", "ftp://x/v1"])
 def test_an_address_that_is_none_is_said_at_once(ask, url):
-    with pytest.raises(UserError, match="is no address"):
+    with pytest.raises(UserError, match="is not a valid URL"):
         ask(urls=[url])
 
 

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ram.answers.endpoints import Failed
+from ram.answers.endpoints import RequestFailed
 from ram.errors import UserError
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # the package's name for AlpacaEval 2's prompt and reading
 MARKS = ("{output_1}", "{output_2}", "<|im_start|>", "<|im_end|>")  # what the package would take for its own
 INSTALL = 'pip install "alpaca_eval==0.6.6" "setuptools<82"'
 
-Answered = Callable[[list[dict[str, Any]]], list[dict[str, float] | Failed]]
+Answered = Callable[[list[dict[str, Any]]], list[dict[str, float] | RequestFailed]]
 
 
 def check() -> None:
@@ -50,15 +50,17 @@ def contained() -> Iterator[None]:
             del os.environ[name]
 
 
-def read_logprobs(answer: dict[str, Any]) -> dict[str, float] | Failed:
-    """The log-probabilities of m and M as a chat completion's first token; Failed where neither is among
-    those that the server names, for asking again would change nothing.
+def read_logprobs(answer: dict[str, Any]) -> dict[str, float] | RequestFailed:
+    """The log-probabilities of m and M as a chat completion's first token; RequestFailed if the server names
+    neither, because asking again would change nothing.
     """
     content = (answer["choices"][0].get("logprobs") or {}).get("content") or [{}]
     candidates = content[0].get("top_logprobs") or []
     found = {item["token"]: float(item["logprob"]) for item in candidates if item["token"] in ("m", "M")}
     if not found:
-        return Failed("no log-probability of m or M; the server has to support logprobs and top_logprobs")
+        return RequestFailed(
+            "no log-probability of m or M; the server has to support logprobs and top_logprobs"
+        )
     return found
 
 
@@ -74,7 +76,7 @@ def compare(
 
     template: a prompt with {instruction}, {output_1} and {output_2}; None is the package's own. answered:
     takes request bodies of the chat protocol, and returns for each of them the log-probabilities of m and M,
-    or Failed. A row whose text holds a mark that the package would read as its own is not judged.
+    or RequestFailed. A row whose text holds a mark that the package would read as its own is not judged.
     """
     judgements: list[dict[str, Any]] = [{"preference": 0.5, "identical": True} for _ in instructions]
     rows = []
@@ -145,11 +147,11 @@ def annotator(folder: Path, template: str | None, model: str, constants, utils) 
     return path
 
 
-def completion(found: dict[str, float] | Failed) -> dict[str, Any]:
+def completion(found: dict[str, float] | RequestFailed) -> dict[str, Any]:
     """An answer as the package's reader takes it; of a request that failed a tie, which `failed` marks: the
     package would drop the row.
     """
-    failed = {"failed": str(found)} if isinstance(found, Failed) else {}
+    failed = {"failed": str(found)} if isinstance(found, RequestFailed) else {}
     logprobs = {"m": 0.0, "M": 0.0} if failed else found
     candidates = [{"token": token, "logprob": logprob} for token, logprob in logprobs.items()]
     return {"logprobs": {"content": [{"top_logprobs": candidates}]}, **failed}

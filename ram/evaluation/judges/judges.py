@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from ram.answers.endpoints import Endpoints, Failed, Read, Tally
+from ram.answers.endpoints import Endpoints, Read, RequestFailed, Tally
 from ram.data import toy_world
 from ram.errors import UserError, pick
 from ram.evaluation.judges import alpaca_package
@@ -259,7 +259,7 @@ def ask(
         for key, found in servers.complete(affordable(), read, "chat/completions"):
             bar.update()
             done += 1
-            if isinstance(found, Failed):
+            if isinstance(found, RequestFailed):
                 failed[key] = str(found)
             else:
                 known.add(key, found)
@@ -312,11 +312,12 @@ def alpaca_eval_judge(
         template = QUESTION.format(criterion=criterion, **places)
     with Endpoints(SimpleNamespace(**settings), tally) as servers:
 
-        def answered(bodies: list[dict[str, Any]]) -> list[dict[str, float] | Failed]:
+        def answered(bodies: list[dict[str, Any]]) -> list[dict[str, float] | RequestFailed]:
             wanted = {fingerprint(body): body for body in bodies}
             failed = ask(servers, wanted, known, alpaca_package.read_logprobs, settings)
             return [
-                Failed(failed[key]) if key in failed else known.known[key] for key in map(fingerprint, bodies)
+                RequestFailed(failed[key]) if key in failed else known.known[key]
+                for key in map(fingerprint, bodies)
             ]
 
         instructions = [row[settings["instruction_key"]] for row in rows]

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ram.answers import answer_files, influence
-from ram.answers.jobs import Job
+from ram.answers.jobs import AnswerJob
 from ram.decoding import reference
 from ram.errors import UserError
 from ram.evaluation import statistics
@@ -109,7 +109,7 @@ def results(
 
 def gather(
     systems: dict[str, System],
-    jobs: dict[str, Job],
+    jobs: dict[str, AnswerJob],
     answers: dict[str, list[dict]],
     judgements: dict[str, tuple[Path, list[dict]]],
     rows: list[tuple[int, dict]],
