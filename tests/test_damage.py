@@ -155,7 +155,7 @@ def test_a_full_disk_is_one_line_and_the_last_state_stands(tmp_path, whole):
     assert done.returncode == 2, done.stderr[-2000:]
     assert "states/000000004" in done.stderr and "the same command goes on" in done.stderr
     assert "Traceback" not in done.stderr
-    assert resume.found(tmp_path)[-1].name == "000000002"
+    assert resume.complete_states(tmp_path)[-1].name == "000000002"
     run = trainer(tmp_path, *GIVEN)
     run.train(resume.newest(tmp_path, run.origin))
     assert path_of(run) == path_of(whole)

@@ -231,7 +231,7 @@ def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
         os.kill(pid, signal.SIGTERM)
     said, errors = running.communicate(timeout=60)
     assert running.returncode == 75 and time.monotonic() - start < 30, errors
-    assert "to go on from" in said and "Traceback" not in errors
+    assert "(training state)" in said and "Traceback" not in errors
     (state,) = tmp_path.glob("model/*/states/[0-9]*/state.json")
     examples = json.loads(state.read_text())["examples"]
     assert 0 < examples < 1600
@@ -239,7 +239,7 @@ def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
         run(train, *given)
     finally:
         processes.stop()
-    assert f"going on after {examples:,} of 1,600 examples" in caplog.text
+    assert f"resuming after {examples:,} of 1,600 examples" in caplog.text
     assert not list(tmp_path.glob("model/*/states"))
 
 
