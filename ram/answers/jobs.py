@@ -1,4 +1,4 @@
-"""What is decoded, with which settings, and what a file of answers is made from."""
+"""A file of answers before it is made: its models, prompts and settings, and the record of its inputs."""
 
 import functools
 from dataclasses import asdict, dataclass
