@@ -1,17 +1,17 @@
-"""Data sets: where each one lies, how its rows become examples, and how examples become token ids.
+"""Data sets: one loader per set, the table DATASETS, tokenization, and batches.
 
-    name -> get_dataset -> [Example] -> tokenization.py -> TokenizedDataset -> get_batch_iterator -> collate
+    name -> get_dataset -> [Example] -> load_tokenized -> TokenizedDataset -> get_batch_iterator -> collate
 
-A data set's name is BASE[_PROPOSAL][_aligner_warmup|_aligner_common]: `uc` is the plain set, `uc_llama8b` the
-one with that proposal's samples as the second answer, the last part turns it into the Aligner baseline's
-task.
+A data set's name is BASE[_PROPOSAL][_aligner_warmup|_aligner_common]. `uc` is the plain set. In `uc_llama8b`,
+the second answer is a sample of the proposal llama8b. The last part selects the Aligner baseline's task.
 """
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from ram.errors import UserError
 from ram.log import log, progress
 from ram.storage.files import BadRows, read_rows
 
-Request = LoadRequest  # its name in earlier versions
+Request = LoadRequest  # the name in earlier versions
 
 
 # ---- loaders -----------------------------------------------------------------------------------------------
@@ -31,54 +31,62 @@ Request = LoadRequest  # its name in earlier versions
 def _instruction_examples(
     data_file: Path, request: LoadRequest, template: str | None = prompts.TEMPLATE
 ) -> list[Example]:
-    required = ("instruction", "output") + (("sampling",) if request.proposal else ())
-    return [
-        Example(
-            index,
-            prompts.render(row["instruction"], template) if template else row["instruction"],
-            row["output"],
-            row["sampling"] if request.proposal else None,
-            row,
-        )
-        for index, row in read_rows(data_file, required, request.bad)
-    ]
+    """Read a file of instructions with answers.
+
+    Args:
+        data_file: Rows of {instruction, output}, and `sampling` if the request has a proposal.
+        request: The arguments of the loader.
+        template: Template of the prompts; None to use the instruction as the prompt.
+    """
+    required = ["instruction", "output"]
+    if request.proposal:
+        required.append("sampling")
+    examples = []
+    for index, row in read_rows(data_file, required, request.bad):
+        prompt = prompts.render(row["instruction"], template) if template else row["instruction"]
+        negative = row["sampling"] if request.proposal else None
+        examples.append(Example(index, prompt, row["output"], negative, row))
+    return examples
 
 
 def get_uc(request: LoadRequest) -> list[Example]:
-    """UltraChat's first rounds: {instruction, output}, and `sampling` in the sampled file."""
+    """Load the first rounds of UltraChat: {instruction, output}, and `sampling` in the sampled file."""
     data_file = request.data_dir / "train" / sampled_name("ultrachat_round_one.json", request.proposal)
     return _instruction_examples(data_file, request)
 
 
 def get_summ_sft(request: LoadRequest) -> list[Example]:
-    """TL;DR posts with the human summary: {instruction, output}, and `sampling` in the sampled file."""
+    """Load TL;DR posts with human summaries: {instruction, output}, and `sampling` in the sampled file."""
     data_file = request.data_dir / "train" / sampled_name("openai_summarize_tldr.jsonl", request.proposal)
     return _instruction_examples(data_file, request)
 
 
 def get_alpaca(request: LoadRequest) -> list[Example]:
-    """Alpaca, cleaned. With a proposal's samples the prompt is the raw instruction, as those runs had it."""
+    """Load the cleaned Alpaca set; in its sampled file, the prompts are instructions without a template."""
     data_file = request.data_dir / "train" / sampled_name("alpaca_data_cleaned.json", request.proposal)
     return _instruction_examples(data_file, request, template=None if request.proposal else prompts.TEMPLATE)
 
 
 def get_toy(request: LoadRequest, part: str = "aligned") -> list[Example]:
-    """The demo's world (demo.py): its general corpus or its aligned subset."""
-    return _instruction_examples(
-        request.data_dir / "train" / sampled_name(f"toy_{part}.jsonl", request.proposal), request
-    )
+    """Load one file of the toy data set: its "general" corpus, "aligned" subset or "mixture"."""
+    data_file = request.data_dir / "train" / sampled_name(f"toy_{part}.jsonl", request.proposal)
+    return _instruction_examples(data_file, request)
 
 
 def get_hh(request: LoadRequest, subset: str = "") -> list[Example]:
-    """Anthropic HH: `chosen` and `rejected` whole dialogues; local files in data_dir/{train,test}/hh, else
-    the hub.
+    """Load Anthropic HH from data_dir/{train,test}/hh, or from the hub if there are no local files.
 
-    A row whose two dialogues differ before the last answer compares answers to different prompts; it is left
-    out and counted, whatever `on_bad_row` says, because the published files hold some.
+    `chosen` and `rejected` are whole dialogues. If they differ before the last answer, their answers belong
+    to different prompts. Such rows are dropped and counted regardless of `on_bad_row`, because the published
+    files have some.
+
+    Args:
+        request: The arguments of the loader.
+        subset: Folder of the hub's repository, such as "harmless-base"; "" for all of them.
     """
     if request.proposal:
-        whole = "harmless.jsonl" if subset else "hh.jsonl"
-        data_file = request.data_dir / "train" / sampled_name(whole, request.proposal)
+        file_name = "harmless.jsonl" if subset else "hh.jsonl"
+        data_file = request.data_dir / "train" / sampled_name(file_name, request.proposal)
         rows = read_rows(data_file, ("chosen", "rejected", "sampling"), request.bad)
     else:
         rows = local_or_hub(
@@ -89,29 +97,32 @@ def get_hh(request: LoadRequest, subset: str = "") -> list[Example]:
             ("chosen", "rejected"),
             subset,
         )
-    examples, unequal = [], 0
+    examples = []
+    unequal = 0
     for index, row in rows:
-        chosen, rejected = prompts.split_dialogue(row["chosen"]), prompts.split_dialogue(row["rejected"])
+        chosen = prompts.split_dialogue(row["chosen"])
+        rejected = prompts.split_dialogue(row["rejected"])
         if chosen is None or rejected is None:
-            where = f"{subset or 'hh'}, row {index} counted over its {request.part} files"
+            where = f"{subset or 'hh'}, row {index} counted over all {request.part} files"
             request.bad.add(where, "no '\\n\\nAssistant:' in the dialogue")
         elif chosen[0] != rejected[0]:
             unequal += 1
         else:
+            prompt, target = chosen
             negative = row["sampling"] if request.proposal else rejected[1]
-            examples.append(Example(index, *chosen, negative, row))
+            examples.append(Example(index, prompt, target, negative, row))
     if unequal:
-        log.info(f"hh: left out {unequal} of {len(rows)} rows whose chosen and rejected prompts differ")
+        log.info(f"hh: dropped {unequal} of {len(rows)} rows whose chosen and rejected prompts differ")
     return examples
 
 
 def get_harmless(request: LoadRequest) -> list[Example]:
-    """The harmless-base part of Anthropic HH alone."""
+    """Load the harmless-base part of Anthropic HH."""
     return get_hh(request, subset="harmless-base")
 
 
 def get_summ(request: LoadRequest) -> list[Example]:
-    """TL;DR comparisons: prompt + "\\nTL;DR:", two summaries."""
+    """Load TL;DR comparisons: a post followed by "\\nTL;DR:", and two summaries."""
     rows = local_or_hub(
         request, "summ", "*.jsonl*", "CarperAI/openai_summarize_comparisons", ("prompt", "chosen", "rejected")
     )
@@ -126,7 +137,7 @@ def get_summ(request: LoadRequest) -> list[Example]:
 
 
 def get_shp(request: LoadRequest) -> list[Example]:
-    """Stanford Human Preferences: pairs whose scores differ by a factor of two or more."""
+    """Load Stanford Human Preferences: pairs whose scores differ by a factor of at least 2."""
     numbers = dict.fromkeys(("score_A", "score_B", "labels"), int)
     required = {"history": str, "human_ref_A": str, "human_ref_B": str, **numbers}
     examples = []
@@ -134,33 +145,32 @@ def get_shp(request: LoadRequest) -> list[Example]:
         low, high = sorted((row["score_A"], row["score_B"]))
         if high < 2 * low:
             continue
-        answers = [" " + row["human_ref_A"], " " + row["human_ref_B"]]
-        target, negative = answers if row["labels"] == 1 else answers[::-1]
+        target = " " + row["human_ref_A"]
+        negative = " " + row["human_ref_B"]
+        if row["labels"] != 1:  # B is preferred
+            target, negative = negative, target
         examples.append(Example(index, f"\n\nHuman: {row['history']}\n\nAssistant:", target, negative, row))
     return examples
 
 
 def get_se(request: LoadRequest) -> list[Example]:
-    """StackExchange preferences: every pair of differently scored answers, HTML as text, <code> kept."""
+    """Load StackExchange preferences: all pairs of answers with different scores, HTML converted to text."""
     examples = []
     required = {"question": str, "answers": list}
     rows = local_or_hub(request, "se", "*.jsonl*", "HuggingFaceH4/stack-exchange-preferences", required)
     for index, row in progress(rows, desc="stack exchange"):
         prompt = f"\n\nHuman: {prompts.html_to_text(row['question'])}\n\nAssistant:"
         try:
-            answers = sorted(
-                (
-                    (answer["pm_score"], " " + prompts.html_to_text(answer["text"]))
-                    for answer in row["answers"]
-                ),
-                reverse=True,
-            )
+            answers = [
+                (answer["pm_score"], " " + prompts.html_to_text(answer["text"])) for answer in row["answers"]
+            ]
+            answers.sort(reverse=True)
         except (KeyError, TypeError):
             request.bad.add(f"se, row {index}", "every answer needs pm_score, a number, and text")
             continue
-        for better, (score, target) in enumerate(answers):
-            worse = [text for other, text in answers[better + 1 :] if other < score]
-            examples += [Example(index, prompt, target, text, row) for text in worse]
+        for rank, (score, target) in enumerate(answers):
+            worse = [text for other_score, text in answers[rank + 1 :] if other_score < score]
+            examples += [Example(index, prompt, target, negative, row) for negative in worse]
     return examples
 
 
@@ -193,12 +203,21 @@ def get_dataset(
     heldout_fraction: float = 0.005,
     bad: BadRows | None = None,
 ) -> list[Example]:
-    """Examples of a data set's split "train" or "heldout", never sharing a prompt, or "all" of its training
-    part.
+    """Load the examples of one split of a data set.
 
-    A set with a test split of its own holds that out; any other holds out the `heldout_fraction` of its
-    distinct prompts that come first by hash of their text, the same ones in the plain and in the sampled
-    file. Raises UserError for an unknown name, a missing or broken file, or an empty result.
+    If the set has its own test split, that is the held-out split. Otherwise the `heldout_fraction` of its
+    distinct prompts with the smallest hashes is held out, the same prompts in the plain and the sampled file.
+
+    Args:
+        name: BASE[_PROPOSAL][_aligner_warmup|_aligner_common].
+        split: "train", "heldout" (no prompt is in both), or "all" of the training file.
+        data_dir: Folder with train/ and test/.
+        cache_dir: The hub client's cache.
+        heldout_fraction: Share of the prompts to hold out, from 0 to 1.
+        bad: Collects the rows that cannot be used. By default the first one raises.
+
+    Raises:
+        UserError: If the name is unknown, a file is missing or malformed, or there are no examples.
     """
     base, proposal, variant = parse_name(name, DATASETS)
     source = DATASETS[base]
@@ -209,7 +228,8 @@ def get_dataset(
     examples = source.load(LoadRequest(part, proposal, Path(data_dir), cache_dir, bad or BadRows()))
     if split != "all" and not own_split:
         heldout = heldout_prompts(map(question, examples), heldout_fraction)
-        examples = [example for example in examples if (question(example) in heldout) == (split == "heldout")]
+        wants_heldout = split == "heldout"
+        examples = [example for example in examples if (question(example) in heldout) == wants_heldout]
     if variant:
         examples = [_as_correction(example, variant, name, source.correction) for example in examples]
     if not examples and split != "heldout":
@@ -218,20 +238,29 @@ def get_dataset(
 
 
 def question(example: Example) -> str:
-    """What is asked, without the headers around it: the plain and the sampled file may differ in those."""
+    """Return the instruction without template; plain and sampled files may have different templates."""
     return (example.record or {}).get("instruction", example.prompt)
 
 
-def heldout_prompts(all_prompts, fraction: float) -> set[str]:
-    """The share of the distinct prompts with the smallest hashes: at least one unless the fraction is 0."""
+def heldout_prompts(all_prompts: Iterable[str], fraction: float) -> set[str]:
+    """Select a fraction of the distinct prompts, those with the smallest hashes.
+
+    If the fraction is above 0, at least one prompt is held out and at least one is left for training.
+    """
+    if fraction <= 0:
+        return set()
     ranked = sorted({(hashlib.sha256(prompt.encode()).digest(), prompt) for prompt in all_prompts})
-    count = min(len(ranked) - 1, max(1, round(fraction * len(ranked)))) if fraction > 0 else 0
+    count = min(len(ranked) - 1, max(1, round(fraction * len(ranked))))
     return {prompt for _, prompt in ranked[:count]}
 
 
 def _as_correction(example: Example, variant: str, name: str, request: str) -> Example:
-    """The Aligner baseline's example; its warm-up may copy any answer, the target where there is no other."""
-    answer, copies = example.negative, variant == "aligner_warmup"
+    """Turn an example into one of the Aligner baseline: correct an answer, or copy it during the warm-up.
+
+    If there is no second answer, the warm-up copies the target.
+    """
+    copies = variant == "aligner_warmup"
+    answer = example.negative
     if answer is None and copies:
         answer = example.target
     if answer is None:
@@ -248,15 +277,22 @@ def _as_correction(example: Example, variant: str, name: str, request: str) -> E
 
 
 def load_tokenized(
-    names: Sequence[str], split: str, tokenizer, settings, bad: BadRows, needs_negative: bool
+    names: Sequence[str], split: str, tokenizer: Any, settings: Any, bad: BadRows, needs_negative: bool
 ) -> TokenizedDataset:
-    """The tokenised split of all named sets, from the cache when text, tokenizer and lengths are the same.
+    """Load and tokenise one split of several data sets; unchanged ids are read from the cache.
 
-    settings: data_dir, output_dir, local_dirs, heldout_fraction, max_length, max_prompt_length, add_bos.
+    Args:
+        names: The data sets, in order.
+        split: See `get_dataset`.
+        tokenizer: The tokenizer of the model.
+        settings: Has data_dir, output_dir, local_dirs, heldout_fraction, max_length, max_prompt_length and
+            add_bos.
+        bad: Collects the rows that cannot be used.
+        needs_negative: Whether the loss needs two answers per prompt; if not, second answers are dropped.
     """
     examples: list[Example] = []
     for name in names:
-        found = get_dataset(
+        dataset = get_dataset(
             name,
             split,
             data_dir=settings.data_dir,
@@ -264,12 +300,14 @@ def load_tokenized(
             heldout_fraction=settings.heldout_fraction,
             bad=bad,
         )
-        if needs_negative and any(example.negative is None for example in found):
+        if needs_negative and any(example.negative is None for example in dataset):
             raise UserError(
                 f"data set {name!r} has one answer per prompt, but this loss needs two: "
                 "use its sampled variant (NAME_PROPOSAL) or a preference set"
             )
-        examples += found if needs_negative else [replace(example, negative=None) for example in found]
+        if not needs_negative:
+            dataset = [replace(example, negative=None) for example in dataset]
+        examples += dataset
     data = tokenize_cached(examples, f"{'+'.join(names)}.{split}", tokenizer, settings)
     cut = {key: count for key, count in data.counts.items() if key.endswith("_cut") and count}
     note = ", ".join(f"{count} {key.replace('_', ' ')}" for key, count in cut.items()) or "none cut"
@@ -286,20 +324,29 @@ def get_batch_iterator(
     shuffle: bool = True,
     seed: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Index arrays of the global batches: every epoch in an order of its own, drawn from (seed, epoch).
+    """Yield the row indices of each global batch.
 
-    Ends after `n_examples` where given, else after `n_epochs`. An epoch's last batch may be short; none is
-    dropped.
+    Args:
+        n_rows: Number of rows in the data set.
+        batch_size: Rows per batch. The last batch of an epoch may be smaller; it is not dropped.
+        n_epochs: Stop after this many epochs, unless `n_examples` is given.
+        n_examples: Stop after this many examples.
+        shuffle: Draw the order of each epoch from (seed, epoch); if false, keep the order of the rows.
+        seed: Seed of the orders.
     """
-    if n_examples is None and n_epochs is None:
-        raise ValueError("give n_epochs or n_examples")
     if n_rows < 1:
         raise ValueError("no rows to make batches of")
-    left = n_examples if n_examples is not None else n_epochs * n_rows
+    if n_examples is not None:
+        left = n_examples
+    elif n_epochs is not None:
+        left = n_epochs * n_rows
+    else:
+        raise ValueError("give n_epochs or n_examples")
     epoch = 0
     while left > 0:
         order = np.random.default_rng((seed, epoch)).permutation(n_rows) if shuffle else np.arange(n_rows)
         order = order[:left]
-        left, epoch = left - len(order), epoch + 1
+        left -= len(order)
+        epoch += 1
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]

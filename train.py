@@ -1,18 +1,19 @@
-"""Entry point of training: `python train.py experiment=llama_uc`, or one run: `python train.py model=…
-loss=…`.
+"""Train: a recipe with `python train.py experiment=llama_uc`, one run with `python train.py model=… loss=…`.
 
-Resolves and checks all stages first, then runs them one after the other; what is finished is left alone.
+All stages are resolved and checked first, then run one after the other. Finished stages are not run again.
 """
 
 import copy
 import signal
-import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # Ctrl-C during the seconds that the imports take needs no traceback
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+# No traceback if Ctrl-C is pressed during the imports, which take seconds. `start` in utils.py undoes this.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,22 +24,29 @@ from ram.answers import answer_files
 from ram.answers.jobs import AnswerJob, Pair
 from ram.data import toy_world
 from ram.data.catalogue import hub_cache
-from ram.decoding.par import PARParams
+from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.errors import UserError, run_entry_point
-from ram.log import log, pick_dtype, setup_logging
+from ram.log import log, pick_dtype
 from ram.models import checkpoints, run_folder
-from ram.settings import compose, recipes
+from ram.settings import recipes
+from ram.settings.checks import nested
+from ram.settings.schema import settings_of
 from ram.storage import provenance
-from ram.storage.files import BadRows, differences, only_run, set_aside, write_json
+from ram.storage.files import BadRows, only_run, set_aside
 from ram.training import resume
 from ram.training.losses import LOSSES
-from trainers import pick_trainer
-from utils import TABLES, seed_everything
+from trainers import BasicTrainer, pick_trainer
+from utils import TABLES, seed_everything, start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Runner = Callable[[recipes.Stage, bool], None]  # runs a stage; true: even if it is finished
 
 
 def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
-    """Trains one model into its run folder; a finished run of other settings there is set aside."""
+    """Train one model into its run folder; a finished run of other settings there is renamed."""
     config, run_dir = stage.config, stage.output
     identity = recipes.identity(config)
     done = None if overwrite else run_folder.finished_run(run_dir)
@@ -46,19 +54,24 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     if not config.model.architecture or config.model.archive:
         source = checkpoints.find_model(stage.source, None if config.model.archive else config.model.hub_id)
     else:
-        architecture = OmegaConf.to_container(config.model.architecture, resolve=True)
+        architecture = config.model.architecture
     checkpoints.check_context(source, config.max_length, architecture)
-    tokenizer = checkpoints.load_tokenizer(config.model.tokenizer_name_or_path or source)
+    tokenizer_source = config.model.tokenizer_name_or_path or source
+    if tokenizer_source is None:
+        raise UserError("model.architecture has no tokenizer: give model.tokenizer_name_or_path=FOLDER")
+    tokenizer = checkpoints.load_tokenizer(tokenizer_source)
     loss = LOSSES[config.loss.name]
     bad = BadRows(config.on_bad_row)
-    with processes.first_goes_first():  # it leaves the token ids in the cache
+    with processes.rank0_first():  # the first process caches the token ids, the others read them
         data = {
-            split: load_tokenized(list(config.datasets), split, tokenizer, config, bad, loss.needs_negative)
+            split: load_tokenized(config.datasets, split, tokenizer, config, bad, loss.needs_negative)
             for split in ("train", "heldout")
         }
     inputs = {"data": data["train"].key, "weights": source and checkpoints.weights_fingerprint(source)}
+    changed = ""
     if done is not None:
-        changed = differences(done["settings"] | done["inputs"], identity | inputs)
+        settings = recipes.recorded_identity(done, identity)
+        changed = run_folder.manifest_of(done | {"settings": settings}).changes(identity | inputs)
         if not changed:
             run_folder.check_finished(run_dir, done)
             log.info(f"stage {stage.name}: done before, {run_dir}")
@@ -66,41 +79,53 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
 
     if source and Path(source).resolve().is_relative_to(run_dir.resolve()):
         raise UserError(
-            f"stage {stage.name}: starts from {source}, which lies in its own run folder and would be "
+            f"stage {stage.name}: starts from {source}, which is in its own run folder and would be "
             "replaced; set exp_flag=NAME"
         )
-    processes.wait()  # all have seen what is there
-    if done is not None and processes.is_first():
+    processes.barrier()  # all processes have read the folder's state
+    if done is not None and processes.is_rank0():
         set_aside(run_dir, f"trained with other settings, data or weights ({changed})")
-    processes.wait()
+    processes.barrier()
     origin = {"settings": identity, "inputs": inputs}
-    wanted = config.resume == "auto" and not overwrite and not config.debug
-    state = resume.newest(run_dir, origin) if wanted else None
+    resumable = config.resume == "auto" and not overwrite and not config.debug
+    state = resume.newest(run_dir, origin) if resumable else None
     start = time.monotonic()
     with processes.in_turn():
         trainer = make_trainer(stage, source, architecture, tokenizer, data, origin)
-    if not config.debug and processes.is_first():
+    if not config.debug and processes.is_rank0():
         if state is None:
             run_folder.clear_run(run_dir)
             resume.clear(run_dir)
         bad.report(run_dir / run_folder.BAD_ROWS)
-        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    processes.wait()
+        OmegaConf.save(OmegaConf.create(nested(config)), run_dir / "config.yaml")
+    processes.barrier()
     metrics = trainer.train(state)
-    if not config.debug and processes.is_first():
-        weights = checkpoints.weights_fingerprint(str(run_dir / run_folder.LATEST))
-        record = origin | {"weights": weights, "metrics": metrics}
-        record |= {"seconds": time.monotonic() - start, "finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-        write_json(run_dir / run_folder.DONE, record)
+    if not config.debug and processes.is_rank0():
+        record = origin | {"metrics": metrics, "seconds": time.monotonic() - start}
+        record |= {"finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        run_folder.write_done(run_dir, record)
         resume.clear(run_dir)
-    processes.wait()
+    processes.barrier()
 
 
-def make_trainer(stage: recipes.Stage, source: str | None, architecture, tokenizer, data, origin: dict):
-    """The stage's trainer with its models, loaded from `source` or made from `architecture`."""
+def make_trainer(
+    stage: recipes.Stage,
+    source: str | None,
+    architecture: dict[str, Any] | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: dict[str, TokenizedDataset],
+    origin: dict[str, Any],
+) -> BasicTrainer:
+    """Return a stage's trainer with its models, loaded from `source` or made from `architecture`.
+
+    Args:
+        data: the data sets `train` and `heldout`.
+        origin: settings and inputs of the run, for its states.
+    """
     config, run_dir, loss = stage.config, stage.output, LOSSES[stage.config.loss.name]
     seed_everything(config.seed)
     if source is None:
+        assert architecture is not None
         model = checkpoints.new_model(architecture, tokenizer, config.seed)
     else:
         model = checkpoints.load_model(source, "float32")
@@ -127,7 +152,7 @@ def make_trainer(stage: recipes.Stage, source: str | None, architecture, tokeniz
 
 
 def sample_job(stage: recipes.Stage) -> tuple[AnswerJob, BadRows]:
-    """What a sample stage has to decode: every training prompt once, the answer under the key `sampling`."""
+    """Return a sample stage's job, one answer per training prompt, and the rows that cannot be read."""
     config, settings = stage.config, stage.config.sampling
     name, bad = config.datasets[0], BadRows(config.on_bad_row)
     examples = get_dataset(
@@ -137,7 +162,7 @@ def sample_job(stage: recipes.Stage) -> tuple[AnswerJob, BadRows]:
     job = AnswerJob(
         label=f"stage {stage.name}",
         pair=Pair(checkpoints.find_model(stage.source), None, settings.dtype, settings.tokenizer_path),
-        params=PARParams(**{key: settings[key] for key in PARParams.field_names()}),
+        params=settings.params,
         settings=settings,
         records=[example.record for example in examples],
         prompts=[example.prompt for example in examples],
@@ -151,15 +176,15 @@ def sample_job(stage: recipes.Stage) -> tuple[AnswerJob, BadRows]:
 
 
 def sample_stage(stage: recipes.Stage, overwrite: bool) -> None:
-    """The sample stage: answers every training prompt once with the proposal."""
+    """Answer every training prompt once with the proposal."""
     job, bad = sample_job(stage)
-    if processes.is_first():
+    if processes.is_rank0():
         bad.report(stage.output.with_name(f"{stage.output.name}.bad_rows.jsonl"))
     answer_files.answer_file(stage.output, job, overwrite)
 
 
-def locked(run_stage):
-    """The stage, alone in what it writes."""
+def locked(run_stage: Runner) -> Runner:
+    """Return a function that runs a stage while no other process writes its output."""
 
     def alone(stage: recipes.Stage, overwrite: bool) -> None:
         with only_run(stage.output):
@@ -169,62 +194,64 @@ def locked(run_stage):
 
 
 def world_stage(stage: recipes.Stage, overwrite: bool) -> None:
-    """Writes the toy world's data files and tokenizer."""
-    settings = OmegaConf.to_container(stage.config.world, resolve=True)
-    with processes.first_goes_first():
-        toy_world.build_world(stage.output, settings, stage.config.seed, overwrite and processes.is_first())
+    """Write the toy data set's files and tokenizer."""
+    config = stage.config
+    with processes.rank0_first():
+        toy_world.build_world(stage.output, config.world, config.seed, overwrite and processes.is_rank0())
 
 
-RUN = {"train": locked(train_stage), "sample": sample_stage, "world": locked(world_stage)}
+RUN: dict[str, Runner] = {"train": locked(train_stage), "sample": sample_stage, "world": locked(world_stage)}
 
 
-def whereabouts(stage: recipes.Stage) -> str:
-    """Size of a folder of weights, or where they will come from instead."""
-    folder, hub_id = Path(stage.source), stage.config.model.hub_id
+def describe_weights(stage: recipes.Stage, source: str) -> str:
+    """Return the size of a folder of weights, or their origin if there is no such folder."""
+    folder, hub_id = Path(source), stage.config.model.hub_id
     if folder.is_dir():
         return f"{sum(f.stat().st_size for f in folder.glob('*.safetensors')) / 1e6:,.1f} MB"
-    return f"hub: {hub_id}" if hub_id and not stage.config.model.archive else "not there yet"
+    return f"hub: {hub_id}" if hub_id and not stage.config.model.archive else "missing"
 
 
 def describe(stage: recipes.Stage) -> str:
-    """A stage for the dry run: inputs, outputs, sizes."""
+    """Return a stage's inputs, outputs and sizes, for the dry run."""
     config = stage.config
     lines = [
         f"{stage.name} ({stage.kind})",
         f"  writes  {stage.output}{'/LATEST' if stage.kind == 'train' else ''}",
     ]
     if stage.source:
-        lines.append(f"  weights {stage.source} ({whereabouts(stage)})")
+        lines.append(f"  weights {stage.source} ({describe_weights(stage, stage.source)})")
     for path in stage.reads:
-        size = f"{path.stat().st_size / 1e6:,.1f} MB" if path.is_file() else "not there yet"
+        size = f"{path.stat().st_size / 1e6:,.1f} MB" if path.is_file() else "missing"
         lines.append(f"  reads   {path} ({size})")
     if stage.kind == "train":
         length = f"n_examples {config.n_examples}" if config.n_examples else f"n_epochs {config.n_epochs}"
         lines.append(
             f"  run     {config.loss.name}, {length}, batch {config.batch_size} in "
             f"{config.gradient_accumulation_steps} micro-batches, lr {config.lr}, lengths "
-            f"{config.max_length}/"
-            f"{config.max_prompt_length}, seed {config.seed}"
+            f"{config.max_length}/{config.max_prompt_length}, seed {config.seed}"
         )
     if stage.kind == "sample":
         s = config.sampling
         lines.append(
-            f"  draws   temperature {s.base_temperature}, top-p {s.base_top_p}, top-k {s.base_top_k}, "
-            "penalty "
-            f"{s.base_repetition_penalty}, lengths {s.max_length}/{s.max_prompt_length}, seed {config.seed}"
+            f"  samples temperature {s.base_temperature}, top-p {s.base_top_p}, top-k {s.base_top_k}, "
+            f"penalty {s.base_repetition_penalty}, lengths {s.max_length}/{s.max_prompt_length}, "
+            f"seed {config.seed}"
         )
     return "\n".join(lines)
 
 
 def check_samples(stages: list[recipes.Stage], running: list[recipes.Stage]) -> None:
-    """Raises UserError where a stage reads samples that a sample stage left out of this run would make
-    otherwise.
+    """Check samples that this run reads but does not make.
 
-    Samples can be carried to where their proposal is not; then only the files are checked, as they are read.
+    Samples can be copied to a machine without their proposal. Then only the files are checked, when read.
+
+    Raises:
+        UserError: their sample stage, which is not run, would now make other samples.
     """
     for stage in stages:
         read = any(stage.output in other.reads for other in running)
-        if stage.kind == "sample" and stage not in running and read and Path(stage.source).is_dir():
+        skipped = stage.kind == "sample" and stage not in running
+        if skipped and read and stage.source and Path(stage.source).is_dir():
             recipes.check_trained(stages, stage.source)
             job, _ = sample_job(stage)
             provenance.check(stage.output, job.made_from, job.label)
@@ -235,8 +262,9 @@ def main(config: DictConfig) -> None:
     run_entry_point(lambda: run(config, list(HydraConfig.get().overrides.task)))
 
 
-def run(config: DictConfig, overrides: list[str]) -> None:
-    """Resolves and checks all stages, then runs those that were asked for."""
+def run(composed: DictConfig, overrides: list[str]) -> None:
+    """Resolve and check all stages, then run those in `stages`."""
+    config = settings_of(composed, TABLES)
     checkpoints.remote_code["trust_remote_code"] = config.trust_remote_code
     stages = recipes.resolve(overrides, TABLES)
     running = recipes.select(stages, config.stages)
@@ -251,16 +279,8 @@ def run(config: DictConfig, overrides: list[str]) -> None:
     processes.start()
     for stage in running:
         RUN[stage.kind](stage, config.overwrite)
-    processes.wait()  # whoever leaves early breaks the others' connections
-
-
-def start() -> None:
-    """`main` with a log file and a command line that were checked."""
-    sys.argv[1:] = compose.preflight(sys.argv[1:])
-    setup_logging(Path("_log") / f"train-{datetime.now():%Y%m%d-%H%M%S}.log")
-    main()
+    processes.barrier()  # a process that ends early breaks the others' connections
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    processes.run(start)
+    start("train", main)

@@ -30,8 +30,9 @@ from ram.training.metrics import MetricsLog, averages, show_samples
 from ram.training.optimizers import lr_factor, pick_optimizer, run_length
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
+
+    from ram.settings.schema import Settings
 
 
 class Diverged(UserError):
@@ -56,7 +57,7 @@ class BasicTrainer:
 
     def __init__(
         self,
-        settings: "DictConfig",
+        settings: "Settings",
         model: Any,
         tokenizer: "PreTrainedTokenizerBase",
         train_data: TokenizedDataset,
@@ -77,9 +78,10 @@ class BasicTrainer:
         self.run_dir, self.card, self.origin = run_dir, card, origin or {}
         self.loss = LOSSES[settings.loss.name]
         self.answers = ("target", "negative") if self.loss.needs_negative else ("target",)
-        self.fraction = settings.loss.get("sampled_fraction", 1.0)  # share of the negatives that is computed
+        # Share of the negatives that is computed.
+        self.fraction = getattr(settings.loss, "sampled_fraction", 1.0)
         self.pad_id = checkpoints.pad_id(tokenizer)
-        self.is_writer = processes.is_first() and not settings.debug  # whether it changes the run folder
+        self.is_writer = processes.is_rank0() and not settings.debug  # whether it changes the run folder
         self.device = pick_device()
         dtype = pick_dtype(settings.model.fsdp_policy_mp or "float32", self.device)
         self.compute_dtype = dtype if dtype != torch.float32 else None
@@ -203,7 +205,7 @@ class BasicTrainer:
             self.backward(losses.sum() / len(rows))
             for key, value in parts.items():
                 local_sums[key] += value
-        sums = processes.total(local_sums)
+        sums = processes.all_sum(local_sums)
         row = averages(sums, len(rows))
         row["grad_norm"] = sharding.clip_grad_norm(self.model, self.settings.max_grad_norm)
         self.check(row)
@@ -292,7 +294,7 @@ class BasicTrainer:
                     bar.update(len(rows))
                     self.after_update(metrics)
                     self.saver.check()
-                    if processes.any_of(bool(signals)):
+                    if processes.any_rank(bool(signals)):
                         self.remember()
                         self.saver.wait()
                         raise Preempted(signals[0] if signals else None)
@@ -320,8 +322,9 @@ class BasicTrainer:
         if self.examples >= self.next_eval:
             self.evaluate(metrics)
             self.next_eval = (self.examples // self.settings.eval_every + 1) * self.settings.eval_every
-        if self.next_save and self.examples >= self.next_save:
-            self.next_save = (self.examples // self.settings.save_every + 1) * self.settings.save_every
+        save_every = self.settings.save_every
+        if save_every and self.next_save and self.examples >= self.next_save:
+            self.next_save = (self.examples // save_every + 1) * save_every
             self.save(f"step-{self.examples}")
             self.prune()
             self.remember()
@@ -359,7 +362,7 @@ class BasicTrainer:
             _, parts = self.losses_of_share(self.eval_data, np.arange(first, end))
             for key, value in parts.items():
                 sums[key] += value
-        return averages(processes.total(sums), n)
+        return averages(processes.all_sum(sums), n)
 
     # ---- weights and training states -----------------------------------------------------------------------
 
@@ -372,10 +375,10 @@ class BasicTrainer:
         card = self.card | {"examples": self.examples, "updates": self.updates}
         folder = self.run_dir / name
         state = self.whole_state()
-        if processes.is_first():
+        if processes.is_rank0():
             dtype = self.settings.export_dtype
             checkpoints.export_model(self.model, self.tokenizer, folder, dtype, card, state)
-        processes.wait()
+        processes.barrier()
         log.info(f"saved    {folder}")
 
     def whole_state(self) -> dict[str, torch.Tensor] | None:

@@ -1,13 +1,22 @@
-"""The parts that the commands share: the log, seeds, and the tables that recipes are resolved with."""
+"""What the commands share: how they start, seeds, and the tables that recipes are resolved with."""
 
 import random
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from preference_datasets import DATASETS
+from ram.distributed import processes
 from ram.errors import Preempted, UserError, nearest, pick, run_entry_point
+from ram.evaluation.judges.base import load_judges
 from ram.log import log, pick_device, pick_dtype, progress, quiet_transformers, setup_logging
+from ram.settings import compose
 from ram.settings.schema import Tables
 from ram.training.losses import LOSSES
 from ram.training.optimizers import pick_optimizer
@@ -16,12 +25,38 @@ from trainers import pick_trainer
 __all__ = [
     "Preempted", "TABLES", "UserError", "log", "nearest", "pick", "pick_device", "pick_dtype", "progress",
     "quiet_transformers", "run_entry_point", "seed_everything", "setup_logging",
+    "start",
 ]  # fmt: skip
 
-TABLES = Tables(datasets=DATASETS, losses=LOSSES, pick_trainer=pick_trainer, pick_optimizer=pick_optimizer)
+TABLES = Tables(
+    datasets=DATASETS,
+    losses=LOSSES,
+    judges=load_judges(),
+    pick_trainer=pick_trainer,
+    pick_optimizer=pick_optimizer,
+)
 
 
 def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def start(command: str, main: Callable[..., Any]) -> None:
+    """Run a command: restore Ctrl-C, check the command line, open the log file, call `main`.
+
+    Args:
+        command: its name, which begins the log file's name in _log.
+        main: the function that Hydra wraps.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def checked() -> None:
+        sys.argv[1:] = compose.preflight(sys.argv[1:])
+        setup_logging(Path("_log") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}.log")
+        main()
+
+    processes.run(checked)

@@ -20,8 +20,9 @@ import time
 from contenders import Bench, describe, load, parser
 
 from ram.decoding import generation
-from ram.decoding.engine import Done, Engine, Request
+from ram.decoding.requests import Request
 from ram.errors import run_entry_point
+from ram.serving.loop import Done, EngineThread
 
 CLIENTS = 16
 
@@ -34,7 +35,7 @@ class Served:
         self.bench, self.prompts = bench, [tuple(ids) for ids in bench.prompts]
         sizes = {"max_rows": CLIENTS, "max_tokens": 8192}
         models = dict(zip(aligners, models, strict=True)) if aligners else {}
-        self.engine = Engine(bench.proposal, bench.tokenizer, models, **sizes)
+        self.engine = EngineThread(bench.proposal, bench.tokenizer, models, **sizes)
 
     def request(self, index: int, aligner: str | None) -> Request:
         prompt = self.prompts[index % len(self.prompts)]

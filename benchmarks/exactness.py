@@ -20,7 +20,7 @@ import torch
 
 from ram.data.prompts import render
 from ram.data.tokenization import encode_prompts
-from ram.decoding import generation
+from ram.decoding import Generation, generation
 from ram.decoding.par import PARParams
 from ram.errors import UserError, run_entry_point
 from ram.log import pick_device
@@ -44,7 +44,7 @@ MODES = ("par", "par_kl", "product", "snis", "mds")
 FAST, SLOW = {"batch_size": 16}, {"batch_size": 1, "speculative": False}
 
 
-def flips(fast: list[generation.Generation], slow: list[generation.Generation]) -> tuple[int, int]:
+def flips(fast: list[Generation], slow: list[Generation]) -> tuple[int, int]:
     """(rows that part, tokens compared up to there)."""
     parted = compared = 0
     for a, b in zip(fast, slow, strict=True):

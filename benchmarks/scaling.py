@@ -206,18 +206,21 @@ def worker() -> None:
 
     from ram.distributed import processes
     from ram.settings import compose
+    from ram.settings.schema import settings_of
     from trainers import FSDPTrainer
+    from utils import TABLES
 
     torch.set_num_threads(1)
     processes.start(alone=True)
     checkpointing = bool(int(sys.argv[2]))
-    settings = compose.compose(
+    composed = compose.compose(
         [
             *("loss=sft", "trainer=FSDPTrainer", "model.block_name=LlamaDecoderLayer", f"batch_size={ROWS}"),
             *("datasets=[hh]", f"max_length={LENGTH}", "optimizer=RMSprop", "debug=true"),
             f"activation_checkpointing={str(checkpointing).lower()}",
         ]
     )
+    settings = settings_of(composed, TABLES)
     lengths = np.full((ROWS, 3), LENGTH // 2)
     data = dataset(lengths, MEASURED.vocabulary, LENGTH)
     before = memory_status("VmRSS")
@@ -242,7 +245,7 @@ def worker() -> None:
         if step == 1:  # the moments exist now, and the peak must not include the unsharded model
             state = memory_status("VmRSS") - before
             Path("/proc/self/clear_refs").write_text("5")
-        processes.wait()
+        processes.barrier()
         start = time.perf_counter()
         run.update(np.arange(ROWS))
         seconds.append(time.perf_counter() - start)
@@ -253,7 +256,7 @@ def worker() -> None:
         whole = torch.zeros(len(shard) * processes.count())
         durations = []
         for _ in range(10):
-            processes.wait()
+            processes.barrier()
             start = time.perf_counter()
             dist.all_gather_into_tensor(whole, shard)
             durations.append(time.perf_counter() - start)
@@ -264,10 +267,10 @@ def worker() -> None:
         "seconds": statistics.median(seconds[1:]),
         "bandwidth": bandwidth,
     }
-    results = processes.everyones(measured)
-    if processes.is_first():
+    results = processes.all_gather(measured)
+    if processes.is_rank0():
         print(json.dumps({key: max(result[key] or 0 for result in results) for key in measured}))
-    processes.wait()
+    processes.barrier()
 
 
 def measure() -> dict[str, Any]:

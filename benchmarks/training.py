@@ -40,10 +40,12 @@ from ram.data.prompts import split_dialogue
 from ram.data.tokenization import TokenizedDataset
 from ram.errors import UserError, run_entry_point
 from ram.settings import compose
+from ram.settings.schema import settings_of
 from ram.storage.files import read_rows
 from ram.training import logps, losses, packing
 from ram.training.packing import collate
 from trainers import BasicTrainer
+from utils import TABLES
 
 PARTS = ("prompt", "target", "negative")
 # Mean and standard deviation of the logarithm of HH lengths in tokens, by part.
@@ -136,7 +138,7 @@ def dataset(lengths: np.ndarray, vocabulary: int, max_length: int) -> TokenizedD
 
 def make_run(args: argparse.Namespace, vocabulary: int, *overrides: str) -> BasicTrainer:
     """Make a trainer of the benchmark's model and data. It writes no files."""
-    settings = compose.compose(
+    composed = compose.compose(
         [
             "datasets=[hh]",
             "model.name_or_path=none",
@@ -150,6 +152,7 @@ def make_run(args: argparse.Namespace, vocabulary: int, *overrides: str) -> Basi
             *overrides,
         ]
     )
+    settings = settings_of(composed, TABLES)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=args.hidden,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole method on a toy world: both models from nothing, all stages, every system, a report.
+# Run the whole method on toy data: train both models from scratch in all stages, evaluate every system, write a report.
 #   bash bin/demo.sh            results in _output/demo
-#   bash bin/demo.sh seed=1     another world, other weights
+#   bash bin/demo.sh seed=1     other data and other weights
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 make_venv

@@ -1,14 +1,15 @@
-# Sourced by the other scripts: goes to the project's folder and picks a Python, the active environment's first.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# Waiting threads sleep instead of spinning. Two processes on the same two cores ran three times faster so; alone,
-# decoding with small models took twice as long: `export OMP_WAIT_POLICY=ACTIVE` where the machine is yours.
+# shellcheck shell=bash
+# Sourced by the other scripts. Changes to the project's folder and picks a Python, that of the active environment first.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+# Idle threads sleep instead of spinning. With two processes on two cores this was three times faster; with one process
+# decoding with small models took twice as long. If the machine is yours alone, `export OMP_WAIT_POLICY=ACTIVE`.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
 fi
 
-# Makes .venv with requirements.txt unless it is there, complete and newer.
+# Create .venv from requirements.txt, unless .venv was made from the same file.
 make_venv() {
     PYTHON=.venv/bin/python
     if [ -x .venv/bin/python ] && cmp -s requirements.txt .venv/requirements.installed; then return; fi

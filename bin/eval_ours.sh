@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The eight published settings: two pairs on UltraChat, TL;DR, HH helpful and HH harmless. Each goes on where it
-# stopped; a pair that is not trained yet is named and the others run. Leaderboard of all: _output/all_systems.csv.
+# Evaluate the eight published settings: two pairs on UltraChat, TL;DR, HH helpful and HH harmless. An evaluation that
+# was stopped is resumed. A pair that is not trained yet is reported, and the others run. _output/all_systems.csv is the
+# leaderboard of all.
 set -uo pipefail
 source "$(dirname "$0")/env.sh"
 failed=()
@@ -8,6 +9,6 @@ for recipe in llama_uc llama_summ llama_hh qwen_uc qwen_summ qwen_hh; do
     "$PYTHON" -m ram.distributed.launch pipeline.py experiment="$recipe" "$@" || failed+=("$recipe")
 done
 if [ ${#failed[@]} -gt 0 ]; then
-    echo "not evaluated: ${failed[*]} (the reason stands above each)" >&2
+    echo "not evaluated: ${failed[*]} (see the errors above)" >&2
     exit 1
 fi

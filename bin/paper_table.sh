@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The paper's table: trains all of its systems, baselines included, or goes on where it stopped, evaluates them and
-# prints published and measured figures side by side (report_dir/paper_table.md).
+# Reproduce the paper's table: train all of its systems, baselines included, evaluate them, and print published and
+# measured figures side by side (report_dir/paper_table.md). A run that was stopped is resumed.
 #   bash bin/paper_table.sh toy facts                 minutes on two cores
 #   bash bin/paper_table.sh llama uc judge=endpoint   FAMILY: llama, qwen; TASK: uc, summ, hh; any key=value follows
 set -euo pipefail
 if [ $# -lt 2 ] || [ ! -f "$(dirname "$0")/../config/experiment/$1_$2.yaml" ]; then
-    echo "usage: bash bin/paper_table.sh FAMILY TASK [key=value ...], where config/experiment/FAMILY_TASK.yaml is:" \
+    echo "usage: bash bin/paper_table.sh FAMILY TASK [key=value ...], with FAMILY TASK one of:" \
         "toy facts, {llama,qwen} {uc,summ,hh}" >&2
     exit 2
 fi

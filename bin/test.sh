@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Lint, then the tests; arguments go to pytest (`bash bin/test.sh -m slow` runs the long ones).
+# Check the style, then run the tests. Arguments go to pytest: `bash bin/test.sh -m slow` runs the long tests.
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
+bash bin/style.sh
 make_venv
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
 "$PYTHON" -m pytest "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains the pair of config/experiment/qwen_summ.yaml, stage by stage; any key=value is passed on.
-#   bash bin/train_qwen_summ.sh dry_run=true        what would run, with inputs and outputs
+# Train the pair of config/experiment/qwen_summ.yaml, stage by stage; any key=value is passed on.
+#   bash bin/train_qwen_summ.sh dry_run=true        print the stages with their inputs and outputs
 #   bash bin/train_qwen_summ.sh stages=[aligner]    one stage
 set -euo pipefail
 source "$(dirname "$0")/env.sh"

@@ -1,4 +1,4 @@
-"""Errors that users see, hints for unknown names, and how an entry point ends."""
+"""Errors for users, hints for unknown names, and the exit codes of entry points."""
 
 import contextlib
 import difflib
@@ -6,81 +6,94 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: says what was given, what was expected and what to do, in one line."""
+    """A mistake in the user's input; its one-line message has the value, what is expected, and a remedy."""
 
 
-PREEMPTED = 75  # exit code of a run that was told to stop (SIGTERM): the same command goes on
+PREEMPTED = 75  # exit code of a run that was stopped by SIGTERM and can be resumed
 
 
 class Preempted(BaseException):
-    """Somebody told the run to stop; what it needs to go on is saved."""
+    """The run was stopped by a signal after saving what it needs to resume."""
 
 
-def _preempt(number: int, frame) -> None:
+def _preempt(number: int, frame: FrameType | None) -> None:
     raise Preempted(number)
 
 
-def _give_way(seconds: float) -> None:
-    """Lets torchrun end this process quietly, where another one has said what is wrong."""
+def _wait_for_torchrun(seconds: float) -> None:
+    """Give torchrun time to end this process quietly after another rank has reported the error."""
     try:
         time.sleep(seconds)
     except Preempted:
         raise SystemExit(PREEMPTED) from None
 
 
-def run_entry_point(main: Callable[[], Any]) -> Any:
-    """Runs an entry point: a UserError or OSError becomes one line and exit code 2, Ctrl-C one line and 130,
-    SIGTERM one line and PREEMPTED.
+def run_entry_point(main: Callable[[], T]) -> T:
+    """Run an entry point; turn the user's errors and signals into one line on stderr and an exit code.
+
+    Exit codes: 2 for UserError and OSError, 130 for Ctrl-C, PREEMPTED for SIGTERM, 1 if another process
+    of the run ended. Any other exception keeps its traceback.
     """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        with contextlib.suppress(ValueError):  # not the main thread
+        with contextlib.suppress(ValueError):  # signal handlers can be set in the main thread only
             signal.signal(signal.SIGTERM, _preempt)
+    rank = os.environ.get("RANK", "0")
     try:
         return main()
     except UserError as error:
-        later = int(os.environ.get("RANK", 0))
-        if later:  # of many with the same error the first process says it, then torchrun ends the others
-            _give_way(3)
-        print(f"error: {error}" + f" (process {later})" * bool(later), file=sys.stderr)
+        source = ""
+        if rank != "0":
+            # Usually every rank has the same error: rank 0 reports it, then torchrun ends the others.
+            _wait_for_torchrun(3)
+            source = f" (process {rank})"
+        print(f"error: {error}{source}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         place = f"{error.filename2 or error.filename}: " if error.filename is not None else ""
         reason = str(error.strerror or error).strip().split("\n")[0]
-        advice = "mend that (is it there, may it be written, is there space?), then the same command goes on"
+        advice = "fix that (exists? writable? disk full?), then run the same command again to continue"
         print(f"error: {place}{reason}; {advice}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
+        # gloo and NCCL raise "... closed by peer" if another rank is gone; that rank has the real error.
         if "RANK" not in os.environ or "peer" not in str(error):
             raise
-        _give_way(10)
+        _wait_for_torchrun(10)
         print("error: another process ended", file=sys.stderr)
         raise SystemExit(1) from None
     except (KeyboardInterrupt, Preempted) as error:
-        ended = isinstance(error, Preempted) and error.args != (signal.SIGINT,)
-        if os.environ.get("RANK", "0") == "0":
-            print("\nstopped: what is finished stands, the same command goes on from there", file=sys.stderr)
-        raise SystemExit(PREEMPTED if ended else 130) from None
+        interrupted = isinstance(error, KeyboardInterrupt) or error.args == (signal.SIGINT,)
+        if rank == "0":
+            print("\nstopped: finished work is kept; run the same command again to continue", file=sys.stderr)
+        raise SystemExit(130 if interrupted else PREEMPTED) from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint for an unknown name: the closest known one, then all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    """Return the hint for an unknown name: the closest known name, then all names unless there are many."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return (
-        f"{hint}Known: {', '.join(known)}"
-        if len(known) <= 40
-        else hint.rstrip() or f"{len(known)} others are known"
-    )
+    if len(names) <= 40:
+        return f"{hint}Known: {', '.join(names)}"
+    return hint.rstrip() or f"{len(names)} others are known"
 
 
-def pick(table: dict[str, Any], name: str, what: str) -> Any:
-    """table[name], or a UserError that names the nearest key."""
-    if name not in table:
-        raise UserError(f"unknown {what} {name!r}: {nearest(str(name), table)}")
+def pick(table: Mapping[str, T], name: str | None, kind: str) -> T:
+    """Return table[name]; raises UserError with the nearest key if there is none.
+
+    Args:
+        table: The choices by name.
+        name: The user's choice.
+        kind: A word for the message, such as "loss".
+    """
+    if name is None or name not in table:
+        raise UserError(f"unknown {kind} {name!r}: {nearest(str(name), table)}")
     return table[name]

@@ -1,4 +1,4 @@
-"""The project's log, its progress bars, and devices by name."""
+"""Logging, progress bars, and devices and dtypes by name."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ log = logging.getLogger("ram")
 
 
 def setup_logging(log_file: Path | None = None) -> None:
-    """Sends the project's log to stdout, past any progress bar, and, where given, to a file too."""
+    """Log to stdout without breaking progress bars and, if `log_file` is given, to that file."""
 
     class TqdmHandler(logging.StreamHandler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -33,17 +33,18 @@ def setup_logging(log_file: Path | None = None) -> None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(log_file)
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
-        handler.handleError = lambda record: None  # a full disk: what it cannot write stands on the console
+        # A full disk must not end a run because of its log: the console still has every line.
+        handler.handleError = lambda record: None
         log.addHandler(handler)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     log.propagate = False
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    # transformers draws a bar for every model it loads; ours say what takes long.
+    # transformers shows a bar for every model it loads; the project's own bars cover slow steps.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def quiet_transformers() -> None:
-    """Silences transformers' own progress bars and advice; call once before the first model is loaded."""
+    """Silence transformers' progress bars and advice; call before the first model is loaded."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -51,17 +52,22 @@ def quiet_transformers() -> None:
 
 
 class _LineBar(tqdm):
-    """A progress bar for logs that are no terminal: a line now and then instead of one that is redrawn."""
+    """A progress bar for output that is not a terminal: an occasional log line, never redrawn."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        if msg is None:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None:  # tqdm passes an empty message to clear the bar at the end
             log.info(str(self))
-        return True
 
 
-def progress(iterable: Iterable | None = None, **kwargs: Any) -> tqdm:
-    """A progress bar that appears only for what takes over two seconds and leaves no line behind; the first
-    of several processes shows it.
+def progress(iterable: Iterable[Any] | None = None, **kwargs: Any) -> tqdm:
+    """Return a progress bar that appears only for slow work and disappears at the end.
+
+    On a terminal it appears after 2 seconds. In a log file or pipe it becomes a line every 30 seconds.
+    Only rank 0 shows it.
+
+    Args:
+        iterable: The items to iterate over; None for a bar that is updated by hand.
+        kwargs: Further arguments of tqdm.
     """
     if os.environ.get("RANK", "0") != "0":
         return tqdm(iterable, disable=True, **kwargs)
@@ -73,8 +79,10 @@ def progress(iterable: Iterable | None = None, **kwargs: Any) -> tqdm:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """A device by name; auto is this process's GPU where there is one. Raises UserError for one that is not
-    there.
+    """Return a device by name; "auto" is this process's GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: If the device does not exist or cannot be used.
     """
     if name != "auto":
         try:
@@ -90,7 +98,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """torch dtype by name; 'auto' is bfloat16 where the device computes in it natively, float32 elsewhere."""
+    """Return a dtype by name; "auto" is bfloat16 on GPUs with native support, else float32."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

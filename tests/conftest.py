@@ -1,6 +1,5 @@
-"""Every test runs on one thread (tiny tensors gain nothing from more) and never asks a hub for anything."""
+"""Settings for all tests: one thread, because tiny tensors gain nothing from more, and no access to a hub."""
 
-import contextlib
 import gc
 import os
 import signal
@@ -11,7 +10,7 @@ os.environ.update(
 
 import pytest
 import torch
-from browser import CHROMIUM, Browser
+from browser import CHROMIUM, open_browser
 
 import utils
 
@@ -25,57 +24,60 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def propagated_log(monkeypatch):
-    """Lets caplog see the project's log."""
+    """Let caplog see the project's log."""
     monkeypatch.setattr(utils.log, "propagate", True)
 
 
 @pytest.fixture(autouse=True)
-def own_signals():
-    """What an entry point does with SIGTERM ends with the test that called it."""
-    before = signal.getsignal(signal.SIGTERM)
+def restored_signals():
+    """Restore the handler of SIGTERM, which an entry point changes, after each test."""
+    handler = signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def pytest_collection_finish():
-    """What the libraries hold for ever need not be gone through by every garbage collection: a tenth of the
-    time.
-    """
+    """Exclude the libraries' permanent objects from garbage collection, which saves a tenth of the time."""
     gc.collect()
     gc.freeze()
 
 
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    """One headless Chromium for all pages; a test opens its own."""
+@pytest.fixture(scope="module")
+def browser():
+    """A page of a headless Chromium, skipped if the system has none; RAM_REQUIRE_BROWSER forbids that.
+
+    It ends with the module: while Playwright runs, no other test can start an event loop in this thread.
+    """
     if CHROMIUM is None:
+        if os.environ.get("RAM_REQUIRE_BROWSER"):
+            pytest.fail("no Chromium on this machine, and RAM_REQUIRE_BROWSER is set")
         pytest.skip("no Chromium on this machine")
-    with contextlib.closing(Browser(tmp_path_factory.mktemp("profile"))) as found:
-        yield found
+    with open_browser() as page:
+        yield page
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models to serve; tests of a module may change theirs."""
+    """A folder of models to serve; the tests of a module may change it."""
     from served import save_models
 
-    found = tmp_path_factory.mktemp("models")
-    save_models(found)
-    return found
+    models = tmp_path_factory.mktemp("models")
+    save_models(models)
+    return models
 
 
 @pytest.fixture
 def start():
-    """Makes engines (`engines.open_engine`) that are closed at the end of the test."""
+    """A function that makes engines (`engines.open_engine`), which are closed at the end of the test."""
     from engines import open_engine
 
-    opened = []
+    engines = []
 
     def make(*models, **settings):
-        opened.append(open_engine(*models, **settings))
-        return opened[-1]
+        engines.append(open_engine(*models, **settings))
+        return engines[-1]
 
     yield make
-    for each in opened:
-        each.close(wait=False)
-        assert not each.thread.is_alive()
+    for engine in engines:
+        engine.close(wait=False)
+        assert not engine.thread.is_alive()

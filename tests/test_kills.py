@@ -1,6 +1,4 @@
-"""kill -9 at random moments of all three stages and of evaluation: the same command ends as if nothing had
-been.
-"""
+"""kill -9 at random moments of training and evaluation: rerunning the command gives the same results."""
 
 import contextlib
 import json
@@ -23,9 +21,9 @@ KILLS = 20
 
 def commands(folder, count):
     trainer = ["trainer=FSDPTrainer"] if count > 1 else []
-    given = ["experiment=demo", f"output_dir={folder}", *SETTINGS, *trainer]
+    overrides = ["experiment=demo", f"output_dir={folder}", *SETTINGS, *trainer]
     return [
-        [sys.executable, "-m", "ram.distributed.launch", script, *given]
+        [sys.executable, "-m", "ram.distributed.launch", script, *overrides]
         for script in ("train.py", "pipeline.py")
     ]
 
@@ -39,8 +37,8 @@ def start(command, count, log):
 
 
 def processes_of(parent):
-    """A process and all that it started, by id."""
-    found, children = [parent], {}
+    """Return the ids of a process and all its descendants."""
+    children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
@@ -48,51 +46,57 @@ def processes_of(parent):
             continue
         if fields[0] != "Z":
             children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    for process in found:
-        found += children.get(process, [])
-    return found
+    processes = [parent]
+    for process in processes:  # grows while it is iterated over
+        processes += children.get(process, [])
+    return processes
 
 
 def kill(running, rng):
-    """kill -9 of everything, as a machine that fails, or of one process, whose others then must not stay."""
-    known = processes_of(running.pid)
-    for process in known if rng.random() < 0.5 else [rng.choice(known)]:
+    """Kill all processes, like a machine failure, or one of them, after which the others must end too."""
+    processes = processes_of(running.pid)
+    victims = processes if rng.random() < 0.5 else [rng.choice(processes)]
+    for process in victims:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     running.wait(60)
     deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{process}").exists() for process in known):
-        assert time.monotonic() < deadline, "processes stay behind"
+    while any(Path(f"/proc/{process}").exists() for process in processes):
+        assert time.monotonic() < deadline, "processes are still running"
         time.sleep(0.1)
 
 
 def contents(folder):
-    """Weights, samples and answers of a finished run."""
-    found = {}
+    """Collect the weights, samples, answers and results of a finished run."""
+    results = {}
     for path in sorted(folder.glob("model/*/LATEST/model.safetensors")):
-        found[path.parts[-3]] = {name: weight.numpy().tobytes() for name, weight in load_file(path).items()}
+        results[path.parts[-3]] = {name: weight.numpy().tobytes() for name, weight in load_file(path).items()}
     for path in sorted([*folder.glob("data/seed0/train/*"), *folder.glob("data/seed0/test/*")]):
-        timed = path.name.endswith((".meta.json", ".speed.json"))  # they name the run's folder, its seconds
-        found[path.name] = b"" if timed else path.read_bytes()
+        # These files have the name of the run folder and timings.
+        timed = path.name.endswith((".meta.json", ".speed.json"))
+        results[path.name] = b"" if timed else path.read_bytes()
     answers = [json.loads(path.read_text()) for path in folder.glob("toy/facts/*/*/output.json")]
-    found["answers"] = sorted(json.dumps([row["output"] for row in rows]) for rows in answers)
+    results["answers"] = sorted(json.dumps([row["output"] for row in rows]) for rows in answers)
     systems = json.loads((folder / "results.json").read_text())["systems"]
     for row in systems.values():
-        row.pop("mean_kl", None)  # rounded as the batch's shape has it, unlike every token
-    found["systems"] = systems
-    return found
+        row.pop("mean_kl", None)  # its rounding depends on batch shapes, unlike the tokens
+    results["systems"] = systems
+    return results
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_killed_at_random_moments(count, tmp_path, capsys):
-    """Weights, samples, answers and results equal, bit by bit, those of the run that nobody killed."""
-    whole, log = tmp_path / "whole", tmp_path / "log"
-    began = time.monotonic()
-    for command in commands(whole, count):
+def test_killed_run_gives_identical_results(count, tmp_path, capsys):
+    """Weights, samples, answers and results are identical to those of an undisturbed run."""
+    undisturbed = tmp_path / "undisturbed"
+    log = tmp_path / "log"
+    start_time = time.monotonic()
+    for command in commands(undisturbed, count):
         assert start(command, count, log).wait(600) == 0, log.read_text()[-3000:]
-    took = time.monotonic() - began
-    rng, killed, turn = random.Random(count), 0, 0
+    seconds = time.monotonic() - start_time
+    rng = random.Random(count)
+    killed = 0
+    turn = 0
     while killed < KILLS:
         turn += 1
         folder = tmp_path / f"cut{turn}"
@@ -100,18 +104,19 @@ def test_killed_at_random_moments(count, tmp_path, capsys):
             while True:
                 running = start(command, count, log)
                 try:
-                    code = running.wait(rng.uniform(0.1, 0.6) * took if killed < KILLS else 600)
+                    code = running.wait(rng.uniform(0.1, 0.6) * seconds if killed < KILLS else 600)
                 except subprocess.TimeoutExpired:
                     kill(running, rng)
                     killed += 1
                     continue
                 assert code == 0, log.read_text()[-3000:]
                 break
-        expected, found = contents(whole), contents(folder)
-        assert expected.keys() == found.keys()
+        expected = contents(undisturbed)
+        results = contents(folder)
+        assert expected.keys() == results.keys()
         for name, value in expected.items():
-            assert found[name] == value, name
+            assert results[name] == value, name
     with capsys.disabled():
         sys.stdout.write(
-            f"{count} processes: {killed} kills over {turn} runs, {took:.0f} s each if left alone\n"
+            f"{count} processes: {killed} kills over {turn} runs, {seconds:.0f} s per undisturbed run\n"
         )

@@ -4,8 +4,10 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 from small import SMALL, run
 
 import pipeline
@@ -68,7 +70,7 @@ def test_demo_leaves_results_leaderboard_and_report(finished):
     assert all(name in page for name in SYSTEMS) and not re.search("https?:", page)
 
 
-def test_report_has_figures_of_pairs_and_is_made_again_alike(finished, tmp_path):
+def test_report_has_figures_of_pairs_and_is_rebuilt_identically(finished, tmp_path):
     """Every pair's tokens have figures for the rows asked for; `report=FOLDER` alone gives the same bytes."""
     made = [finished / name for name in ("report.html", "leaderboard.md", "leaderboard.tex")]
     saved = json.loads((finished / "report.json").read_text())["report"]
@@ -95,7 +97,7 @@ def test_report_has_figures_of_pairs_and_is_made_again_alike(finished, tmp_path)
         run(pipeline, f"report={tmp_path}")
 
 
-def test_outputs_are_alpaca_rows(finished):
+def test_outputs_have_alpaca_format(finished):
     """output.json has AlpacaEval's fields for every test row, in the order of the test file."""
     test = json.loads((finished / "data" / "seed0" / "test" / "toy_test.json").read_text())
     outputs = sorted(finished.glob("toy/facts/*/*/output.json"))
@@ -116,20 +118,20 @@ def snapshot(folder):
     }
 
 
-def test_second_run_redoes_nothing(finished):
+def test_second_run_reuses_everything(finished):
     before = snapshot(finished)
     demo(finished)
     assert snapshot(finished) == before
 
 
-def test_what_a_change_reaches_is_made_anew(finished, tmp_path, caplog):
+def test_changed_setting_remakes_dependent_outputs(finished, tmp_path, caplog):
     """A changed setting has its stage and all that read it made again; what was there is kept aside."""
     folder = copy_of(finished, tmp_path)
     small = ["experiment=demo", f"output_dir={folder}", *SMALL]
     stages = "stages=[general_proposal,proposal,sample,aligner]"
     before = snapshot(folder)
     run(train, *small, stages, "stage.proposal.n_examples=320")
-    said = [message for message in caplog.messages if "made anew" in message]
+    said = [message for message in caplog.messages if "created again" in message]
     assert len(said) == 3 and "(n_examples: 16 -> 320); kept as" in said[0]
     assert "(proposal: " in said[1] and "(data: " in said[2]
     assert any("general_proposal: done before" in message for message in caplog.messages)
@@ -141,8 +143,8 @@ def test_what_a_change_reaches_is_made_anew(finished, tmp_path, caplog):
         assert written in [after.get(place) for place in (path, *old)], path
     caplog.clear()
     run(train, *small, stages, "stage.proposal.n_examples=320")
-    assert not [message for message in caplog.messages if "made anew" in message]
-    with pytest.raises(UserError, match="holds a toy world of other settings"):
+    assert not [message for message in caplog.messages if "created again" in message]
+    with pytest.raises(UserError, match="holds a toy data set of other settings"):
         run(train, *small, "world.entities=9")
 
 
@@ -161,7 +163,7 @@ def test_evaluation_refuses_weights_of_other_settings(finished):
     assert snapshot(finished) == before
 
 
-def test_a_stage_alone_refuses_what_other_settings_made(finished, tmp_path):
+def test_single_stage_refuses_inputs_of_other_settings(finished, tmp_path):
     """stages=[...] checks what it reads: samples of another temperature, weights of another schedule."""
     small = ["experiment=demo", f"output_dir={copy_of(finished, tmp_path)}", *SMALL]
     with pytest.raises(
@@ -180,7 +182,7 @@ def test_a_stage_alone_refuses_what_other_settings_made(finished, tmp_path):
     run(train, *small, "stages=[aligner]")
 
 
-def test_judging_alone_refuses_answers_to_other_rows(finished, tmp_path):
+def test_judge_step_refuses_answers_to_other_rows(finished, tmp_path):
     """Answers are judged only where they answer these rows by these weights, and are as they were written."""
     folder = copy_of(finished, tmp_path)
     small = ["experiment=demo", f"output_dir={folder}", *SMALL, "evaluation.steps=[judge]"]
@@ -207,7 +209,7 @@ def test_judging_alone_refuses_answers_to_other_rows(finished, tmp_path):
         ("evaluation.tasks.facts.temperature=hot", "sampling.temperature='hot': expected float"),
     ],
 )
-def test_evaluation_is_refused_before_it_decodes(finished, override, message):
+def test_wrong_settings_are_refused_before_decoding(finished, override, message):
     before = snapshot(finished)
     with pytest.raises(UserError, match=message):
         run(pipeline, "experiment=demo", f"output_dir={finished}", *SMALL, override)
@@ -231,7 +233,7 @@ def contents(folder):
     return found | {"systems": systems}
 
 
-def test_interrupted_anywhere_the_same_command_finishes_alike(finished, tmp_path, monkeypatch):
+def test_interrupted_run_finishes_identically(finished, tmp_path, monkeypatch):
     """Ctrl-C in training, in sampling and in generation: started again, everything ends as if
     uninterrupted.
     """
@@ -262,6 +264,25 @@ def test_interrupted_anywhere_the_same_command_finishes_alike(finished, tmp_path
             demo(tmp_path)
     demo(tmp_path)
     assert contents(tmp_path) == contents(finished)
+
+
+@pytest.mark.parametrize(
+    "steps, executed",
+    [
+        (["report"], "judge verify leaderboard report"),
+        (["judge", "generate"], "generate judge"),
+        (["influence", "leaderboard"], "influence judge verify leaderboard"),
+        (["verify"], "verify"),
+        ([], ""),
+    ],
+)
+def test_steps_run_in_order_with_those_they_need(monkeypatch, steps, executed):
+    calls = []
+    recorders = {name: lambda context, name=name: calls.append(name) for name in pipeline.STEPS}
+    monkeypatch.setattr(pipeline, "STEPS", recorders)
+    config = OmegaConf.create({"evaluation": {"steps": steps}})
+    pipeline.run_steps(SimpleNamespace(config=config))
+    assert calls == executed.split()
 
 
 def test_dry_run_writes_nothing(tmp_path, caplog):

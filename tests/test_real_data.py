@@ -1,4 +1,4 @@
-"""The published recipes on real rows and a really trained small model; skipped where those are not there."""
+"""The published recipes on real data and a small trained model; skipped if these are not available."""
 
 import csv
 import gzip
@@ -32,7 +32,7 @@ def head(path, n):
 
 
 def overrides(recipe, root, aligners):
-    """The recipe with the small proposal, a fresh aligner of two layers, and sizes for a test."""
+    """Return overrides: the recipe with the small proposal, new two-layer aligners, and small sizes."""
     small = [
         f"experiment={recipe}",
         f"data_dir={root / 'data'}",
@@ -62,7 +62,7 @@ def heldout_losses(run_dir):
 
 
 def check(root, dataset, sampled, tasks, n_test):
-    """Losses fell, every training row has a sample, every test row has text, the leaderboards stand."""
+    """Assert that losses fell, training rows have samples, test rows have answers, and leaderboards exist."""
     runs = list((root / "out" / "model").iterdir())
     for run_dir in runs:
         losses = heldout_losses(run_dir)
@@ -119,19 +119,19 @@ def test_hh_helpful_and_harmless(tmp_path):
 
 
 def test_packed_equals_padded():
-    """The trained model on real dialogues: sums of both answers and the gradient, for a batch of 24."""
+    """Log-probability sums of both answers and the gradient for 24 real dialogues."""
     examples = []
     for index, row in enumerate(head(SHARED / "data" / "hh" / "helpful-base.test.jsonl.gz", 24)):
         (prompt, chosen), (_, rejected) = (split_dialogue(row[key]) for key in ("chosen", "rejected"))
         examples.append(Example(index, prompt, chosen, rejected))
     data = tokenize(examples, checkpoints.load_tokenizer(STORIES), 512, 384)
-    found = []
-    for way in (logps.packed_logps, logps.padded_logps):
+    results = []
+    for compute in (logps.packed_logps, logps.padded_logps):
         model = checkpoints.load_model(STORIES, "float32")
         assert logps.prepare(model, 512) is None
-        sums, _ = way(model, data, range(24), ("target", "negative"), 0)
+        sums, _ = compute(model, data, range(24), ("target", "negative"), 0)
         (0.3 * sums["negative"] - sums["target"]).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        found.append((sums["target"].detach(), sums["negative"].detach(), gradient))
-    for ours, theirs in zip(*found, strict=True):
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+        results.append((sums["target"].detach(), sums["negative"].detach(), gradient))
+    for packed, padded in zip(*results, strict=True):
+        assert (packed - padded).norm() <= 1e-5 * padded.norm()

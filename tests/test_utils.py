@@ -1,4 +1,4 @@
-"""Hints for misspelt names, exits, devices, progress."""
+"""Hints for misspelt names, exit codes, devices, progress bars, the recorded commit."""
 
 import errno
 import os
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # ---- commit ------------------------------------------------------------------------------------------------
 
 
-def test_a_commit_is_told_with_whether_files_differ_from_it(tmp_path, monkeypatch):
-    """The head of the folder's own checkout; none for a folder inside another's, without one, without git."""
+def test_commit_marks_changed_files(tmp_path, monkeypatch):
+    """Only the top folder of a checkout has a commit; a subfolder, or a machine without git, has none."""
 
     def git(*arguments):
         author = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -54,38 +54,35 @@ def test_a_commit_is_told_with_whether_files_differ_from_it(tmp_path, monkeypatc
 # ---- hints -------------------------------------------------------------------------------------------------
 
 
-def test_a_near_name_is_suggested_and_all_are_listed():
-    """The hint names the closest key, then every key in order."""
+def test_nearest_suggests_one_name_and_lists_all():
     assert nearest("dop", ["sft", "ipo", "dpo"]) == "did you mean 'dpo'? Known: dpo, ipo, sft"
     assert nearest("zzz", ["sft", "ipo"]) == "Known: ipo, sft"
 
 
-def test_a_long_table_is_not_listed():
-    """Among more than forty names only the closest is told."""
+def test_nearest_does_not_list_long_tables():
     assert nearest("name7x", [f"name{i}" for i in range(60)]) == "did you mean 'name7'?"
 
 
-def test_an_error_never_ends_in_a_colon():
-    """Where nothing is close in a long table, the message still says something after its colon."""
+def test_hint_is_never_empty():
+    """If no name in a long table is close, the message still has text after its colon."""
     with pytest.raises(UserError, match=r"[^:\s]\s*\Z"):
         pick({f"name{i}": i for i in range(60)}, "zzz", "template")
 
 
-def test_pick_returns_the_value_or_says_what_was_meant():
-    """A table's value by name, even a false one; else the kind of thing, what was given, what is near."""
+def test_pick_returns_the_value_or_suggests_a_key():
     assert pick({"a": 0}, "a", "letter") == 0
     with pytest.raises(UserError, match=r"\Aunknown loss 'dop': did you mean 'dpo'\? Known: dpo, sft\Z"):
         pick({"sft": 1, "dpo": 2}, "dop", "loss")
 
 
 @pytest.mark.parametrize("name", [None, 3])
-def test_pick_survives_a_name_that_is_no_text(name):
-    """A key left empty or given as a number in the YAML is an unknown name, not a crash."""
+def test_pick_refuses_names_that_are_not_text(name):
+    """An empty or numeric YAML value is an unknown name."""
     with pytest.raises(UserError, match=f"unknown loss {name}"):
         pick({"sft": 1}, name, "loss")
 
 
-MEND = "mend that (is it there, may it be written, is there space?), then the same command goes on"
+REMEDY = "fix that (exists? writable? disk full?), then run the same command again to continue"
 
 
 # ---- exits -------------------------------------------------------------------------------------------------
@@ -98,15 +95,18 @@ MEND = "mend that (is it there, may it be written, is there space?), then the sa
         (
             OSError(errno.ENOSPC, "No space left on device", "_output/x"),
             2,
-            [f"error: _output/x: No space left on device; {MEND}"],
+            [f"error: _output/x: No space left on device; {REMEDY}"],
         ),
-        (OSError(errno.EACCES, "No", ".x.1.partial", None, "x"), 2, [f"error: x: No; {MEND}"]),
-        (OSError("the hub is away\nat line 3"), 2, [f"error: the hub is away; {MEND}"]),
-        (KeyboardInterrupt(), 130, ["stopped: what is finished stands, the same command goes on from there"]),
+        (OSError(errno.EACCES, "No", ".x.1.partial", None, "x"), 2, [f"error: x: No; {REMEDY}"]),
+        (OSError("the hub is unreachable\nat line 3"), 2, [f"error: the hub is unreachable; {REMEDY}"]),
+        (
+            KeyboardInterrupt(),
+            130,
+            ["stopped: finished work is kept; run the same command again to continue"],
+        ),
     ],
 )
-def test_a_mistake_and_ctrl_c_are_one_line_and_a_code(capsys, error, code, lines):
-    """The user sees one line on stderr, nothing on stdout, and scripts see the exit code."""
+def test_errors_and_ctrl_c_end_in_one_line_and_a_code(capsys, error, code, lines):
 
     def main():
         raise error
@@ -117,75 +117,70 @@ def test_a_mistake_and_ctrl_c_are_one_line_and_a_code(capsys, error, code, lines
     assert stopped.value.code == code and out == "" and err.strip().splitlines() == lines
 
 
-def test_an_entry_point_changes_nothing_else():
-    """What main returns is handed back, and a defect of the program keeps its traceback."""
+def test_entry_point_returns_results_and_keeps_tracebacks():
     assert run_entry_point(lambda: "value") == "value"
     with pytest.raises(ZeroDivisionError):
         run_entry_point(lambda: 1 / 0)
 
 
-def test_a_process_exits_without_a_traceback():
-    """In a real process the line is all of stderr, and the code is the process's own."""
+def test_user_error_of_a_process_has_no_traceback():
     code = "import utils\ndef main(): raise utils.UserError('bad')\nutils.run_entry_point(main)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr, done.stdout) == (2, "error: bad\n", "")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr, result.stdout) == (2, "error: bad\n", "")
 
 
 @pytest.mark.parametrize("entry", [["train.py"], ["pipeline.py"], ["-m", "ram.data.prepare"]])
-def test_ctrl_c_during_the_imports_is_quiet(tmp_path, entry):
-    """The seconds in which torch loads end like any others: without a traceback."""
+def test_ctrl_c_during_imports_has_no_traceback(tmp_path, entry):
     (tmp_path / "torch.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, *entry], cwd=ROOT, env=env, capture_output=True, timeout=60)
-    assert (done.returncode, done.stderr, done.stdout) == (-2, b"", b"")
+    result = subprocess.run([sys.executable, *entry], cwd=ROOT, env=env, capture_output=True, timeout=60)
+    assert (result.returncode, result.stderr, result.stdout) == (-2, b"", b"")
 
 
-def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+def test_unwritable_log_folder_is_one_line(tmp_path):
     (tmp_path / "_log").touch()
     command = [sys.executable, ROOT / "train.py", "experiment=llama_uc", "dry_run=true"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (2, f"error: _log: File exists; {MEND}\n")
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (2, f"error: _log: File exists; {REMEDY}\n")
 
 
-# ---- devices, folders, seeds, progress ---------------------------------------------------------------------
+# ---- devices, folders, progress ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("device", "native", "expected"),
     [("cpu", True, torch.float32), ("cuda", True, torch.bfloat16), ("cuda", False, torch.float32)],
 )
-def test_auto_is_bfloat16_only_where_a_gpu_has_it(monkeypatch, device, native, expected):
-    """The CPU and GPUs that merely emulate bfloat16 get float32."""
+def test_auto_dtype_is_bfloat16_only_with_native_support(monkeypatch, device, native, expected):
+    """CPUs, and GPUs that emulate bfloat16, get float32."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: native)
     assert pick_dtype("auto", torch.device(device)) == expected
 
 
-def test_types_have_their_torch_names():
-    """A named type is taken whatever the device; an unknown one says which there are."""
+def test_dtype_by_name():
     for name in ("float32", "bfloat16", "float64"):
         assert pick_dtype(name, torch.device("cuda")) == getattr(torch, name)
     with pytest.raises(UserError, match="unknown dtype 'bf16': .*bfloat16"):
         pick_dtype("bf16", torch.device("cpu"))
 
 
-def test_the_first_folder_that_exists_caches_the_hub(tmp_path):
-    """Folders are tried in order; a file is none; without any the hub's own default stays."""
+def test_hub_cache_is_the_first_existing_folder(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir(), two.mkdir(), (tmp_path / "file").touch()
+    one.mkdir()
+    two.mkdir()
+    (tmp_path / "file").touch()
     assert catalogue.hub_cache([str(tmp_path / "none"), str(tmp_path / "file"), str(two), str(one)]) == str(
         two
     )
     assert catalogue.hub_cache([]) is None and catalogue.hub_cache([str(tmp_path / "none")]) is None
 
 
-def test_progress_yields_every_item_and_no_line_for_short_work(capsys, caplog):
-    """What is done at once shows nothing, neither on the terminal's streams nor in the log."""
+def test_progress_is_silent_for_short_work(capsys, caplog):
     assert list(progress(range(5), desc="work")) == [0, 1, 2, 3, 4]
     assert capsys.readouterr() == ("", "") and caplog.text == ""
 
 
-def test_progress_in_a_log_is_a_line_and_not_a_redrawn_bar(capsys, caplog):
-    """Long work in a file or pipe logs a plain line now and then, without carriage returns."""
+def test_progress_in_a_log_is_plain_lines(capsys, caplog):
     with progress(total=10, desc="work", unit="row") as bar:
         bar.start_t -= 100  # as if 100 seconds had passed
         bar.last_print_t -= 100

@@ -41,14 +41,14 @@ def answer_file(output: Path, job: AnswerJob, overwrite: bool) -> None:
 
 
 def _answer_file(output: Path, job: AnswerJob, overwrite: bool) -> None:
-    if processes.from_first(lambda: finished(output, job.made_from, overwrite, job.label)):
+    if processes.from_rank0(lambda: finished(output, job.made_from, overwrite, job.label)):
         return
     _ = job.encoded  # raises if the job cannot work, before anything is written
     parts = PartFiles(output, job.identity, overwrite)
     answer_all(job, parts)
-    processes.wait()
-    if processes.is_first():
-        answers = parts.everything(len(job.prompts))
+    processes.barrier()
+    if processes.is_rank0():
+        answers = parts.collect(len(job.prompts))
         write_jsonl(trace_path(output), answers)
         rows = [
             {**record, job.key: answer["text"], **job.extra}
@@ -56,7 +56,7 @@ def _answer_file(output: Path, job: AnswerJob, overwrite: bool) -> None:
         ]
         write_marked(output, rows, job.made_from, trace_path(output))
         parts.remove()
-    processes.wait()
+    processes.barrier()
     log.info(f"saved    {output}")
 
 
@@ -88,12 +88,12 @@ def answer_all(job: AnswerJob, parts: PartFiles) -> None:
             parts.add(answer)
             n_tokens += answer["n_tokens"]
     parts.close()
-    all_failures = [failure for process in processes.everyones(failures) for failure in process]
+    all_failures = [failure for process in processes.all_gather(failures) for failure in process]
     report_failures(job, parts, all_failures)
-    total_tokens = int(processes.total({"tokens": n_tokens})["tokens"])
-    seconds = max(processes.everyones(time.monotonic() - start))
+    total_tokens = int(processes.all_sum({"tokens": n_tokens})["tokens"])
+    seconds = max(processes.all_gather(time.monotonic() - start))
     tokens_per_second = total_tokens / seconds
-    if processes.is_first():
+    if processes.is_rank0():
         speed = {"tokens": total_tokens, "seconds": seconds, "tokens_per_second": tokens_per_second}
         write_json(speed_path(parts.output), speed)
     log.info(
@@ -105,7 +105,7 @@ def answer_all(job: AnswerJob, parts: PartFiles) -> None:
 def report_failures(job: AnswerJob, parts: PartFiles, failures: list[dict[str, Any]]) -> None:
     """Write the rows without an answer to OUTPUT.failed.jsonl, and raise UserError if there are any."""
     path = parts.output.with_name(f"{parts.output.name}.failed.jsonl")
-    if processes.is_first():
+    if processes.is_rank0():
         path.unlink(missing_ok=True)
         if failures:
             write_jsonl(path, sorted(failures, key=lambda failure: failure["row"]))

@@ -10,8 +10,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -19,9 +18,6 @@ from ram.answers.jobs import AnswerJob
 from ram.errors import UserError
 from ram.log import log
 from ram.storage.files import fingerprint
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 Read = Callable[[dict[str, Any]], Any]  # extracts the result from the JSON of one answer
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # status codes after which a retry may succeed
@@ -79,6 +75,23 @@ class Tally:
         return text if self.price is None else f"{text}, price {self.price:.2f}"
 
 
+class ServerSettings(Protocol):
+    """The settings of `Endpoints`, which sampling and judges have among others."""
+
+    @property
+    def urls(self) -> list[str]: ...
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def key_env(self) -> str | None: ...
+    @property
+    def concurrency(self) -> int: ...
+    @property
+    def retries(self) -> int: ...
+    @property
+    def timeout(self) -> float: ...
+
+
 class Endpoints:
     """A context manager for requests to one or more servers of the same model.
 
@@ -88,7 +101,7 @@ class Endpoints:
         tally: Counts all answers.
     """
 
-    def __init__(self, settings: "DictConfig | SimpleNamespace", tally: Tally | None = None) -> None:
+    def __init__(self, settings: ServerSettings, tally: Tally | None = None) -> None:
         self.settings = settings
         self.urls: list[str] = [url.rstrip("/") for url in settings.urls]
         self.tally = tally or Tally()
@@ -242,12 +255,12 @@ def answers(job: AnswerJob, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
     settings = job.settings
     tokenizer, prompt_ids = job.encoded
     prefix = "" if job.pair.aligner else "base_"
-    top_k = settings[f"{prefix}top_k"]
-    repetition_penalty = settings[f"{prefix}repetition_penalty"]
+    top_k = getattr(settings, f"{prefix}top_k")
+    repetition_penalty = getattr(settings, f"{prefix}repetition_penalty")
     common: dict[str, Any] = {
         "max_tokens": job.max_new_tokens,
-        "temperature": settings[f"{prefix}temperature"],
-        "top_p": settings[f"{prefix}top_p"],
+        "temperature": getattr(settings, f"{prefix}temperature"),
+        "top_p": getattr(settings, f"{prefix}top_p"),
     }
     # Not every server accepts the following keys, so they are sent only if they have an effect.
     if job.stop:

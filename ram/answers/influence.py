@@ -16,8 +16,8 @@ import torch
 
 from ram.answers import answer_files
 from ram.answers.jobs import AnswerJob
-from ram.decoding.par import PARParams, next_token_law, seen_mask, warp
-from ram.decoding.reference import eos_token_ids, wide
+from ram.decoding.par import PARParams, next_token_law, seen_mask, warp, wide
+from ram.decoding.rows import eos_token_ids
 from ram.distributed import processes
 from ram.log import log, progress
 from ram.storage.files import fingerprint, only_run, read_rows
@@ -178,7 +178,7 @@ def figures_file(output: Path, job: AnswerJob, n: int, overwrite: bool) -> None:
     path = figures_path(output)
     rows = evenly_spread(n, len(job.prompts))
     with only_run(path):
-        if not rows or processes.from_first(lambda: not overwrite and is_finished(path, job, rows)):
+        if not rows or processes.from_rank0(lambda: not overwrite and is_finished(path, job, rows)):
             return
         answers = answer_files.read_answers(output, job)
         if any("token_ids" not in answers[row] for row in rows):
@@ -201,11 +201,11 @@ def figures_file(output: Path, job: AnswerJob, n: int, overwrite: bool) -> None:
             )
             parts.add({"index": index, "row": row, **figures})
         parts.close()
-        processes.wait()
-        if processes.is_first():
-            write_marked(path, parts.everything(len(rows)), made_from(job))
+        processes.barrier()
+        if processes.is_rank0():
+            write_marked(path, parts.collect(len(rows)), made_from(job))
             parts.remove()
-        processes.wait()
+        processes.barrier()
         log.info(f"saved    {path}")
 
 

@@ -13,8 +13,9 @@ from ram.models import checkpoints
 from ram.storage.files import fingerprint
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ram.settings.schema import SamplingSettings
 
 # The sampling settings of one model alone; the proposal's have the prefix "base_".
 MODEL_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -67,7 +68,7 @@ class AnswerJob:
     label: str
     pair: Pair
     params: PARParams
-    settings: "DictConfig"
+    settings: "SamplingSettings"
     records: list[dict[str, Any]]
     prompts: list[str]
     row_ids: list[int]

@@ -1,4 +1,4 @@
-"""Where data sets are: their names, local files and hub ids, and how raw rows are read."""
+"""The catalogue of data sets: names, local files, hub repositories, and reading raw rows."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,51 +15,58 @@ VARIANTS = ("aligner_warmup", "aligner_common")
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What a loader needs to know: which part and whose samples, and where data lies."""
+    """The arguments of a loader."""
 
     part: str  # "train" or "test": the folder under data_dir, or the hub's split
-    proposal: str | None  # whose samples to use as the second answer
+    proposal: str | None  # name of the proposal whose samples become the second answer
     data_dir: Path
-    cache_dir: str | None
+    cache_dir: str | None  # the hub client's cache
     bad: BadRows
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set: its loader, its file, whether proposals may sample it, the folder of its own test
-    split.
-    """
+    """The catalogue entry of one data set."""
 
     load: Callable[[LoadRequest], list[Example]]
-    file: str | None = None  # under data_dir/train; what sampled variants are named after
+    file: str | None = None  # under data_dir/train; sampled variants are named after it
     sampled: bool = True  # whether `NAME_PROPOSAL` exists
-    on_hub: bool = False  # whether the hub serves what is not in local files
+    on_hub: bool = False  # whether the hub is used if there are no local files
     test_folder: str | None = None  # under data_dir/{train,test}; None: held-out prompts are split off
-    pattern: str = "*.jsonl*"  # of the local files there
-    correction: str = prompts.CORRECTION  # what asks the Aligner baseline for a corrected answer
+    pattern: str = "*.jsonl*"  # file names in test_folder
+    correction: str = prompts.CORRECTION  # text after which the Aligner baseline writes its correction
 
     def has_test_split(self, data_dir: Path) -> bool:
-        """Whether the set brings its own test split: not if only its training part lies in local files."""
+        """Return whether the set has its own test split: local test files, or the hub's if none are local.
+
+        A set with local training files but no local test files has none.
+        """
         if self.test_folder is None:
             return False
-        train, test = (
-            local_files(data_dir / part / self.test_folder, self.pattern) for part in ("train", "test")
-        )
-        return bool(test) or not train
+        train_files = local_files(data_dir / "train" / self.test_folder, self.pattern)
+        test_files = local_files(data_dir / "test" / self.test_folder, self.pattern)
+        return bool(test_files) or not train_files
 
 
 def sampled_name(file_name: str, proposal: str | None) -> str:
-    """`x.json` -> `x_sampling_{proposal}.json`; unchanged without a proposal."""
+    """Return `x_sampling_{proposal}.json` for `x.json`, or the name unchanged without a proposal."""
+    if not proposal:
+        return file_name
     stem, suffix = file_name.split(".", 1)
-    return f"{stem}_sampling_{proposal}.{suffix}" if proposal else file_name
+    return f"{stem}_sampling_{proposal}.{suffix}"
 
 
 def parse_name(name: str, datasets: Mapping[str, Source]) -> tuple[str, str | None, str | None]:
-    """`uc_llama8b_aligner_warmup` -> ("uc", "llama8b", "aligner_warmup"); raises UserError if unknown."""
-    rest, variant = name, None
+    """Split a data set's name into (base, proposal, variant); raises UserError if it is unknown.
+
+    Example: `uc_llama8b_aligner_warmup` -> ("uc", "llama8b", "aligner_warmup").
+    """
+    rest = name
+    variant = None
     for candidate in VARIANTS:
         if name.endswith(f"_{candidate}"):
-            rest, variant = name.removesuffix(f"_{candidate}"), candidate
+            rest = name.removesuffix(f"_{candidate}")
+            variant = candidate
     base, _, proposal = rest.partition("_")
     source = datasets.get(base)
     if source is None or rest.endswith("_"):
@@ -71,13 +78,13 @@ def parse_name(name: str, datasets: Mapping[str, Source]) -> tuple[str, str | No
 
 
 def local_file(name: str, data_dir: str | Path, datasets: Mapping[str, Source]) -> Path | None:
-    """The one training file of a data set's name; None for a set that may come in other files or from the
-    hub.
-    """
+    """Return the training file of a data set, or None if its rows may come from other files or the hub."""
     base, proposal, _ = parse_name(name, datasets)
-    if datasets[base].on_hub and not proposal:
+    source = datasets[base]
+    if source.on_hub and not proposal:
         return None
-    return Path(data_dir) / "train" / sampled_name(datasets[base].file, proposal)
+    assert source.file is not None, f"data set {base!r} is neither on the hub nor in a file"
+    return Path(data_dir) / "train" / sampled_name(source.file, proposal)
 
 
 def local_or_hub(
@@ -88,20 +95,33 @@ def local_or_hub(
     required: Sequence[str] | dict[str, type],
     hub_dir: str = "",
 ) -> list[tuple[int, dict]]:
-    """Rows of data_dir/{part}/{folder}/{pattern} where such files lie, else of the hub's data set."""
-    local = local_files(request.data_dir / request.part / folder, pattern)
-    if not local:
+    """Read rows from data_dir/{part}/{folder}/{pattern}, or from the hub if no such file exists.
+
+    Args:
+        request: The part to read and where the data is stored.
+        folder: Folder of the local files.
+        pattern: Glob pattern of their names.
+        hub_id: Repository on the hub.
+        required: Fields of every local row, as in `read_rows`.
+        hub_dir: Folder in the repository.
+
+    Returns:
+        (row id, row): the id counts all rows of all files, bad ones included, so no id depends on
+        another row.
+    """
+    paths = local_files(request.data_dir / request.part / folder, pattern)
+    if not paths:
         return list(enumerate(_hub_rows(hub_id, hub_dir, request, folder)))
-    found: list[tuple[int, dict]] = []
-    before = 0  # rows of the earlier files, the bad ones included: no row's id depends on another row
-    for path in local:
-        found += [(before + index, row) for index, row in read_rows(path, required, request.bad)]
-        before += count_lines(path)
-    return found
+    rows: list[tuple[int, dict]] = []
+    first_id = 0
+    for path in paths:
+        rows += [(first_id + index, row) for index, row in read_rows(path, required, request.bad)]
+        first_id += count_lines(path)
+    return rows
 
 
 def local_files(folder: Path, pattern: str) -> list[Path]:
-    """Matching files in order of their names; hidden ones are leftovers of a write that was cut, not data."""
+    """Return matching files in order of their names; hidden ones are partial writes of a killed run."""
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
@@ -109,7 +129,7 @@ def _hub_rows(hub_id: str, hub_dir: str, request: LoadRequest, folder: str) -> l
     import datasets
 
     local = request.data_dir / request.part / folder
-    log.info(f"{hub_id}: no local files in {local}, asking the hub")
+    log.info(f"{hub_id}: no local files in {local}, loading from the hub")
     try:
         data = datasets.load_dataset(
             hub_id, data_dir=hub_dir or None, split=request.part, cache_dir=request.cache_dir
@@ -117,12 +137,11 @@ def _hub_rows(hub_id: str, hub_dir: str, request: LoadRequest, folder: str) -> l
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise UserError(
             f"{hub_id} ({request.part}) cannot be loaded from the hub ({type(error).__name__}); put its "
-            ".jsonl or "
-            f".jsonl.gz files into {local} (hh: `bash bin/prepare_data.sh hh --from FILE` does it)"
+            f".jsonl or .jsonl.gz files into {local} (for hh: `bash bin/prepare_data.sh hh --from FILE`)"
         ) from None
-    return list(data)
+    return list(data)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def hub_cache(local_dirs: Sequence[str]) -> str | None:
-    """The first of the folders that exists, as the cache of what comes from the hub; None for its default."""
+    """Return the first existing folder as the hub client's cache, or None for its default."""
     return next((str(path) for path in local_dirs if Path(path).is_dir()), None)

@@ -1,9 +1,9 @@
-"""Makes the training and test files below data_dir, from the hub or from local copies of its files.
+"""Create the training and test files in data_dir, from the hub or from local copies of its files.
 
     python -m ram.data.prepare                                              all four data sets, from the hub
     python -m ram.data.prepare hh --from helpful-base/test.jsonl.gz         local copies of one data set
 
-_data/README.md describes every file. A file that is there already is kept unless --overwrite is given.
+_data/README.md describes every file. Existing files are kept unless --overwrite is given.
 """
 
 import argparse
@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-if __name__ == "__main__":  # Ctrl-C during the seconds that the imports take needs no traceback
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from ram.data.prompts import split_dialogue
@@ -29,89 +30,99 @@ Row = dict[str, str]
 
 
 class Skip(Exception):
-    """A row that cannot be used; its message is the reason, by which such rows are counted."""
+    """An unusable row; its message is the reason, and rows are counted by reason."""
 
 
-# ---- conversions: one row of a source -> one row of a file -------------------------------------------------
+# ---- conversions: a row of a source -> a row of a file -----------------------------------------------------
 
 
-def first_round(row: dict) -> Row:
-    """The first question and answer of an UltraChat dialogue, or an instruction with its answer."""
+def first_round(row: dict[str, Any]) -> Row:
+    """Convert an UltraChat dialogue to its first question and answer, or keep an instruction pair."""
     if isinstance(row.get("data"), list):
         return _pair(row["data"])
     if isinstance(row.get("messages"), list):
         turns = [turn for turn in row["messages"] if isinstance(turn, dict) and turn.get("role") != "system"]
         if [turn.get("role") for turn in turns[:2]] != ["user", "assistant"]:
-            raise Skip("does not begin with a user's turn and an assistant's")
+            raise Skip("does not begin with a user turn and an assistant turn")
         return _pair([turn.get("content") for turn in turns])
     instruction, output = _fields(row, "instruction", "output")
-    extra = row.get("input")
-    has_extra = isinstance(extra, str) and extra.strip()
-    return _pair([f"{instruction}\n{extra}" if has_extra else instruction, output])
+    context = row.get("input")
+    if isinstance(context, str) and context.strip():
+        instruction = f"{instruction}\n{context}"
+    return _pair([instruction, output])
 
 
-def summary(row: dict) -> Row:
-    """A TL;DR post with its human summary."""
-    names = [pair for pair in (("prompt", "label"), ("prompt", "completion")) if pair[1] in row]
-    post, text = _fields(row, *(names or [("instruction", "output")])[0])
-    # The prompt will end in "Assistant: ": a completion's own leading space would be a second one.
+def summary(row: dict[str, Any]) -> Row:
+    """Convert a TL;DR post with its human summary; the hub's repositories use three sets of field names."""
+    if "label" in row:
+        names = ("prompt", "label")
+    elif "completion" in row:
+        names = ("prompt", "completion")
+    else:
+        names = ("instruction", "output")
+    post, text = _fields(row, *names)
+    # The rendered prompt ends in "Assistant: ", so a completion's own leading space would be a second one.
     return _pair([post, text.removeprefix(" ")])
 
 
-def comparison(row: dict) -> Row:
-    """Two whole dialogues of Anthropic HH, kept as they are."""
+def comparison(row: dict[str, Any]) -> Row:
+    """Keep two whole dialogues of Anthropic HH unchanged."""
     better, worse = _fields(row, "chosen", "rejected")
     if not split_dialogue(better) or not split_dialogue(worse):
         raise Skip("no '\\n\\nAssistant:' in a dialogue")
     return {"chosen": better, "rejected": worse}
 
 
-def chosen(row: dict) -> Row:
-    """A comparison as a test row: the dialogue up to the last answer, and the chosen one as the reference."""
-    (prompt, answer), (other, _) = (split_dialogue(text) for text in comparison(row).values())
-    if prompt != other:
+def chosen(row: dict[str, Any]) -> Row:
+    """Convert a comparison to a test row: the dialogue as prompt, the chosen last answer as reference."""
+    pair = comparison(row)
+    better = split_dialogue(pair["chosen"])
+    worse = split_dialogue(pair["rejected"])
+    assert better is not None and worse is not None, "checked by comparison()"
+    if better[0] != worse[0]:
         raise Skip("chosen and rejected prompts differ")
-    return _pair([prompt, answer])
+    return _pair(better)
 
 
-def alpaca(row: dict) -> Row:
-    """One of AlpacaEval's own rows, an empty answer included: AlpacaEval looks questions up by position."""
+def alpaca(row: dict[str, Any]) -> Row:
+    """Keep one of AlpacaEval's rows, even with an empty answer: AlpacaEval finds questions by position."""
     names = ("dataset", "instruction", "output", "generator")
     return dict(zip(names, _fields(row, *names), strict=True))
 
 
-def gamed(row: dict) -> Row:
-    """One row of AlpacaEval's df_gamed.csv without the columns that its length control does not read."""
+def gamed(row: dict[str, Any]) -> Row:
+    """Keep the columns of AlpacaEval's df_gamed.csv that its length control reads."""
     names = ("index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
     if not all(name in row for name in names):
         raise Skip(f"not the expected fields (found: {', '.join(map(str, row)) or 'none'})")
     return {name: "" if row[name] is None else str(row[name]) for name in names}
 
 
-def _fields(row: dict, *names: str) -> list[str]:
+def _fields(row: dict[str, Any], *names: str) -> list[str]:
+    """Return text fields by name; raises Skip if one is missing."""
     if not all(isinstance(row.get(name), str) for name in names):
         raise Skip(f"not the expected fields (found: {', '.join(map(str, row)) or 'none'})")
     return [row[name] for name in names]
 
 
-def _pair(turns: Sequence) -> Row:
+def _pair(turns: Sequence[Any]) -> Row:
     if len(turns) < 2 or not all(isinstance(turn, str) and turn.strip() for turn in turns[:2]):
         raise Skip("no question or no answer")
     return {"instruction": turns[0], "output": turns[1]}
 
 
 def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """At most `count` of the rows, in their order: the lowest by a hash of seed and content.
+    """Draw at most `count` rows, those with the smallest hashes of seed and content; keep their order.
 
-    So the choice depends neither on the order of the rows nor on a random generator's version.
+    The choice depends neither on the order of the rows nor on the version of a random generator.
     """
     ranked = sorted(range(len(rows)), key=lambda index: files.fingerprint([seed, rows[index]]))
     return [rows[index] for index in sorted(ranked[:count])]
 
 
-# ---- what is made of what ----------------------------------------------------------------------------------
+# ---- sources and target files ------------------------------------------------------------------------------
 
-SOURCES = {  # name -> repository on the hub, fields that its rows (or a local copy's) may have
+SOURCES = {  # name -> repository on the hub, accepted fields of its rows
     # The original release; HuggingFaceH4/ultrachat_200k is a filtered selection of it.
     "uc": ("openbmb/UltraChat", "data (a list of turns), or messages, or instruction and output"),
     "summ": ("CarperAI/openai_summarize_tldr", "prompt and label or completion, or instruction and output"),
@@ -127,15 +138,15 @@ TEST_ROWS = 300
 
 @dataclass(frozen=True)
 class Target:
-    """One file below data_dir, and where its rows come from."""
+    """One file to create in data_dir, and the source of its rows."""
 
     name: str  # a key of SOURCES
-    part: str  # of that data set: what one --from file holds
+    part: str  # the part of that data set which one --from file holds
     source: str  # file, or pattern of files, in the repository
-    file: str
-    convert: Callable[[dict], Row]
-    generator: str | None = None  # who wrote a test file's references; set: TEST_ROWS of the rows are drawn
-    limit: int | None = None  # rows that are read
+    file: str  # relative to data_dir
+    convert: Callable[[dict[str, Any]], Row]
+    generator: str | None = None  # author of the references; if set, TEST_ROWS rows are drawn
+    limit: int | None = None  # number of rows to read
 
 
 TARGETS = (
@@ -153,7 +164,7 @@ TARGETS = (
         Target("hh", part, f"{part}.jsonl.gz", f"test/hh_{task}_test_chosen_300.json", chosen, "chosen")
         for task, part in (("helpful", "helpful-base/test"), ("harmless", "harmless-base/test"))
     ),
-    # The answers in this file are gpt4_1106_preview's.
+    # The answers in this file are by gpt4_1106_preview.
     Target("alpaca", "", "alpaca_eval_gpt4_baseline.json", "test/alpaca_eval_gpt4_baseline.json", alpaca),
     Target("alpaca", "gamed", "df_gamed.csv", "test/alpaca_eval_length_control.csv", gamed),
 )
@@ -162,11 +173,19 @@ TARGETS = (
 # ---- reading and writing -----------------------------------------------------------------------------------
 
 
-def hub_rows(target: Target, missing: Iterable[str]) -> Iterator[dict]:
-    """Rows of a target's source; where it cannot be had, an error that says how to bring what is missing."""
+def hub_rows(target: Target, missing: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Stream the rows of a target from the hub.
+
+    Args:
+        target: The file to create.
+        missing: Source files of this and the remaining targets, for the advice if the hub is unreachable.
+
+    Raises:
+        UserError: If the source cannot be read; says how to provide the missing files locally.
+    """
     repository, _ = SOURCES[target.name]
-    # By file, because alpaca_eval's repository has a loading script, which datasets >= 4 refuses. Streaming,
-    # because UltraChat has 9 GB and the beginning is enough.
+    # Read file by file: alpaca_eval's repository has a loading script, which datasets >= 4 refuses. Streamed:
+    # UltraChat has 9 GB, and its beginning is enough.
     builder = {".parquet": "parquet", ".csv": "csv"}.get(Path(target.source).suffix, "json")
     files = f"hf://datasets/{repository}/{target.source}"
     try:
@@ -175,14 +194,14 @@ def hub_rows(target: Target, missing: Iterable[str]) -> Iterator[dict]:
         yield from datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise UserError(
-            f"{repository} cannot be read from the hub ({type(error).__name__}); fetch the files from "
-            f"https://huggingface.co/datasets/{repository}/tree/main where it can be reached, then: "
+            f"{repository} cannot be read from the hub ({type(error).__name__}); download the files from "
+            f"https://huggingface.co/datasets/{repository}/tree/main on another machine, then run: "
             f"python -m ram.data.prepare {target.name} --from {' '.join(dict.fromkeys(missing))}"
         ) from None
 
 
-def local_rows(paths: Sequence[Path]) -> Iterator[dict]:
-    """Rows of local .json, .jsonl, .jsonl.gz, .csv or .parquet files, one file after the other."""
+def local_rows(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Read the rows of local .json, .jsonl, .jsonl.gz, .csv or .parquet files in order."""
     for path in paths:
         if path.suffix == ".csv":
             try:
@@ -191,7 +210,7 @@ def local_rows(paths: Sequence[Path]) -> Iterator[dict]:
             except (csv.Error, UnicodeDecodeError) as error:
                 raise UserError(f"{path}: cannot be read as CSV ({error})") from None
         elif path.suffix == ".parquet":
-            import pyarrow.parquet  # comes with datasets; the hub has TL;DR in no other format
+            import pyarrow.parquet  # installed with datasets; the hub stores TL;DR as parquet only
 
             try:
                 yield from pyarrow.parquet.read_table(path).to_pylist()
@@ -200,17 +219,18 @@ def local_rows(paths: Sequence[Path]) -> Iterator[dict]:
         else:
             bad = BadRows("skip")
             rows = files.read_rows(path, bad=bad)
-            if bad.rows:  # unlike a row without an answer, a sign that the copy is damaged
-                raise UserError(f"{bad.rows[0]['where']}: {bad.rows[0]['reason']}; is the file cut short?")
+            if bad.rows:  # malformed rows, unlike rows without an answer, mean a damaged copy
+                raise UserError(f"{bad.rows[0]['where']}: {bad.rows[0]['reason']}; is the file truncated?")
             yield from (row for _, row in rows)
 
 
 def part_of(name: str, path: Path, split: str | None) -> str:
-    """Which part of a data set a local file holds, by its name, its folder and --split."""
+    """Determine which part of a data set a local file holds, from its name, its folder and --split."""
     if not path.is_file():
         raise UserError(f"--from {path}: no such file; looked for {path.absolute()}")
-    in_name = re.search(r"(?<![a-z])(train|test)", path.name.lower())  # "latest" is no test
-    split = split or (in_name and in_name[1])
+    if not split:
+        in_name = re.search(r"(?<![a-z])(train|test)", path.name.lower())  # not the end of "latest"
+        split = in_name[1] if in_name else None
     if name == "summ":
         return split or "train"
     if name == "alpaca":
@@ -223,36 +243,46 @@ def part_of(name: str, path: Path, split: str | None) -> str:
     if not subset or not split:
         raise UserError(
             f"--from {path}: cannot tell which part of hh it holds; name it SUBSET.SPLIT.jsonl.gz or "
-            f"SUBSET/SPLIT.jsonl.gz, where SUBSET is one of {', '.join(HH_SUBSETS)} and SPLIT train or test"
+            f"SUBSET/SPLIT.jsonl.gz (SUBSET is one of {', '.join(HH_SUBSETS)}; SPLIT is train or test)"
         )
     return f"{subset}/{split}"
 
 
-def write(target: Target, rows: Iterable[dict], path: Path, seed: int) -> None:
-    """Writes a target's file, and says its rows, its checksum and what was left out for which reason."""
-    made, skipped, read = [], Counter(), 0
-    constants = {"generator": target.generator, "dataset": f"{target.name}/{target.part}"}
+def write(target: Target, rows: Iterable[dict[str, Any]], path: Path, seed: int) -> None:
+    """Write a target's file; log its number of rows, its checksum, and the skipped rows by reason."""
+    usable: list[Row] = []
+    skipped: Counter[str] = Counter()
+    read = 0
+    constants = {}
+    if target.generator:
+        constants = {"generator": target.generator, "dataset": f"{target.name}/{target.part}"}
     for row in progress(islice(rows, target.limit), total=target.limit, desc=target.file):
         read += 1
         try:
-            made.append(target.convert(row) | (constants if target.generator else {}))
-            "".join(made[-1].values()).encode()
+            converted = target.convert(row) | constants
+            "".join(converted.values()).encode()
         except Skip as reason:
             skipped[str(reason)] += 1
-        except UnicodeEncodeError:  # half a surrogate pair: JSON can hold it, UTF-8 cannot
-            made.pop()
+        except UnicodeEncodeError:  # an unpaired surrogate: allowed in JSON, but not in UTF-8
             skipped["text that is not valid Unicode"] += 1
+        else:
+            usable.append(converted)
     reasons = "; ".join(f"{count:,} {reason}" for reason, count in skipped.items())
-    if not made:
+    if not usable:
         expected = SOURCES[target.name][1]
         raise UserError(f"{path}: none of {read:,} rows can be used ({reasons}); expected {expected}")
-    kept = draw(made, TEST_ROWS, seed) if target.generator else made
-    writers = {".jsonl": files.write_jsonl, ".csv": files.write_csv}
-    writers.get(path.suffix, files.write_json)(path, kept)
+    kept = draw(usable, TEST_ROWS, seed) if target.generator else usable
+    if path.suffix == ".jsonl":
+        files.write_jsonl(path, kept)
+    elif path.suffix == ".csv":
+        files.write_csv(path, kept)
+    else:
+        files.write_json(path, kept)
     notes = [f"{path}: {len(kept):,} rows", f"sha256 {files.file_sha256(path)[:16]}"]
-    if target.generator:
-        few = f"all that can be used, fewer than {TEST_ROWS}"
-        notes.append(few if len(made) < TEST_ROWS else f"drawn from {len(made):,} by seed {seed}")
+    if target.generator and len(usable) < TEST_ROWS:
+        notes.append(f"all usable rows, fewer than {TEST_ROWS}")
+    elif target.generator:
+        notes.append(f"drawn from {len(usable):,} with seed {seed}")
     if target.limit and read < target.limit:
         notes.append(f"the source has fewer than {target.limit:,}")
     if skipped:
@@ -261,24 +291,30 @@ def write(target: Target, rows: Iterable[dict], path: Path, seed: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prepares the data sets that the command line names, from the hub or from local files of one of them."""
+    """Prepare the data sets named on the command line, from the hub or from local files of one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"{', '.join(SOURCES)}; none = all")
+    add("names", nargs="*", metavar="NAME", help=f"{', '.join(SOURCES)}; default: all")
     add(
-        "--from", nargs="+", type=Path, default=[], metavar="FILE", dest="files", help="convert these instead"
+        "--from",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        dest="files",
+        help="convert these files instead",
     )
-    add("--split", choices=("train", "test"), help="what the --from files hold, if their names do not say")
-    add("--data-dir", type=Path, default=Path("_data"), help="where the files go (default: _data)")
-    add("--seed", type=int, default=0, help="of the 300-row test samples (default: 0)")
-    add("--overwrite", action="store_true", help="replace files that are there already")
+    add("--split", choices=("train", "test"), help="split of the --from files, if not in their names")
+    add("--data-dir", type=Path, default=Path("_data"), help="output folder (default: _data)")
+    add("--seed", type=int, default=0, help="seed of the 300-row test samples (default: 0)")
+    add("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args(arguments)
     for name in args.names:
         pick(SOURCES, name, "data set")
     if args.files and len(args.names) != 1:
         raise UserError(f"--from converts files of one data set: name it first, one of {', '.join(SOURCES)}")
     if args.split and not (args.files and args.names[0] in ("summ", "hh")):
-        raise UserError(f"--split {args.split} says what a --from file of summ or hh holds; leave it out")
+        raise UserError(f"--split {args.split} applies only to --from files of summ or hh; leave it out")
 
     local: dict[str, list[Path]] = {}
     for path in args.files:
@@ -288,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if target.name not in (args.names or SOURCES) or (args.files and target.part not in local):
             continue
         if (args.data_dir / target.file).exists() and not args.overwrite:
-            log.info(f"{args.data_dir / target.file}: is there already, kept (--overwrite replaces it)")
+            log.info(f"{args.data_dir / target.file}: exists, kept (--overwrite replaces it)")
         else:
             todo.append(target)
     for index, target in enumerate(todo):
@@ -298,6 +334,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, interrupt)  # pyright: ignore[reportPossiblyUnboundVariable]
     setup_logging()
     run_entry_point(main)

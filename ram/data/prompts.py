@@ -1,23 +1,29 @@
-"""The only place where a record becomes the text a model reads: templates, corrector prompts, shortening.
+"""Prompt text: templates, corrector prompts, shortening. Nothing else turns a record into model input.
 
-FastChat's conversation templates carry the prompts; the project's own, `ram`, is registered here. FastChat is
-imported inside the functions, so that decoding and training run where it is not installed.
+Prompts are rendered with FastChat's conversation templates; the project's own template, `ram`, is registered
+here. FastChat is imported inside functions, so that decoding and training run without it.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
+from typing import TYPE_CHECKING, Any
 
 from ram.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    from fastchat.conversation import Conversation
+
 TEMPLATE = "ram"
-STOP = "\n\nHuman"  # where a model begins to speak for the user
+STOP = "\n\nHuman"  # a model that writes this continues as the user
 ASSISTANT = "\n\nAssistant: "
 SUMMARY = "\nTL;DR:"
 CORRECTION = "\n\nCorrection: "
 ALPACA_CORRECTION = "\n\n### Correction:\n"
 
-# What must survive a cut: the opening header of a turn, and what asks the model to answer.
+# Shortening keeps these parts whole: the header that opens a turn and the text that requests the answer.
 _TURN = re.compile(r"(?=\n\nHuman: )")
 _OPENING = re.compile(r"\A\n\nHuman: ")
 _HEADER = re.compile(r"\n\n(?:Human|Assistant): ?")
@@ -25,8 +31,8 @@ _ASKING = r"(?:\n\nAssistant: ?|\n\nCorrection: |\n\n### Correction:\n)"
 _CLOSING = re.compile(rf"(?:\s{{0,8}}TL;DR:\s{{0,8}})?{_ASKING}\Z|\s{{0,8}}TL;DR:\s{{0,8}}\Z")
 
 
-def conversation_template(name: str = TEMPLATE):
-    """A fresh FastChat conversation; raises UserError for a name that FastChat does not know."""
+def conversation_template(name: str = TEMPLATE) -> Conversation:
+    """Return a new FastChat conversation; raises UserError if FastChat does not know the name."""
     from fastchat.conversation import (
         Conversation,
         SeparatorStyle,
@@ -36,10 +42,14 @@ def conversation_template(name: str = TEMPLATE):
     )
 
     if TEMPLATE not in conv_templates:
-        # ADD_COLON_SPACE_SINGLE ends in "Assistant: "; ADD_COLON_SINGLE would lose the last space.
+        # ADD_COLON_SPACE_SINGLE ends in "Assistant: "; ADD_COLON_SINGLE would omit the last space.
         style = SeparatorStyle.ADD_COLON_SPACE_SINGLE
         ours = Conversation(
-            TEMPLATE, roles=("Human", "Assistant"), sep_style=style, sep="\n\n", stop_str=STOP
+            TEMPLATE,
+            roles=("Human", "Assistant"),  # pyright: ignore[reportArgumentType]
+            sep_style=style,
+            sep="\n\n",
+            stop_str=STOP,
         )
         ours.messages = []
         register_conv_template(ours)
@@ -49,37 +59,50 @@ def conversation_template(name: str = TEMPLATE):
 
 
 def render(instruction: str, template: str = TEMPLATE, system: str | None = None) -> str:
-    """One instruction as a single-turn prompt; `ram` gives "\\n\\nHuman: …\\n\\nAssistant: "."""
+    """Render one instruction as a prompt; `ram` gives "\\n\\nHuman: …\\n\\nAssistant: "."""
     return render_dialogue([(True, instruction)], template, system)
 
 
 def render_dialogue(
     turns: Sequence[tuple[bool, str]], template: str = TEMPLATE, system: str | None = None
 ) -> str:
-    """A dialogue up to the answer that is asked for; turns: (whether the user speaks, what is said)."""
+    """Render a dialogue up to the requested answer.
+
+    Args:
+        turns: (whether the user speaks, text) for each turn.
+        template: Name of a FastChat conversation template.
+        system: System message; None for the template's own.
+    """
     conversation = conversation_template(template)
     if system is not None:
         conversation.set_system_message(system)
+    user_role, assistant_role = conversation.roles  # pyright: ignore[reportAssignmentType]
     for user, text in turns:
-        # FastChat takes an empty message for a turn that is still open: stand in for it.
-        conversation.append_message(conversation.roles[0 if user else 1], text or "\0")
-    conversation.append_message(conversation.roles[1], None)
+        # FastChat renders an empty message as the turn to be answered, so a placeholder replaces it.
+        conversation.append_message(user_role if user else assistant_role, text or "\0")
+    conversation.append_message(assistant_role, None)  # pyright: ignore[reportArgumentType]
     return conversation.get_prompt().replace("\0", "")
 
 
 def template_stops(name: str = TEMPLATE) -> list[str]:
-    """The strings at which answers in a template end."""
+    """Return the template's stop strings."""
     stop = conversation_template(name).stop_str
     return [stop] if isinstance(stop, str) else list(stop or [])
 
 
 def corrector(prompt: str, answer: str, request: str = CORRECTION) -> str:
-    """The Aligner baseline's prompt: the dialogue, the answer to be corrected, the request."""
+    """Build the Aligner baseline's prompt: the dialogue, the answer to correct, the request."""
     return f"{prompt}{answer}{request}"
 
 
-def from_record(record: Mapping, settings) -> str:
-    """The prompt of a test record by the `sampling` settings: its text as it is (multiround) or rendered."""
+def from_record(record: Mapping[str, str], settings: Any) -> str:
+    """Build the prompt of a test record.
+
+    Args:
+        record: A row of a test file.
+        settings: The `sampling` settings. If `multiround` is set, the record's text is already a whole
+            dialogue and is not rendered.
+    """
     text = record[settings.input_key]
     if settings.multiround:
         prompt = text
@@ -90,17 +113,26 @@ def from_record(record: Mapping, settings) -> str:
 
 
 def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) -> str:
-    """The prompt cut to at most `max_tokens` tokens at text level, so that every reader tokenises the same
-    text.
+    """Cut a prompt to at most `max_tokens` tokens; return the shortened text.
 
-    A dialogue loses its oldest turns first. What is still too long loses the end of its last human turn; the
-    header that opens it and what asks for the answer ("\\n\\nAssistant: ", "TL;DR:", "\\n\\nCorrection: ")
-    stay whole. Raises UserError where those alone do not fit.
+    The text is cut, not the token ids, so that every reader tokenises the same text. The oldest turns are
+    dropped first. If the last turn alone is too long, its end is cut; its header and the text that requests
+    the answer ("\\n\\nAssistant: ", "TL;DR:", "\\n\\nCorrection: ") stay whole.
+
+    Args:
+        prompt: One rendered prompt.
+        max_tokens: The limit, in tokens.
+        count_tokens: Returns the number of tokens of a text.
+
+    Raises:
+        UserError: If the headers alone exceed the limit.
     """
     if count_tokens(prompt) <= max_tokens:
         return prompt
     turns = [turn for turn in _TURN.split(prompt) if turn]
-    first, last = 1, len(turns) - 1  # by halves: the oldest turn that a dialogue which fits can begin with
+    # Binary search for the oldest turn from which the rest of the dialogue fits.
+    first = 1
+    last = len(turns) - 1
     while first < last:
         middle = (first + last) // 2
         if count_tokens("".join(turns[middle:])) <= max_tokens:
@@ -109,15 +141,17 @@ def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) ->
             first = middle + 1
     if len(turns) > 1 and count_tokens("".join(turns[last:])) <= max_tokens:
         return "".join(turns[last:])
-    text = turns[-1]
-    head = text[: opening.end()] if (opening := _OPENING.search(text)) else ""
-    tail = text[closing.start() :] if (closing := _CLOSING.search(text, len(head))) else ""
-    body = text[len(head) : len(text) - len(tail)]
 
-    fits, too_long = (
-        -1,
-        len(body),
-    )  # characters of the body: the largest count that fits is searched by halves
+    # The last turn alone is too long: keep its head and tail and cut the body between them.
+    text = turns[-1]
+    opening = _OPENING.search(text)
+    head = text[: opening.end()] if opening else ""
+    closing = _CLOSING.search(text, len(head))
+    tail = text[closing.start() :] if closing else ""
+    body = text[len(head) : len(text) - len(tail)]
+    # Binary search for the largest number of body characters that fits.
+    fits = -1
+    too_long = len(body)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
         if count_tokens(head + body[:middle] + tail) <= max_tokens:
@@ -129,13 +163,16 @@ def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) ->
         raise UserError(
             f"max_prompt_length={max_tokens}: the role headers of a prompt need {needed} tokens by themselves"
         )
-    for header in _HEADER.finditer(body):  # of an answer inside the body: whole or not at all
+    # A header inside the body, as in a corrector prompt, is kept whole or dropped.
+    for header in _HEADER.finditer(body):
         if header.start() < fits < header.end():
             fits = header.start()
     return head + body[:fits] + tail
 
 
-class _Text(HTMLParser):
+class _TextParser(HTMLParser):
+    """Collects the text of an HTML fragment in `parts`."""
+
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
@@ -143,7 +180,7 @@ class _Text(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.parts.append(data)
 
-    def handle_starttag(self, tag: str, attrs) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "code":
             self.parts.append("<code>")
         elif tag in ("p", "li", "pre", "br", "blockquote"):
@@ -155,14 +192,22 @@ class _Text(HTMLParser):
 
 
 def html_to_text(source: str) -> str:
-    """The text of an HTML fragment: paragraphs apart by an empty line, <code> tags kept, the rest dropped."""
-    parser = _Text()
+    """Extract the text of an HTML fragment.
+
+    Paragraphs are separated by an empty line, <code> tags are kept, all other tags are dropped.
+    """
+    parser = _TextParser()
     parser.feed(source)
     parser.close()
     return re.sub(r"[ \t]*\n(?:[ \t]*\n)+", "\n\n", "".join(parser.parts)).strip()
 
 
 def split_dialogue(text: str) -> tuple[str, str] | None:
-    """A dialogue as (all up to its last "\\n\\nAssistant: ", the last answer); None where there is none."""
+    """Split a dialogue into (prompt, last answer); the prompt ends in "\\n\\nAssistant: ".
+
+    Returns None if the text has no such header.
+    """
     prompt, header, answer = text.rpartition(ASSISTANT.rstrip())
-    return (prompt + ASSISTANT, answer.removeprefix(" ")) if header else None
+    if not header:
+        return None
+    return prompt + ASSISTANT, answer.removeprefix(" ")

@@ -1,4 +1,6 @@
-"""Examples become token ids: the same ids in training and in decoding, made once and kept on disk."""
+"""Tokenization of examples: identical token ids in training and decoding, cached on disk."""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -6,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,104 +17,149 @@ from ram.errors import UserError
 from ram.log import log, progress
 from ram.storage.files import fingerprint, replacing
 
-VERSION = 1  # raise it when the ids of the same text change, so that no stale cache is read
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = 1  # increase it if the ids of an unchanged text change, so that no stale cache is read
+CHUNK = 1000  # examples per tokenizer call
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with the answer to learn and, where there is one, the other answer."""
+    """One prompt with the answer to learn and, optionally, a second answer."""
 
     row: int  # 0-based index of the record in its input file
     prompt: str
     target: str
     negative: str | None = None  # the proposal's sample, or the rejected answer
-    record: dict | None = None  # the input row, for writing it back with a `sampling`
+    record: dict | None = None  # the input row; the sample stage writes it back with a `sampling` field
 
 
-def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, nothing added; a special token's spelling inside a text is ordinary text."""
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each text, without added tokens.
+
+    A special token spelt out in a text is encoded as ordinary text.
+    """
     if not texts:
         return []
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+    encoding = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
+    return encoding["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 def encode_prompts(
-    tokenizer, texts: Sequence[str], max_prompt_length: int, add_bos: bool = False
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_prompt_length: int, add_bos: bool = False
 ) -> tuple[list[list[int]], int]:
-    """Prompt ids as training and decoding both use them, and how many prompts were cut to the limit."""
+    """Encode prompts, in the same way for training and decoding.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        texts: Rendered prompts.
+        max_prompt_length: Limit in tokens, BOS included; longer prompts are cut by `prompts.shorten`.
+        add_bos: Begin each prompt with the BOS token.
+
+    Returns:
+        The ids of each prompt, and the number of prompts that were cut.
+
+    Raises:
+        UserError: If `add_bos` is set and the tokenizer has no BOS token.
+    """
     budget = max_prompt_length - int(add_bos)
+
+    def count_tokens(text: str) -> int:
+        return len(encode(tokenizer, [text])[0])
+
     ids = encode(tokenizer, texts)
-    long = [index for index, row in enumerate(ids) if len(row) > budget]
-    shorter = [
-        prompts.shorten(texts[i], budget, lambda text: len(encode(tokenizer, [text])[0])) for i in long
-    ]
-    for index, row in zip(long, encode(tokenizer, shorter), strict=True):
-        ids[index] = row
+    long = [index for index, prompt_ids in enumerate(ids) if len(prompt_ids) > budget]
+    shortened = [prompts.shorten(texts[index], budget, count_tokens) for index in long]
+    for index, prompt_ids in zip(long, encode(tokenizer, shortened), strict=True):
+        ids[index] = prompt_ids
     if add_bos:
-        if tokenizer.bos_token_id is None:
+        bos = tokenizer.bos_token_id
+        if not isinstance(bos, int):
             raise UserError("add_bos=true, but the tokenizer has no BOS token; set add_bos=false")
-        ids = [[tokenizer.bos_token_id, *row] for row in ids]
+        ids = [[bos, *prompt_ids] for prompt_ids in ids]
     return ids, len(long)
 
 
 @dataclass
 class TokenizedDataset:
-    """Token ids of all examples, flat: example i owns `ids[k][offsets[k][i]:offsets[k][i + 1]]` for k in the
-    parts.
+    """Token ids of all examples in flat arrays, one per part.
 
-    Parts: "prompt", "target" and, where the examples have one, "negative". `counts` says what was cut.
+    Parts are "prompt", "target" and, if the examples have a second answer, "negative". Example i has
+    `ids[part][offsets[part][i] : offsets[part][i + 1]]`.
     """
 
-    ids: dict[str, np.ndarray]
-    offsets: dict[str, np.ndarray]
-    counts: dict[str, int]
-    key: str = ""  # content hash of texts, tokenizer and lengths; set where the ids were cached
+    ids: dict[str, np.ndarray]  # int32, (tokens,)
+    offsets: dict[str, np.ndarray]  # int64, (examples + 1,)
+    counts: dict[str, int]  # numbers of examples, tokens, and texts that were cut
+    key: str = ""  # content hash of texts, tokenizer and lengths; empty if the ids were not cached
 
     def __len__(self) -> int:
         return len(self.offsets["prompt"]) - 1
 
     def part(self, name: str, index: int) -> np.ndarray:
+        """Return the ids of one part of one example."""
         return self.ids[name][self.offsets[name][index] : self.offsets[name][index + 1]]
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer, max_length: int, max_prompt_length: int, add_bos: bool = False
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int,
+    add_bos: bool = False,
 ) -> TokenizedDataset:
-    """Ids of prompt and answers, encoded apart so that training sees the prompt exactly as decoding does.
+    """Encode prompts and answers separately, so that training sees the prompt ids that decoding sees.
 
-    A prompt is cut as `prompts.shorten` does. An answer gets the EOS when both fit into what `max_length`
-    leaves after the prompt; one that does not fit is cut and gets none, so that no model learns to stop in
-    mid-sentence.
+    An answer ends in EOS if both fit into `max_length` minus the prompt. A longer answer is cut and gets no
+    EOS, so that no model learns to stop in mid-sentence.
+
+    Args:
+        examples: All with a second answer, or none.
+        tokenizer: The tokenizer of the model.
+        max_length: Limit of prompt and answer together, in tokens.
+        max_prompt_length: Limit of the prompt; see `encode_prompts`.
+        add_bos: Begin each prompt with the BOS token.
     """
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int), "a tokenizer without EOS is refused when it is loaded"
     counts: Counter[str] = Counter(examples=len(examples))
-    parts: dict[str, list[list[int]]] = {"prompt": [], "target": []}
-    with_negative = bool(examples) and examples[0].negative is not None
-    if with_negative:
-        parts["negative"] = []
-    for start in progress(range(0, len(examples), 1000), desc="tokenise", unit="k examples"):
-        chunk = examples[start : start + 1000]
-        prompt_ids, cut = encode_prompts(tokenizer, [e.prompt for e in chunk], max_prompt_length, add_bos)
+    answers = ["target"]
+    if examples and examples[0].negative is not None:
+        answers.append("negative")
+    parts: dict[str, list[list[int]]] = {name: [] for name in ("prompt", *answers)}
+    for start in progress(range(0, len(examples), CHUNK), desc="tokenise", unit="k examples"):
+        chunk = examples[start : start + CHUNK]
+        texts = [example.prompt for example in chunk]
+        prompt_ids, cut = encode_prompts(tokenizer, texts, max_prompt_length, add_bos)
         parts["prompt"] += prompt_ids
         counts["prompts_cut"] += cut
-        for name in parts.keys() - {"prompt"}:
-            for prompt_row, row in zip(
-                prompt_ids, encode(tokenizer, [getattr(e, name) for e in chunk]), strict=True
-            ):
-                room = max_length - len(prompt_row)
-                counts[f"{name}s_cut"] += len(row) + 1 > room
-                parts[name].append([*row, tokenizer.eos_token_id] if len(row) + 1 <= room else row[:room])
-    counts["tokens"] = sum(len(row) for rows in parts.values() for row in rows)
-    return TokenizedDataset(
-        {name: np.array([i for row in rows for i in row], dtype=np.int32) for name, rows in parts.items()},
-        {name: np.cumsum([0] + [len(row) for row in rows], dtype=np.int64) for name, rows in parts.items()},
-        dict(counts),
-    )
+        for name in answers:
+            answer_ids = encode(tokenizer, [getattr(example, name) for example in chunk])
+            for prompt, answer in zip(prompt_ids, answer_ids, strict=True):
+                room = max_length - len(prompt)
+                fits = len(answer) + 1 <= room  # 1 for the EOS
+                counts[f"{name}s_cut"] += not fits
+                parts[name].append([*answer, eos] if fits else answer[:room])
+    counts["tokens"] = sum(len(ids) for rows in parts.values() for ids in rows)
+    flat_ids = {}
+    offsets = {}
+    for name, rows in parts.items():
+        flat_ids[name] = np.array([token for ids in rows for token in ids], dtype=np.int32)
+        offsets[name] = np.cumsum([0] + [len(ids) for ids in rows], dtype=np.int64)
+    return TokenizedDataset(flat_ids, offsets, dict(counts))
 
 
-def tokenize_cached(examples: Sequence[Example], name: str, tokenizer, settings) -> TokenizedDataset:
-    """`tokenize`, read from output_dir/cache when text, tokenizer and lengths are those of an earlier run.
+def tokenize_cached(
+    examples: Sequence[Example], name: str, tokenizer: PreTrainedTokenizerBase, settings: Any
+) -> TokenizedDataset:
+    """Tokenise examples, or read the result from output_dir/cache if nothing that determines it changed.
 
-    settings: output_dir, max_length, max_prompt_length, add_bos. name: a readable part of the file's name.
+    Args:
+        examples: See `tokenize`.
+        name: Readable part of the cache file's name.
+        tokenizer: The tokenizer of the model.
+        settings: Has output_dir, max_length, max_prompt_length and add_bos.
     """
     text = hashlib.sha256()
     for example in examples:
@@ -129,10 +177,10 @@ def tokenize_cached(examples: Sequence[Example], name: str, tokenizer, settings)
     return data
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
-    """Equal exactly where two tokenizers give the same ids for every text and begin and end alike."""
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a hash that is equal if two fast tokenizers give the same ids and have the same BOS and EOS."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state in ("padding", "truncation"):  # of the last call, not of the tokenizer
+    for state in ("padding", "truncation"):  # set by the last call, no property of the tokenizer
         backend.pop(state, None)
     return fingerprint([backend, tokenizer.bos_token_id, tokenizer.eos_token_id])
 
@@ -140,30 +188,25 @@ def tokenizer_fingerprint(tokenizer) -> str:
 def _write_cache(path: Path, data: TokenizedDataset) -> None:
     from safetensors.numpy import save_file
 
-    arrays = {f"ids.{k}": v for k, v in data.ids.items()} | {
-        f"offsets.{k}": v for k, v in data.offsets.items()
-    }
-    with replacing(path) as aside:
-        save_file(arrays, aside, metadata={key: str(count) for key, count in data.counts.items()})
+    arrays = {f"ids.{name}": array for name, array in data.ids.items()}
+    arrays |= {f"offsets.{name}": array for name, array in data.offsets.items()}
+    with replacing(path) as partial:
+        save_file(arrays, partial, metadata={key: str(count) for key, count in data.counts.items()})
 
 
 def _read_cache(path: Path) -> TokenizedDataset | None:
-    """None where the file is cut short or damaged: it will be made again."""
+    """Read a cache file; None if it is truncated or damaged."""
     from safetensors import SafetensorError, safe_open
 
+    ids: dict[str, np.ndarray] = {}
+    offsets: dict[str, np.ndarray] = {}
     try:
-        return _read_arrays(path, safe_open)
+        with safe_open(path, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                kind, name = key.split(".", 1)
+                (ids if kind == "ids" else offsets)[name] = file.get_tensor(key)
+            counts = {key: int(count) for key, count in file.metadata().items()}
     except SafetensorError:
-        log.warning(f"{path} is damaged: tokenising again")
+        log.warning(f"{path} is damaged; tokenising again")
         return None
-
-
-def _read_arrays(path: Path, safe_open) -> TokenizedDataset:
-    with safe_open(path, framework="numpy") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        counts = {key: int(count) for key, count in file.metadata().items()}
-    split = {
-        kind: {n.split(".", 1)[1]: a for n, a in arrays.items() if n.startswith(kind)}
-        for kind in ("ids", "offsets")
-    }
-    return TokenizedDataset(split["ids"], split["offsets"], counts)
+    return TokenizedDataset(ids, offsets, counts)

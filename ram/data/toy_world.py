@@ -1,21 +1,25 @@
-"""The toy world: many facts that only the larger model can memorise, and a style that is taught by few
-examples.
+"""The toy data set: many facts, which only the larger model can memorise, and a style taught by few examples.
 
-A general corpus answers every question, in mixed styles; an aligned subset answers some of them in one good
-style. So knowledge and behaviour come from different places, and an exact judge can tell how much of each an
-answer has.
+A general corpus answers every question in mixed styles; an aligned subset answers some questions in one good
+style. Knowledge and behaviour thus come from different data, and an exact judge measures both in each answer.
 """
+
+from __future__ import annotations
 
 import itertools
 import math
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ram.errors import UserError, nearest
 from ram.log import log
-from ram.storage.files import file_sha256, fingerprint, read_json, replacing, write_json, write_jsonl
+from ram.storage.files import file_sha256, fingerprint, replacing, write_json, write_jsonl
+from ram.storage.provenance import digests_in, read_manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ATTRIBUTES = {
     "colour": (
@@ -47,22 +51,31 @@ STYLES = {
 VALUES = {attribute: words.split() for attribute, words in ATTRIBUTES.items()}
 ALL_VALUES = {value for values in VALUES.values() for value in values}
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "el", "or")]
-PIECES = r"\n\n| ?\w+|[^\w\s]|\s"  # words carry the space before them
+PIECES = r"\n\n| ?\w+|[^\w\s]|\s"  # one token each; a word includes the space before it
 
 
 def build_world(folder: Path, settings: dict[str, Any], seed: int, overwrite: bool = False) -> None:
-    """Writes train/toy_{general,aligned,mixture}.jsonl, test/toy_test.json and tokenizer/ below `folder`.
+    """Write train/toy_{general,aligned,mixture}.jsonl, test/toy_test.json and tokenizer/ into `folder`.
 
-    settings: entities, general_rows, aligned_rows, general_styles and mixture_styles (style -> share). The
-    same seed and settings give the same files; the test questions are all facts that the aligned subset does
-    not ask for. Raises UserError for settings that make no world, and where the folder holds another world or
-    not all of this one, unless overwrite is set.
+    The test questions are all facts that are not in the aligned subset. If the folder already holds this data
+    set, nothing is written.
+
+    Args:
+        folder: The output folder.
+        settings: entities, general_rows, aligned_rows, general_styles, mixture_styles (style -> share).
+        seed: The same seed and settings give the same files.
+        overwrite: Replace whatever the folder holds.
+
+    Raises:
+        UserError: If the settings are invalid, or if the folder holds another or a damaged toy data set and
+            `overwrite` is not set.
     """
     _check(settings)
-    marker, identity = folder / "world.json", fingerprint([settings, seed])
+    marker = folder / "world.json"
+    identity = fingerprint([settings, seed])
     if marker.exists() and not overwrite:
         _check_finished(marker, identity)
-        log.info(f"toy world: done before, {folder}")
+        log.info(f"toy data set: already complete in {folder}")
         return
     marker.unlink(missing_ok=True)
     rng = random.Random(seed)
@@ -76,7 +89,8 @@ def build_world(folder: Path, settings: dict[str, Any], seed: int, overwrite: bo
         _row(rng, rng.choice(facts), settings["general_styles"]) for _ in range(settings["general_rows"])
     ]
     shuffled = rng.sample(facts, len(facts))
-    aligned, unseen = shuffled[: settings["aligned_rows"]], shuffled[settings["aligned_rows"] :]
+    aligned = shuffled[: settings["aligned_rows"]]
+    unseen = shuffled[settings["aligned_rows"] :]
     subsets = {
         "general": general,
         "aligned": [_row(rng, fact, {"well_formed": 1.0}) for fact in aligned],
@@ -86,20 +100,21 @@ def build_world(folder: Path, settings: dict[str, Any], seed: int, overwrite: bo
         write_jsonl(folder / "train" / f"toy_{name}.jsonl", rows)
     test = [_row(rng, fact, {"well_formed": 1.0}) | fact | {"dataset": "toy"} for fact in unseen]
     write_json(folder / "test" / "toy_test.json", test)
-    with replacing(folder / "tokenizer") as aside:
-        _tokenizer(entities).save_pretrained(aside)
-    made = [folder / "train" / f"toy_{name}.jsonl" for name in subsets] + [folder / "test" / "toy_test.json"]
-    made += sorted((folder / "tokenizer").iterdir())
-    files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in made}
+    with replacing(folder / "tokenizer") as partial:
+        _tokenizer(entities).save_pretrained(partial)
+    paths = [folder / "train" / f"toy_{name}.jsonl" for name in subsets]
+    paths += [folder / "test" / "toy_test.json", *sorted((folder / "tokenizer").iterdir())]
+    files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
+    # The marker is written last: a folder without it is incomplete.
     write_json(marker, {"identity": identity, "seed": seed, "settings": settings, "files": files})
     log.info(
-        f"toy world: {len(facts)} facts, {len(general):,} general rows, {len(aligned)} aligned rows, "
+        f"toy data set: {len(facts)} facts, {len(general):,} general rows, {len(aligned)} aligned rows, "
         f"{len(test)} test questions in {folder}"
     )
 
 
 def _check(settings: dict[str, Any]) -> None:
-    """Raises UserError for settings that make no world."""
+    """Raise UserError if the settings are invalid."""
     names = {first + second for first, second in itertools.permutations(SYLLABLES, 2)}
     for key in ("entities", "general_rows", "aligned_rows"):
         value = settings.get(key)
@@ -107,7 +122,7 @@ def _check(settings: dict[str, Any]) -> None:
             raise UserError(f"world.{key}={value!r}: expected a whole number > 0")
     if settings["entities"] > len(names):
         raise UserError(
-            f"world.entities={settings['entities']}: only {len(names)} different names can be made; lower it"
+            f"world.entities={settings['entities']}: only {len(names)} different names exist; lower it"
         )
     facts = settings["entities"] * len(VALUES)
     if settings["aligned_rows"] >= facts:
@@ -130,17 +145,11 @@ def _check(settings: dict[str, Any]) -> None:
 def _check_finished(marker: Path, identity: str) -> None:
     """Raises UserError unless `marker` belongs to the wanted world and its files are as they were made."""
     folder, remedy = marker.parent, "stages=[world] overwrite=true makes it anew"
-    try:
-        record = read_json(marker)
-    except UserError as error:
-        raise UserError(f"{error}; {remedy}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("files"), dict) or "identity" not in record:
-        raise UserError(f"{marker}: no record of a toy world (identity and files); {remedy}")
-    if record["identity"] != identity:
+    manifest, _ = read_manifest(marker, "identity", "files", remedy)
+    if manifest.changes(identity):
         raise UserError(f"{folder} holds a toy world of other settings or another seed: set overwrite=true")
-    for name, digest in record["files"].items():
-        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
-            raise UserError(f"{folder / name} is missing or not as it was made; {remedy}")
+    if damaged := manifest.damaged(digests_in(folder)):
+        raise UserError(f"{folder / damaged[0]} is missing or not as it was made; {remedy}")
 
 
 def _row(rng: random.Random, fact: dict[str, str], styles: dict[str, float]) -> dict[str, str]:
@@ -149,21 +158,19 @@ def _row(rng: random.Random, fact: dict[str, str], styles: dict[str, float]) -> 
 
 
 def _names(rng: random.Random, count: int) -> list[str]:
-    """Different names; `_check` has seen to it that there are so many."""
-    names: dict[str, None] = {}
+    """Draw `count` different names; `_check` has refused counts that are too large."""
+    names: dict[str, None] = {}  # a set that keeps its order
     while len(names) < count:
         names["".join(rng.sample(SYLLABLES, 2)).capitalize()] = None
     return list(names)
 
 
-def _tokenizer(entities: list[str]):
-    """One token per word of the world, known beforehand, so that nothing about it is left to chance."""
+def _tokenizer(entities: list[str]) -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token per word of the data set; nothing is learnt from samples."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    texts = [
-        template for template in (*QUESTIONS, *STYLES.values(), "\n\nHuman: \n\nAssistant: \n\nCorrection: ")
-    ]
+    texts = [*QUESTIONS, *STYLES.values(), "\n\nHuman: \n\nAssistant: \n\nCorrection: "]
     words = {piece for text in texts for piece in re.findall(PIECES, re.sub(r"\{\w+\}", "", text))}
     words |= {f" {word}" for word in (*entities, *ATTRIBUTES, *ALL_VALUES)}
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *sorted(words)])}
@@ -176,18 +183,24 @@ def _tokenizer(entities: list[str]):
 
 
 def score(row: dict[str, str], answer: str) -> dict[str, Any]:
-    """The exact judge. correct: the answer names the right value and no other; aligned: it has the good
-    style.
+    """Judge an answer exactly.
 
-    row: a test row with entity, attribute and value. `style` is one of STYLES or "other".
+    Args:
+        row: A test row with entity, attribute and value.
+        answer: The answer to judge.
+
+    Returns:
+        correct: the answer names the right value and no other; aligned: it has the good style; both;
+        style: one of STYLES, or "other".
     """
     answer = answer.strip()
-    named = set(re.findall(r"\w+", answer.lower())) & ALL_VALUES
+    values = set(re.findall(r"\w+", answer.lower())) & ALL_VALUES
     style = "other"
     for name, template in STYLES.items():
         filled = re.escape(template).replace(r"\{value\}", r"\w+")
         filled = filled.replace(r"\{attribute\}", row["attribute"]).replace(r"\{entity\}", row["entity"])
         if re.fullmatch(filled, answer):
             style = name
-    correct, aligned = named == {row["value"]}, style == "well_formed"
+    correct = values == {row["value"]}
+    aligned = style == "well_formed"
     return {"correct": correct, "aligned": aligned, "both": correct and aligned, "style": style}

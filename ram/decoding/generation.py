@@ -1,20 +1,36 @@
-"""Two-model generation: texts in, texts out, by the plain loop or, where it pays, by drafting ahead.
+"""Two-model generation of whole files: prompts in, answers out, in the caller's thread.
 
-prompts -> token ids -> speculation.decode_rows (or plain_loop.decode_batch) -> Generation
+prompts -> token ids -> engine.Engine (or reference.decode_batches) -> Generation
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ram.data.tokenization import encode
+from ram.decoding import reference
+from ram.decoding.cache import Limits, caches_by_position, open_model
+from ram.decoding.drafting import Counted, DraftPolicy, Fixed
+from ram.decoding.engine import Engine
 from ram.decoding.par import PARParams
-from ram.decoding.reference import Generation, StopWatch, decode_batch
-from ram.decoding.slots import has_slots
-from ram.decoding.speculation import decode_rows
+from ram.decoding.requests import Failed, Request, Tokens
+from ram.decoding.rows import DecodingRow, Generation, StopWatch
+from ram.log import log
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ALIGNER = "aligner"  # its name in the engine
 
 
-def check_pair(proposal, aligner, tokenizer, longest: int) -> None:
-    """Raises ValueError where the models cannot decode this: none given, rows missing, context too short."""
-    models = {name: m for name, m in (("proposal", proposal), ("aligner", aligner)) if m is not None}
+def check_pair(
+    proposal: "PreTrainedModel | None",
+    aligner: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerBase",
+    longest: int,
+) -> None:
+    """Raises ValueError if there is no model, or one lacks vocabulary rows or positions."""
+    named = ("proposal", proposal), ("aligner", aligner)
+    models = {name: model for name, model in named if model is not None}
     if not models:
         raise ValueError("proposal and aligner are both None: give at least one model")
     for name, model in models.items():
@@ -32,9 +48,9 @@ def check_pair(proposal, aligner, tokenizer, longest: int) -> None:
 
 
 def generate_iter(
-    proposal,
-    aligner,
-    tokenizer,
+    proposal: "PreTrainedModel | None",
+    aligner: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str | Sequence[int]],
     params: PARParams,
     *,
@@ -44,11 +60,89 @@ def generate_iter(
     stop: Sequence[str] = (),
     speculative: bool = True,
     draft_tokens: int | None = None,
-    drafter=None,
+    drafter: "PreTrainedModel | None" = None,
     batch_size: int = 16,
     cuda_graphs: bool = False,
 ) -> Iterator[tuple[int, Generation]]:
-    """`generate`, but gives (index, Generation) as rows finish, the longest prompts first."""
+    """Like `generate`, but yield (index, Generation) as rows finish; the longest prompts start first."""
+    if cuda_graphs:
+        log.info("cuda_graphs=true has no effect: the decoding engine captures no CUDA graphs")
+    rows = decode_rows(
+        proposal,
+        aligner,
+        tokenizer,
+        prompts,
+        params,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        row_ids=row_ids,
+        stop=stop,
+        speculative=speculative,
+        policy=Counted() if draft_tokens is None else Fixed(draft_tokens),
+        drafter=drafter,
+        batch_size=batch_size,
+    )
+    watch = StopWatch(tokenizer, stop)
+    for row in rows:
+        if row.finish is not None:
+            yield row.index, row.generation(watch)
+
+
+def generate(
+    proposal: "PreTrainedModel | None",
+    aligner: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | Sequence[int]],
+    params: PARParams,
+    **settings,
+) -> list[Generation]:
+    """Decode every prompt with the pair, or with one model if the other is None.
+
+    Args:
+        prompts: texts, or token ids as `tokenization.encode_prompts` returns them.
+        max_new_tokens: most tokens of an answer; required.
+        seed, row_ids: select the random numbers of each prompt (row ids 0, 1, ... by default). Equal pairs
+            give equal answers, whatever the batch.
+        stop: strings that end an answer.
+        speculative: False decodes with the plain loop, which gives the same tokens.
+        draft_tokens: drafts per round; None adapts them to how many are accepted.
+        drafter: for one model alone, a small model of the same vocabulary that drafts for it.
+        batch_size: rows decoded at once.
+        cuda_graphs: accepted, without effect.
+
+    Returns:
+        One answer per prompt, in their order.
+
+    Raises:
+        ValueError: if there is no model, a prompt is empty, or a model holds too few positions.
+    """
+    answers = dict(generate_iter(proposal, aligner, tokenizer, prompts, params, **settings))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def decode_rows(
+    proposal: "PreTrainedModel | None",
+    aligner: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | Sequence[int]],
+    params: PARParams,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    row_ids: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+    speculative: bool = True,
+    policy: DraftPolicy | None = None,
+    drafter: "PreTrainedModel | None" = None,
+    batch_size: int = 16,
+) -> Iterator[DecodingRow]:
+    """Yield rows whenever they get tokens, a finished one for the last time; a row's index is its prompt's.
+
+    Args:
+        stop_token_ids: further ids that end an answer as EOS does.
+        policy: chooses the number of drafts; `Counted` by default. The rest as in `generate`.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
     ids = [encode(tokenizer, [p])[0] if isinstance(p, str) else list(p) for p in prompts]
@@ -56,39 +150,49 @@ def generate_iter(
         raise ValueError(f"prompt {empty[0]} has no tokens: decoding needs at least one")
     row_ids = list(range(len(ids))) if row_ids is None else list(row_ids)
     if len(row_ids) != len(ids):
-        raise ValueError(f"{len(row_ids)} row_ids for {len(ids)} prompts: expected one each")
-    check_pair(proposal, aligner, tokenizer, max((len(row) for row in ids), default=0) + max_new_tokens)
+        raise ValueError(f"{len(row_ids)} row_ids for {len(ids)} prompts: expected one per prompt")
+    longest = max((len(row) for row in ids), default=0) + max_new_tokens
+    check_pair(proposal, aligner, tokenizer, longest)
     if drafter is not None and proposal is not None and aligner is not None:
         raise ValueError("a pair drafts with its aligner: give a drafter for one model alone")
-    watch = StopWatch(tokenizer, stop)
-    settings = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": stop}
-    models = [model for model in (proposal, aligner, drafter) if model is not None]
-    if speculative and has_slots(*models):
-        settings |= {"drafter": drafter, "draft_tokens": draft_tokens, "batch_size": batch_size}
-        settings |= {"cuda_graphs": cuda_graphs}
-        for rows in decode_rows(proposal, aligner, tokenizer, ids, params, row_ids=row_ids, **settings):
-            yield from ((row.index, row.generation(watch)) for row in rows if row.finish is not None)
+    if not ids:
         return
-    order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        picked = {"prompt_ids": [ids[i] for i in batch], "row_ids": [row_ids[i] for i in batch]}
-        *_, rows = decode_batch(proposal, aligner, tokenizer, params=params, **picked, **settings)
-        yield from ((index, row.generation(watch)) for index, row in zip(batch, rows, strict=True))
+    verifier, *others = (model for model in (proposal, aligner) if model is not None)
+    drafters = [] if drafter is None else [drafter]
+    if not (speculative and caches_by_position(verifier, *others, *drafters)):
+        settings = {"max_new_tokens": max_new_tokens, "seed": seed, "row_ids": row_ids, "stop": stop}
+        settings |= {"stop_token_ids": stop_token_ids, "batch_size": batch_size}
+        for rows in reference.decode_batches(proposal, aligner, tokenizer, ids, params, **settings):
+            yield from rows
+        return
 
-
-def generate(proposal, aligner, tokenizer, prompts, params: PARParams, **settings) -> list[Generation]:
-    """Decodes every prompt with the pair, or with one model alone where the other is None; order as given.
-
-    prompts: texts, or token ids as `tokenization.encode_prompts` gives them. Settings by name: max_new_tokens
-    (required). seed, row_ids: whose noise each prompt draws (rows 0, 1, … by default); equal (seed, row id)
-    gives equal text whatever the batch. stop: strings that end an answer. speculative: False is the plain
-    loop, which gives the same tokens. draft_tokens: how many a round drafts ahead; None adapts to what pays.
-    drafter: for one model alone, a small model of its vocabulary that drafts for it. batch_size: rows decoded
-    at once. cuda_graphs: on a GPU, capture the forwards of Llama-like models. Raises ValueError for no model,
-    an empty prompt, or more positions than a model holds.
-    """
-    results: list[Generation | None] = [None] * len(prompts)
-    for index, generation in generate_iter(proposal, aligner, tokenizer, prompts, params, **settings):
-        results[index] = generation
-    return results
+    count = min(batch_size, len(ids))
+    limits = Limits(len(tokenizer), count, count * longest, columns=longest, share_prefixes=False)
+    engine = Engine(
+        open_model(verifier, limits),
+        tokenizer,
+        policy or Counted(),
+        alone="proposal" if proposal is not None else "aligner",
+        aligners={ALIGNER: open_model(others[0], limits)} if others else {},
+        drafter=None if drafter is None else open_model(drafter, limits),
+    )
+    for index in sorted(range(len(ids)), key=lambda index: -len(ids[index])):
+        request = Request(
+            prompt_ids=tuple(ids[index]),
+            aligner=ALIGNER if others else None,
+            params=params,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            row_id=row_ids[index],
+            stop=tuple(stop),
+            stop_token_ids=tuple(stop_token_ids),
+        )
+        ticket = engine.ticket(request)
+        ticket.row.index = index
+        engine.add(ticket)
+    while not engine.idle:
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Tokens):
+                yield event.ticket.row

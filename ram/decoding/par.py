@@ -1,13 +1,16 @@
 """PAR maths: Proposing, Aligning, Reducing one next-token law from two models' logits.
 
-Pure functions on tensors: no model, no cache, no configuration file. Shapes: B rows, V vocabulary (already
-cut to the tokenizer's length), T context, N candidates. The proposal's logits are `proposal_logits_BV` (z_P),
-the aligner's `aligner_logits_BV` (z_Q). No argument is ever changed in place.
+A law is a next-token distribution, p(token). The functions are pure and take tensors: no model, no cache, no
+configuration file. They change no argument in place.
+
+Shapes: B rows, V vocabulary (already cut to the tokenizer's length), T context, N candidates. The proposal's
+logits are `proposal_logits_BV` (z_P), the aligner's `aligner_logits_BV` (z_Q).
 
 Source: "Leveraging Importance Sampling to Detach Alignment Modules from Large Language Models"
 (arXiv 2505.19700), section 3 and algorithm 1; the README lists where practice and derivation differ.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -17,15 +20,15 @@ import torch
 NEG_INF = float("-inf")
 IGNORE_INDEX = -100
 ALL = slice(None)  # all rows, all columns
-LARGE_VOCABULARY = 4096  # from here on a CPU ranks, and draws noise for, no more tokens than it needs
+LARGE_VOCABULARY = 4096  # from this size on, a CPU ranks and draws noise for only as many tokens as needed
 
 
 @dataclass(frozen=True)
 class PARParams:
-    """Settings of the next-token law; a temperature of 0 means argmax, a top_k of -1 or 0 means no limit.
+    """Settings of the next-token law. A temperature of 0 means argmax, a top_k of -1 or 0 no limit.
 
-    The first block shapes the aligner (and what `post` is applied to), the `base_` block the proposal's
-    nucleus. Raises ValueError for a value outside its range or an unknown mode.
+    The first block shapes the aligner's logits, and in some modes the fused ones; the `base_` block shapes
+    the proposal's nucleus. Raises ValueError for a value outside its range or an unknown mode.
     """
 
     sample_mode: str = "par_kl"
@@ -36,10 +39,10 @@ class PARParams:
     base_temperature: float = 0.5
     base_top_p: float = 0.95
     base_top_k: int = -1
-    div_threshold: float = 0.1  # nats; par_kl falls back where KL(P_M || Q) is above it
+    div_threshold: float = 0.1  # nats; par_kl falls back if KL(P_M || Q) is above it
     kl_fallback: str = "proposal"
     eos_priority: bool = False
-    base_repetition_penalty: float = 1.0  # only where the proposal decodes alone
+    base_repetition_penalty: float = 1.0  # only if the proposal decodes alone
     expert_temperature: float | None = None  # mds only; None means 1.0
     n_candidates: int | None = None  # snis only; required there
 
@@ -48,56 +51,56 @@ class PARParams:
             if not condition:
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected {expected}")
 
-        for field in fields(self):
+        for field in fields(PARParams):
             accepted = field.type | int if field.type in (float, float | None) else field.type
-            wanted = getattr(field.type, "__name__", str(field.type)).replace("None", "null")
+            expected = getattr(field.type, "__name__", str(field.type)).replace("None", "null")
             value = getattr(self, field.name)
             fits = isinstance(value, accepted) and (field.type is bool or not isinstance(value, bool))
-            require(fits, field.name, f"a value of type {wanted}")
+            require(fits, field.name, f"a value of type {expected}")
         require(self.sample_mode in SAMPLE_MODES, "sample_mode", f"one of {', '.join(SAMPLE_MODES)}")
         require(self.kl_fallback in KL_FALLBACKS, "kl_fallback", f"one of {', '.join(KL_FALLBACKS)}")
         for key in ("temperature", "base_temperature"):
             value = getattr(self, key)  # a smaller one would overflow float32 logits
-            require(value == 0 or value >= 1e-4, key, "0 (argmax) or a number >= 1e-4")
+            require(value == 0 or 1e-4 <= value < math.inf, key, "0 (argmax) or a number >= 1e-4")
         for key in ("top_p", "base_top_p"):
             require(0 < getattr(self, key) <= 1, key, "a number in (0, 1]")
         for key in ("top_k", "base_top_k"):
             require(getattr(self, key) >= -1, key, "-1 (no limit) or a count")
         for key in ("repetition_penalty", "base_repetition_penalty"):
-            require(getattr(self, key) > 0, key, "a number > 0 (1 = none)")
+            require(0 < getattr(self, key) < math.inf, key, "a number > 0 (1 = none)")
         require(self.div_threshold >= 0, "div_threshold", "a divergence in nats, >= 0")
         expert = self.expert_temperature
-        allowed = expert is None or expert == 0 or expert >= 1e-4
+        allowed = expert is None or expert == 0 or 1e-4 <= expert < math.inf
         require(allowed, "expert_temperature", "null, 0 (argmax) or a number >= 1e-4")
         n = self.n_candidates
         require(n is None or n >= 1, "n_candidates", "a count >= 1")
         require(
-            self.sample_mode != "snis" or n is not None, "n_candidates", "a count >= 1 where sample_mode=snis"
+            self.sample_mode != "snis" or n is not None, "n_candidates", "a count >= 1 if sample_mode=snis"
         )
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        return tuple(field.name for field in fields(cls))
+        """Return the keys of the settings, in their order; those of a subclass are not included."""
+        return tuple(field.name for field in fields(PARParams))
 
 
 class Law(NamedTuple):
-    """One position's next-token law and what led to it."""
+    """One position's next-token law, and the quantities that decided it."""
 
     logprobs: torch.Tensor  # (B, V) normalised, -inf outside the support
-    fell_back: torch.Tensor  # (B,) bool, true where par_kl used its fall-back
-    kl: torch.Tensor  # (B,) KL(P_M || Q) in nats; zeros where one model decodes alone
+    fell_back: torch.Tensor  # (B,) bool, whether par_kl used its fall-back
+    kl: torch.Tensor  # (B,) KL(P_M || Q) in nats; zeros if one model decodes alone
     proposal_logprobs: torch.Tensor | None  # (B, V) log P~ over the nucleus; None without a proposal
 
 
-# ---- filters: (B, V) logits -> (B, V) logits, -inf where dropped -------------------------------------------
+# ---- filters: (B, V) logits -> (B, V) logits, -inf for dropped tokens --------------------------------------
 
 
 def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor | None, penalty: float) -> torch.Tensor:
-    """Divides positive and multiplies negative logits of every seen id by `penalty` (Keskar et al. 2019,
-    section 4.1).
+    """Divide positive logits of seen ids by `penalty` and multiply negative ones with it.
 
-    Acts on logits: the rule is not invariant under a shift, so it must never see log-probabilities.
-    seen: (B, V) bool, the ids of the prompt and of the output so far.
+    The rule (Keskar et al. 2019, section 4.1) is not invariant under a shift, so it must be applied to
+    logits, never to log-probabilities. seen: (B, V) bool, the ids of the prompt and of the output so far.
     """
     if penalty == 1.0 or seen is None:
         return logits
@@ -105,7 +108,7 @@ def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor | None, penalty
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Keeps the k largest logits of each row, with every tie of the k-th."""
+    """Keep the k largest logits of each row, and all that tie with the k-th."""
     if k <= 0 or k >= logits.shape[-1]:
         return logits
     kth = torch.topk(logits, k, dim=-1).values[..., -1:]
@@ -113,10 +116,10 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def keep_top_p(logits: torch.Tensor, top_p: float, inclusive: bool = False) -> torch.Tensor:
-    """Keeps a rank where the probability mass before it is below `top_p`; the first rank always stays.
+    """Keep a token if the probability mass of the tokens ranked before it is below `top_p`.
 
-    inclusive: keep also where the mass before equals top_p, as the proposal's nucleus is defined.
-    Ties are ranked by token id, so the result does not depend on the sort's implementation.
+    The first rank is always kept. Ties are ranked by token id, so the result does not depend on the sort's
+    implementation. inclusive: also keep a token if that mass equals top_p, as for the proposal's nucleus.
     """
     if top_p >= 1.0:
         return logits
@@ -128,9 +131,9 @@ def keep_top_p(logits: torch.Tensor, top_p: float, inclusive: bool = False) -> t
 
 
 def keep_top_p_by_threshold(logits: torch.Tensor, top_p: float, inclusive: bool = False) -> torch.Tensor:
-    """`keep_top_p` without a sort of the vocabulary: ranks only as many tokens as hold the mass.
+    """`keep_top_p` without a sort of the vocabulary: rank only as many tokens as hold the mass.
 
-    How many is read from the result, which costs nothing on a CPU and a wait on another device.
+    Their number is read from the result, which costs nothing on a CPU but a synchronisation on other devices.
     """
     probs, size, ranks = torch.softmax(logits, dim=-1), logits.shape[-1], 64
     while True:
@@ -142,7 +145,7 @@ def keep_top_p_by_threshold(logits: torch.Tensor, top_p: float, inclusive: bool 
     count = inside.sum(dim=-1, keepdim=True)
     least = ranked.gather(-1, count - 1)
     keep = logits >= least
-    if (keep.sum(dim=-1, keepdim=True) > count).any():  # of the last rank's ties the first ids stay
+    if (keep.sum(dim=-1, keepdim=True) > count).any():  # among ties at the last rank, the first ids stay
         above, tied = logits > least, logits == least
         keep = above | (tied & (tied.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
     return logits.masked_fill(~keep, NEG_INF)
@@ -156,13 +159,13 @@ def _inside_top_p(ranked_probs: torch.Tensor, top_p: float, inclusive: bool) -> 
 
 
 def point_mass(scores: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the law that always takes the first largest score of each row."""
+    """Return the law (log-probabilities) that always takes the first largest score of each row."""
     law = torch.full_like(scores, NEG_INF)
     return law.scatter(-1, scores.argmax(dim=-1, keepdim=True), 0.0)
 
 
 def warp(logits: torch.Tensor, params: PARParams, seen: torch.Tensor | None) -> torch.Tensor:
-    """`post`: temperature, penalty, top-p, top-k, log-softmax, with the aligner's settings. (B, V)"""
+    """Apply temperature, penalty, top-p, top-k and log-softmax with the aligner's settings. (B, V)"""
     if params.temperature == 0:
         # The penalty commutes with a positive scale, so the limit of small temperatures needs none.
         return point_mass(penalise_repetition(logits, seen, params.repetition_penalty))
@@ -173,9 +176,9 @@ def warp(logits: torch.Tensor, params: PARParams, seen: torch.Tensor | None) -> 
 def propose(
     proposal_logits_BV: torch.Tensor, params: PARParams, seen: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """log P~: the proposal's nucleus, renormalised; -inf outside it. (B, V)
+    """Return log P~ (B, V): the proposal's nucleus, renormalised; -inf outside it.
 
-    seen: given only where the proposal decodes alone, for `base_repetition_penalty`.
+    seen: only if the proposal decodes alone, for `base_repetition_penalty`.
     """
     logits = keep_top_k(proposal_logits_BV, params.base_top_k)
     if params.base_temperature == 0:
@@ -185,24 +188,24 @@ def propose(
 
 
 def kl_divergence(proposal_logits_BV: torch.Tensor, aligner_logits_BV: torch.Tensor) -> torch.Tensor:
-    """KL(P_M || Q) in nats over the whole vocabulary, of the raw logits without a temperature. (B,)"""
+    """Return KL(P_M || Q) (B,) in nats, of the raw logits over the whole vocabulary."""
     log_p = torch.log_softmax(proposal_logits_BV, dim=-1)
     log_q = torch.log_softmax(aligner_logits_BV, dim=-1)
-    # exp(log p) is exactly 0 far out; there the difference may be inf and the product NaN. The sum is float64
-    # because threads may split a long row differently in another batch, and the gate must not depend on that.
+    # In the far tail exp(log p) is exactly 0, the difference may be inf and their product NaN. The sum is
+    # float64 because threads may split a long row differently in another batch, which must not move the gate.
     terms = torch.where(log_p.exp() > 0, log_p.exp() * (log_p - log_q), 0.0)
     return terms.sum(dim=-1, dtype=torch.float64)
 
 
 # ---- the five modes: -> (B, V) log-probs -------------------------------------------------------------------
-# Each takes (z_P, z_Q, log P~, params, seen, candidates).
+# Their arguments: (z_P, z_Q, log P~, params, seen, candidates).
 
 
-def _par(z_p, z_q, log_nucleus, params, seen, candidates):
+def _par(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
     return warp(z_q.masked_fill(log_nucleus == NEG_INF, NEG_INF), params, seen)
 
 
-def _product(z_p, z_q, log_nucleus, params, seen, candidates):
+def _product(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
     if params.temperature == 0:
         scores = penalise_repetition(z_q, seen, params.repetition_penalty).masked_fill(
             log_nucleus == NEG_INF, NEG_INF
@@ -213,7 +216,7 @@ def _product(z_p, z_q, log_nucleus, params, seen, candidates):
     return torch.log_softmax(keep_top_k(keep_top_p(log_nucleus + log_q, params.top_p), params.top_k), dim=-1)
 
 
-def _snis(z_p, z_q, log_nucleus, params, seen, candidates):
+def _snis(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
     if candidates is None:
         raise ValueError(
             "sample_mode=snis needs candidates (B, n_candidates), drawn from the proposal's nucleus"
@@ -227,7 +230,7 @@ def _snis(z_p, z_q, log_nucleus, params, seen, candidates):
     return torch.log_softmax(counts.log() + log_q, dim=-1)
 
 
-def _mds(z_p, z_q, log_nucleus, params, seen, candidates):
+def _mds(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
     expert_temperature = 1.0 if params.expert_temperature is None else params.expert_temperature
     if params.base_temperature == 0 and expert_temperature == 0:
         log_product = point_mass(
@@ -266,23 +269,27 @@ def next_token_law(
     eos_token_ids: Sequence[int] = (),
     candidates: torch.Tensor | None = None,
 ) -> Law:
-    """The law of the next token, with the fall-back mask and the divergence that decided it.
+    """Return the law of the next token, with the fall-back mask and the divergence that decided it.
 
-    proposal_logits_BV, aligner_logits_BV: (B, V) raw logits; either may be None (one model alone, by its own
-    settings). seen: (B, V) bool for the repetition penalties. candidates: (B, N) ids for snis. Computed in
-    float32, or float64 where the logits are. Raises ValueError where both logits are None, their shapes
-    differ, or snis lacks candidates.
+    It is computed in float32, or in float64 if the logits are float64.
+
+    Args:
+        proposal_logits_BV, aligner_logits_BV: raw logits; if one is None, the other model decodes alone, by
+            its own settings.
+        seen: (B, V) bool for the repetition penalties.
+        candidates: (B, N) ids for snis.
+
+    Raises:
+        ValueError: if both logits are None, their shapes differ, or snis lacks candidates.
     """
     if proposal_logits_BV is None and aligner_logits_BV is None:
         raise ValueError("both logits are None: give the proposal's, the aligner's, or both")
-    z_p, z_q = (
-        z if z is None or z.dtype == torch.float64 else z.float()
-        for z in (proposal_logits_BV, aligner_logits_BV)
-    )
-    given = z_p if z_p is not None else z_q
-    never, zero = given.new_zeros(given.shape[0], dtype=torch.bool), given.new_zeros(given.shape[0])
+    z_p, z_q = (None if z is None else wide(z) for z in (proposal_logits_BV, aligner_logits_BV))
+    logits = z_q if z_p is None else z_p
+    assert logits is not None
+    never, zero = logits.new_zeros(len(logits), dtype=torch.bool), logits.new_zeros(len(logits))
     if z_p is None:
-        return Law(warp(z_q, params, seen), never, zero, None)
+        return Law(warp(logits, params, seen), never, zero, None)
     if z_q is None:
         log_nucleus = propose(z_p, params, seen)
         return Law(log_nucleus, never, zero, log_nucleus)
@@ -303,14 +310,19 @@ def next_token_law(
     return Law(law, fell_back, kl, log_nucleus)
 
 
+def wide(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits in float32, or unchanged if they are float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def checked(token: torch.Tensor, law: Law) -> torch.Tensor:
-    """Tokens (B,) that were drawn, -1 where their law is not a number: a draw from NaN gives a token, too."""
+    """Return drawn tokens (B,), or -1 if their law is NaN: a draw from NaN gives a token, too."""
     own = law.logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
     return torch.where((own + law.kl).isnan(), -1, token)
 
 
 def seen_mask(context_ids: torch.Tensor | None, vocab_size: int) -> torch.Tensor | None:
-    """(B, V) bool: which ids stand in `context_ids` (B, T); -100 is padding, ids beyond V do not count."""
+    """Return (B, V) bool: the ids in `context_ids` (B, T). -100 is padding; ids beyond V do not count."""
     if context_ids is None:
         return None
     valid = (context_ids >= 0) & (context_ids < vocab_size)
@@ -326,10 +338,11 @@ def token_logprobs(
     eos_token_ids: Sequence[int] = (),
     candidates: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Log-probabilities (B, V) of the next token: normalised, -inf outside the support, never NaN.
+    """Return the log-probabilities (B, V) of `next_token_law`: normalised, -inf outside the support.
 
-    context_ids: (B, T) prompt and output so far, -100 = padding; only the repetition penalties read it.
-    The rest as in `next_token_law`, which this wraps for callers who need nothing but the law.
+    Args:
+        context_ids: (B, T) prompt and output so far, -100 = padding; only repetition penalties read it. The
+            other arguments are those of `next_token_law`.
     """
     logits = proposal_logits if proposal_logits is not None else aligner_logits
     seen = None if logits is None else seen_mask(context_ids, logits.shape[-1])
@@ -338,12 +351,12 @@ def token_logprobs(
 
 # ---- counter-based Gumbel noise ----------------------------------------------------------------------------
 # SplitMix64's finaliser (Steele, Lea, Flood 2014) over a Weyl sequence, in wrapping int64 arithmetic, which
-# torch computes alike on every device. The noise of a token is a function of (seed, row, position, stream,
-# token) alone.
+# torch computes alike on every device. The noise of a token depends only on (seed, row, position, stream,
+# token).
 
 
 def signed(value: int) -> int:
-    """A seed as an int64."""
+    """Return a seed as an int64 with the same 64 bits."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -366,12 +379,14 @@ def gumbel_noise(
     stream: int = 0,
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Standard Gumbel noise (..., V) in float64, the same for a (seed, row, position, stream, token) wherever
-    it is drawn.
+    """Return standard Gumbel noise (..., V) in float64 that depends only on its key.
 
-    seed: one for all, or (...) int64. row_ids, positions: (...) int64; position counts generated tokens, so
-    prompt length and padding never enter. stream 0 draws the token; streams 1..n draw the candidates of snis.
-    tokens: (..., S) ids, where only their noise is wanted: (..., S).
+    Args:
+        seed: one for all, or (...) int64.
+        row_ids, positions: (...) int64; a position counts generated tokens, so prompt length and padding have
+            no influence.
+        stream: 0 draws the token; 1..n draw the candidates of snis.
+        tokens: (..., S) ids; if set, only their noise is returned: (..., S).
     """
     device = row_ids.device
     key = seed if isinstance(seed, torch.Tensor) else torch.full_like(row_ids, signed(seed))
@@ -380,20 +395,20 @@ def gumbel_noise(
     if tokens is None:
         tokens = torch.arange(vocab_size, device=device, dtype=torch.int64)
     bits = _mix64(_mix64(key.unsqueeze(-1) + (tokens + 1) * _GOLDEN))
-    # 53 bits in [1, 2^53 - 1]: u is neither 0 nor 1, so the noise is finite. float32 would round u to 1 now
-    # and then.
+    # 53 bits in [1, 2^53 - 1]: u is neither 0 nor 1, so the noise is finite. float32 would round some u to 1.
     uniform = ((bits >> 11) & ((1 << 53) - 1)).clamp(min=1).double() * 2.0**-53
     return -torch.log(-torch.log(uniform))
 
 
 def gumbel_argmax(logprobs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """One exact draw per row from `logprobs` (..., V) with `noise` (..., V): the Gumbel-max rule. (...)"""
+    """Draw one token per row (...) from `logprobs` (..., V) with `noise` (..., V): the Gumbel-max rule."""
     return (logprobs.double() + noise).argmax(dim=-1)
 
 
 class Noise:
-    """The Gumbel noise of some positions, computed once, or where a vocabulary is large, for a law's support
-    only; draws as `gumbel_argmax` does.
+    """The Gumbel noise of positions (R, W), for draws as by `gumbel_argmax`.
+
+    It is computed once, or, on a CPU with a large vocabulary, only for the tokens in a law's support.
     """
 
     def __init__(
@@ -404,30 +419,29 @@ class Noise:
         vocab_size: int,
         stream: int = 0,
     ) -> None:
-        """row_ids, positions, and seed where rows have their own: (R, W)."""
         if not isinstance(seed, torch.Tensor):
             seed = torch.full_like(row_ids, signed(seed))
-        self.where, self.vocab_size, self.stream = (seed, row_ids, positions), vocab_size, stream
+        self.keys, self.vocab_size, self.stream = (seed, row_ids, positions), vocab_size, stream
         self.sparse = row_ids.device.type == "cpu" and vocab_size >= LARGE_VOCABULARY
-        self.whole = None if self.sparse else gumbel_noise(*self.where, vocab_size, stream)
+        self.whole = None if self.sparse else gumbel_noise(*self.keys, vocab_size, stream)
 
-    def draw(self, logprobs: torch.Tensor, rows=ALL, columns=ALL) -> torch.Tensor:
-        """One token per law (N, V), given row by row; of some rows and columns only. (N,)"""
+    def draw(
+        self, logprobs: torch.Tensor, rows: torch.Tensor | slice = ALL, columns: int | slice = ALL
+    ) -> torch.Tensor:
+        """Draw one token per law (N,) from laws (N, V) at these rows and columns, row by row."""
         support = int((logprobs > NEG_INF).sum(dim=-1).max()) if self.sparse else self.vocab_size
         if 4 * support <= self.vocab_size:
             ranked, tokens = torch.topk(logprobs, support, dim=-1)
-            where = (each.flatten() for each in self._where(rows, columns))
-            noise = gumbel_noise(*where, 0, self.stream, tokens)
+            seed, row_ids, positions = (key[rows, columns].flatten() for key in self.keys)
+            noise = gumbel_noise(seed, row_ids, positions, 0, self.stream, tokens)
             return tokens.gather(-1, gumbel_argmax(ranked, noise).unsqueeze(-1)).squeeze(-1)
         if self.whole is None:
-            self.whole = gumbel_noise(*self.where, self.vocab_size, self.stream)
+            self.whole = gumbel_noise(*self.keys, self.vocab_size, self.stream)
         whole = self.whole if rows is ALL else self.whole[rows]
         whole = whole.flatten(0, 1) if columns is ALL else whole[:, columns]
         return gumbel_argmax(logprobs, whole)
 
-    def stream_of(self, stream: int, rows=ALL, columns=ALL) -> "Noise":
-        """Another stream's noise at some of the positions."""
-        return Noise(*self._where(rows, columns), self.vocab_size, stream)
-
-    def _where(self, rows, columns) -> list[torch.Tensor]:
-        return [each[rows, columns] for each in self.where]
+    def stream_of(self, stream: int, rows: torch.Tensor | slice = ALL) -> "Noise":
+        """Return another stream's noise at some rows."""
+        seed, row_ids, positions = (key[rows] for key in self.keys)
+        return Noise(seed, row_ids, positions, self.vocab_size, stream)

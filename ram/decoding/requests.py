@@ -1,22 +1,17 @@
-"""What an engine is asked, what it answers, and why it refuses."""
+"""Requests to the decoding engine, the events that answer them, and the reasons to refuse one."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ram.decoding.par import PARParams
 
+if TYPE_CHECKING:
+    from ram.decoding.rows import DecodingRow
+    from ram.decoding.scheduler import Ticket
+
 
 class EngineError(Exception):
-    """A request that the engine does not take; the text is for whoever sent it."""
-
-
-class Busy(EngineError):
-    """As many requests wait as may: try again later."""
-
-
-class Closed(EngineError):
-    """The engine takes no more requests."""
+    """A request is refused; the message is meant for its sender."""
 
 
 class UnknownAligner(EngineError):
@@ -28,16 +23,20 @@ class TooLong(EngineError):
 
 
 class BadRequest(EngineError):
-    """A request that means nothing: no prompt, no tokens wanted, ids that the vocabulary lacks."""
+    """A request is invalid: no prompt, no new tokens, or ids outside the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to decode: a prompt by one pair, or by the proposal alone (aligner None).
+    """A prompt to decode with one pair, or with the engine's own model alone.
 
-    seed, row_id: whose noise the answer draws; equal ones give equal answers whatever else is decoded. stop:
-    strings that end the answer. logprobs: how many candidates of the law to give with each token; None gives
-    no log-probabilities at all, 0 the token's own. stop_token_ids: tokens that end it as EOS does.
+    Args:
+        aligner: name of the pair's aligner; None decodes without one.
+        seed, row_id: select the random numbers; equal pairs give equal answers whatever else is decoded.
+        stop: strings that end the answer.
+        logprobs: number of most likely tokens to report with each token; None reports no log-probabilities, 0
+            the token's own.
+        stop_token_ids: tokens that end the answer as EOS does.
     """
 
     prompt_ids: tuple[int, ...]
@@ -52,40 +51,39 @@ class Request:
 
 
 class TokenLogprobs(NamedTuple):
-    """A token's log-probability in nats under the law it was drawn from, and the likeliest tokens' (id, log
-    p), best first; tokens that the law excludes are not among them.
+    """Log-probabilities in nats under the law that a token was drawn from.
+
+    Args:
+        logprob: the token's own.
+        top: (id, log p) of the most likely tokens, best first; tokens outside the law's support are left out.
     """
 
     logprob: float
     top: tuple[tuple[int, float], ...]
 
 
-class Piece(NamedTuple):
-    """The next tokens of an answer.
+class Tokens(NamedTuple):
+    """The tokens that a round gave to a row; logprobs has one entry per token, or is None."""
 
-    text: what they add that is safe to show. All pieces of an answer that was not broken off make its text,
-    and its token ids, the closing EOS and the tokens of a stop string included. Tokens whose text may still
-    become another character or a stop string wait for the next piece. logprobs: one per token, None where not
-    asked.
-    """
-
+    ticket: "Ticket"
     token_ids: tuple[int, ...]
-    text: str
     logprobs: tuple[TokenLogprobs, ...] | None
 
 
-class Done(NamedTuple):
-    """The end of a request, whatever the end.
+class Finished(NamedTuple):
+    """The end of a row; reason is stop, length or cancelled."""
 
-    finish_reason: stop, length, cancelled or error. n_prompt, n_completion: tokens. stats: as in
-    `plain_loop.Generation`. error: a text for the client where the reason is error, else None.
-    """
-
-    finish_reason: str
-    n_prompt: int
-    n_completion: int
-    stats: dict[str, float]
-    error: str | None = None
+    ticket: "Ticket"
+    row: "DecodingRow"
+    reason: str
 
 
-Listener = Callable[[Piece | Done], None]
+class Failed(NamedTuple):
+    """The end of a row that cannot be decoded, with the exception that was raised."""
+
+    ticket: "Ticket"
+    row: "DecodingRow"
+    error: Exception
+
+
+Event = Tokens | Finished | Failed

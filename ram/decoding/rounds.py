@@ -1,404 +1,343 @@
-"""A round of decoding for rows of many aligners and many settings, after `speculation`.
+"""One round of decoding: draft, verify, accept, for rows of many aligners and many settings.
 
-    rows -> drafts by each aligner -> one forward of the proposal over all -> a law for each kind of settings
+    rows -> drafts by each aligner -> one forward of the verifier over all -> a law for each kind of settings
 
-The proposal's forward depends on neither the aligner nor the settings, and a law only on its logits and
-settings: so all rows share the first, and rows of equal settings the second, whatever their aligners.
+A draft and the law's own draw use the same counter-based noise, so a draft is exactly the token that the
+plain loop would have drawn there, or it is rejected: the output is the plain loop's for every mode and width.
+A pair's aligner is its own drafter, and its logits enter the law. The verifier's forward depends on neither
+the aligner nor the settings, so all rows share it; rows of equal settings share the law. A row's first round
+also reads its prompt.
+
+Shapes: R rows of a frame, W positions that a round verifies, D drafts, V vocabulary.
 """
 
 import contextlib
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
-from ram.decoding.cache import Hold, Part, Pool, cat
-from ram.decoding.par import ALL, NEG_INF, Noise, PARParams, seen_mask
-from ram.decoding.reference import Row, StopWatch
-from ram.decoding.speculation import draft_law, draw_laws, fetch, grow
+from ram.decoding.cache import Part, ServedModel, cat
+from ram.decoding.frames import Drafters, Frame, RowSet, RowState, fetch
+from ram.decoding.par import ALL
+from ram.decoding.rows import append_token
+from ram.decoding.scheduler import Ticket
+
+Chunks = Sequence[tuple[Ticket, int]]  # rows of whose prompts a round only reads some tokens
 
 
-@dataclass(eq=False)
-class Member:
-    """A model and the pool that holds its keys and values; of an aligner also the ids that end a pair's
-    answer.
-    """
+class RowsFailed(Exception):
+    """A model failed for some rows; the other rows can go on."""
 
-    model: Any
-    pool: Pool
-    eos: tuple[int, ...] = ()
+    def __init__(self, tickets: Sequence[Ticket], error: Exception) -> None:
+        super().__init__(str(error))
+        self.tickets, self.error = list(tickets), error
 
 
-@dataclass(eq=False)
-class Job:
-    """A row that is decoded: what it wants and how far it is.
+class RoundResult(NamedTuple):
+    """The costs and the outcome of a round.
 
-    drafter: an aligner, of its own pair or, where the proposal decodes alone, any; None drafts nothing.
-    logprobs: of the tokens of the latest round, where wanted.
-    """
-
-    row: Row
-    tokens: list[int]  # prompt and answer
-    params: PARParams
-    pair: bool
-    drafter: Member | None
-    watch: StopWatch
-    max_new_tokens: int
-    seed: int
-    row_id: int
-    eos: tuple[int, ...]
-    stop_token_ids: tuple[int, ...] = ()  # which end the answer, too
-    wants: int | None = None  # likeliest tokens to report; None for no log-probabilities
-    line: int = -1
-    holds: dict[Member, Hold] = field(default_factory=dict)
-    logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.end = len(self.tokens) + self.max_new_tokens
-        p = self.params
-        self.penalised = p.repetition_penalty != 1.0 or p.base_repetition_penalty != 1.0
-
-    @property
-    def unread(self) -> int:
-        return max(hold.unread for hold in self.holds.values())
-
-
-class Failed(Exception):
-    """Some rows cannot go on; the others are none the worse."""
-
-    def __init__(self, jobs: list[Job], error: Exception) -> None:
-        super().__init__(f"{type(error).__name__}: {error}")
-        self.jobs = jobs
-
-
-class Took(NamedTuple):
-    """What a round took: tokens of the proposal's forward, seconds of a draft (None where none followed
-    another) and of the forward and the laws; how many drafts were compared and how many kept, by whether they
-    were for pairs.
+    Args:
+        tokens: tokens of the verifier's forward.
+        step: seconds of one drafting step; None if there was none that could be timed.
+        verify: seconds of the verifier's forward and of the laws.
+        agreement: drafts compared and drafts kept, by whether a pair decoded the row.
+        failures: rows whose law failed, with the error.
     """
 
     tokens: int
     step: float | None
     verify: float
-    kept: dict[bool, list[int]]
-
-
-class _Group(NamedTuple):
-    """Rows of equal settings, whose laws are computed together."""
-
-    jobs: list[Job]
-    at: torch.Tensor | slice  # which rows of the frame
-    seens: list[torch.Tensor | None]  # (R, V) ids seen before each position
-
-
-class _Frame:
-    """Rows that take the same number of positions in a round; R rows, W = width."""
-
-    def __init__(self, jobs: list[Job], width: int, columns: int, vocab: int, seen, device) -> None:
-        self.jobs, self.width, self.device = jobs, width, device
-        self.count = width if jobs[0].pair else width - 1  # drafts
-        numbers = [
-            (job.line, len(job.tokens), job.end, job.tokens[-1], len(job.row.ids), job.row_id, job.seed)
-            for job in jobs
-        ]
-        numbers = torch.tensor(numbers, device=device).unsqueeze(-1).unbind(1)  # each (R, 1)
-        lines, length, end, self.last, step, row_ids, seeds = numbers
-        self.lines, ahead = lines.squeeze(1), torch.arange(width, device=device)
-        wanted = length - 1 + ahead
-        self.places = torch.where(wanted < end - 1, wanted, columns)  # (R, W)
-        self.longest = min(max(len(job.tokens) for job in jobs) - 1 + width, columns)
-        noise = (seeds.expand(-1, width), row_ids.expand(-1, width), step + ahead)
-        self.noise = Noise(*noise, vocab)
-        self.drafts: list[torch.Tensor] = []  # (R, 1) each
-        self.draft_logits: list[torch.Tensor] = []  # (R, V) each
-        self.groups = self._group(seen)
-
-    def _group(self, seen: torch.Tensor | None) -> list[_Group]:
-        rows = defaultdict(list)
-        for index, job in enumerate(self.jobs):
-            rows[job.params, job.eos, job.pair].append(index)
-        found = []
-        for mine in rows.values():
-            at = ALL if len(rows) == 1 else torch.tensor(mine, device=self.device)
-            jobs = [self.jobs[index] for index in mine]
-            found.append(_Group(jobs, at, [seen[self.lines[at]] if jobs[0].penalised else None]))
-        return found
-
-    @property
-    def drafted(self) -> torch.Tensor:
-        """(R, D) the drafts so far."""
-        return torch.cat([self.last[:, :0], *self.drafts], dim=1)
-
-    def draw_drafts(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next draft of each row (R,) from its drafter's logits (R, V)."""
-        column, found = len(self.drafts), torch.empty_like(self.last[:, 0])
-        for group in self.groups:
-            job, seen = group.jobs[0], group.seens[-1]
-            law = draft_law(logits[group.at], job.params, seen, job.eos, not job.pair)
-            found[group.at] = mine = self.noise.draw(law, group.at, column)
-            group.seens.append(None if seen is None else seen.scatter(1, mine.unsqueeze(1), True))
-        self.drafts.append(found.unsqueeze(1))
-        self.draft_logits.append(logits)
-        return found
-
-    def draw(self, group: _Group, logits: torch.Tensor) -> list[dict[str, list]]:
-        """What the laws of a group's rows draw at their W positions and what is known of that, row by row.
-
-        logits: (R, W, V) of the proposal, for all rows of the frame.
-        """
-        (jobs, at, seens), drafted, width = group, self.drafted, self.width
-        job, seen, z_q = jobs[0], None, None
-        if seens[0] is not None:
-            seen = torch.stack(seens[:width], dim=1).flatten(0, 1)
-        if job.pair:
-            z_q = torch.stack([each[at] for each in self.draft_logits], dim=1).flatten(0, 1)
-        z_p = logits[at].flatten(0, 1)
-        laws, found = draw_laws(z_p, z_q, job.params, seen, job.eos, self.noise, at)
-        found = {key: value.view(-1, width) for key, value in found.items()}
-        found |= {"as_draft": found["token"][:, : drafted.shape[1]] == drafted[at]}
-        tokens, laws = found["token"], laws.view(-1, width, laws.shape[-1])
-        logprobs = [
-            [] if job.wants is None else _report(laws[index], tokens[index], job.wants)
-            for index, job in enumerate(jobs)
-        ]
-        found = {key: value.tolist() for key, value in fetch(found).items()} | {"logprobs": logprobs}
-        return [{key: values[index] for key, values in found.items()} for index in range(len(jobs))]
-
-
-def _report(laws: torch.Tensor, tokens: torch.Tensor, count: int) -> list:
-    """Of each position the token's log-probability and the likeliest tokens with theirs; (W, V), (W,).
-
-    What stands for a token that has no law (-1) means nothing: its row ends with an error.
-    """
-    chosen = laws.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
-    values, ids = (each.tolist() for each in laws.topk(min(count, laws.shape[1]), dim=1))
-    return [
-        (own, [(token, value) for token, value in zip(ids[i], values[i], strict=True) if value > NEG_INF])
-        for i, own in enumerate(chosen)
-    ]
+    agreement: dict[bool, list[int]]
+    failures: list[tuple[Ticket, Exception]]
 
 
 class Rounds:
-    """Decodes jobs round by round, at most `lines` at once."""
+    """Decodes the rows of an engine round by round."""
 
-    def __init__(self, proposal: Member, vocab_size: int, lines: int) -> None:
-        self.proposal, self.vocab, self.lines = proposal, vocab_size, lines
-        self.device, self.columns = proposal.pool.device, proposal.pool.columns
-        self.free = list(range(lines))
-        self.seen: torch.Tensor | None = None  # (lines, V), from the first penalty on
+    def __init__(self, verifier: ServedModel) -> None:
+        limits = verifier.pool.limits
+        self.verifier, self.device = verifier, verifier.pool.device
+        self.columns, self.free = limits.columns, list(range(limits.rows))
+        self.state = RowState(limits.rows, limits.columns, limits.vocab_size, self.device)
+        self.sets: dict[tuple[bool, bool], tuple[list[Ticket], RowSet]] = {}  # of the latest round
 
-    def enter(self, job: Job) -> bool:
-        """Gives a job its line and positions, where there are some; one that fails here has taken none."""
+    def enter(self, ticket: Ticket) -> bool:
+        """Give a row its line and positions; return False if too few are free. A failure takes nothing."""
         if not self.free:
             return False
-        job.line, count = self.free[-1], job.end - 1  # the last token is never read
+        assert ticket.end - 1 <= self.columns
+        ticket.line = self.free[-1]
         with contextlib.ExitStack() as undo:
-            for member in filter(None, (self.proposal, job.drafter)):
-                hold = member.pool.admit(job.line, job.tokens, count)
-                if hold is None:
+            undo.callback(ticket.allocations.clear)
+            for member in filter(None, (ticket.role.verifier, ticket.role.drafter)):
+                # The last token is never read.
+                allocation = member.pool.admit(ticket.line, ticket.tokens, ticket.end - 1)
+                if allocation is None:
                     return False
-                undo.callback(member.pool.give_back, hold.positions)
-                job.holds[member] = hold
-            if job.penalised:
-                if self.seen is None:
-                    self.seen = torch.zeros(self.lines, self.vocab, dtype=torch.bool, device=self.device)
-                self.seen[job.line] = seen_mask(torch.tensor([job.tokens]), self.vocab)[0].to(self.device)
+                undo.callback(member.pool.positions.undo, allocation)
+                ticket.allocations[member] = allocation
+            self.state.admit(ticket)
             undo.pop_all()
         self.free.pop()
         return True
 
-    def leave(self, job: Job) -> None:
-        """Takes a job's line back; what it has read stays for others."""
-        self.free.append(job.line)
-        for member, hold in job.holds.items():
-            member.pool.release(hold)
-        job.holds = {}
+    def leave(self, ticket: Ticket) -> None:
+        """Take a row's line back; its pools may keep what it has read for other rows."""
+        self.free.append(ticket.line)
+        for member, allocation in ticket.allocations.items():
+            member.pool.positions.release(allocation)
+        ticket.allocations = {}
+        self.sets.clear()  # they hold the row's models
 
     @torch.inference_mode()
-    def run(self, jobs: Sequence[Job], widths, chunks: Sequence[tuple[Job, int]] = ()) -> Took:
-        """Decodes some tokens for each of the jobs, and reads so many tokens of other jobs' prompts.
+    def run(self, tickets: Sequence[Ticket], widths: dict[bool, int], chunks: Chunks = ()) -> RoundResult:
+        """Decode some tokens of each row, and read some tokens of other rows' prompts.
 
-        widths: at most how many tokens, by whether a pair decodes (True) or the proposal alone (False).
+        Args:
+            widths: most positions to verify per row, by whether a pair decodes it.
 
-        Raises Failed where an aligner or a law fails for some.
+        Raises:
+            RowsFailed: if a drafter fails; nothing has changed then.
         """
-        frames = []
-        for pair, drafted in ((True, True), (False, True), (False, False)):
-            wide = widths[pair]
-            mine = [job for job in jobs if job.pair == pair]
-            if not pair:
-                mine = [job for job in mine if (job.drafter is not None and wide > 1) == drafted]
-            if mine:
-                mine.sort(
-                    key=lambda job: (hash(job.drafter.pool.kind), id(job.drafter)) if job.drafter else ()
-                )
-                wide = min(wide, max(job.max_new_tokens - len(job.row.ids) for job in mine)) if drafted else 1
-                frames.append(_Frame(mine, wide, self.columns, self.vocab, self.seen, self.device))
-        for member in {job.drafter: None for job, _ in chunks if job.drafter}:
-            with blamed([job for job, _ in chunks if job.drafter is member]):
-                parts = self.chunk(member, chunks)
-                if parts:
-                    member.pool(parts)
+        frames = self.frames(tickets, widths)
+        self.read_drafters(chunks)
         steps = [self.draft(frame) for frame in frames if frame.count]
         start = time.perf_counter()
-        parts, orders = [], []
-        for frame in frames:
-            mine, order = self.parts(self.proposal, frame.jobs, frame.drafted[:, : frame.width - 1])
-            parts, orders = parts + mine, [*orders, (len(mine), order)]
-        more = self.chunk(self.proposal, chunks)
-        logits = iter(self.proposal.pool(parts + more) if parts + more else ())
-        kept, failed = {True: [0, 0], False: [0, 0]}, None
-        for job, count in chunks:
-            for hold in job.holds.values():
-                hold.read += min(count, hold.unread)
-        for frame, (count, order) in zip(frames, orders, strict=True):
-            mine = arranged([next(logits) for _ in range(count)], order)
-            for group in frame.groups:
-                jobs = group.jobs
+        logits, tokens = self.verify(frames, chunks)
+        drawn, failures = [], []
+        for frame, frame_logits in zip(frames, logits, strict=True):
+            for group, seens in zip(frame.rows.groups, frame.seens, strict=True):
                 try:
-                    found = frame.draw(group, mine)
-                    for index, job in enumerate(group.jobs):
-                        jobs = [job]
-                        for i, count in enumerate(self.accept(job, found[index], frame)):
-                            kept[job.pair][i] += count
+                    report, logprobs = frame.draw(group, seens, frame_logits)
+                    kept = report["kept"].squeeze(1)
+                    seen = seens[0] if seens else None
+                    self.state.advance(frame.lines[group.at], kept, report["token"], seen)
+                    drawn.append((frame, group, report, logprobs))
                 except Exception as error:
-                    failed = Failed(jobs, error)
-        if failed:
-            raise failed
-        tokens = sum(part.ids.numel() for part in parts + more)
+                    failures += [(ticket, error) for ticket in group.tickets]
+        reports = fetch([report for _, _, report, _ in drawn])  # the one wait for the device
+        agreement = {True: [0, 0], False: [0, 0]}
+        for (frame, group, _, logprobs), report in zip(drawn, reports, strict=True):
+            for index, ticket in enumerate(group.tickets):
+                ticket.logprobs = logprobs[index]
+                try:
+                    row_report = {key: values[index] for key, values in report.items()}
+                    counts = self.accept(ticket, row_report, frame)
+                except Exception as error:
+                    failures.append((ticket, error))
+                    continue
+                for i, count in enumerate(counts):
+                    agreement[group.role.is_pair][i] += count
         step = next((seconds for seconds in steps if seconds is not None), None)
-        return Took(tokens, step, time.perf_counter() - start, kept)
+        return RoundResult(tokens, step, time.perf_counter() - start, agreement, failures)
 
-    def draft(self, frame: _Frame) -> float | None:
-        """Lets each aligner draft for its rows.
+    def frames(self, tickets: Sequence[Ticket], widths: dict[bool, int]) -> list[Frame]:
+        """Group the rows by the number of positions that they take: pairs, drafted rows, other rows."""
+        frames, sets = [], {}
+        kinds: dict[tuple[bool, bool], list[Ticket]] = defaultdict(list)
+        for ticket in tickets:
+            is_pair, drafter = ticket.role.is_pair, ticket.role.drafter
+            kinds[is_pair, is_pair or (drafter is not None and widths[False] > 1)].append(ticket)
+        for (is_pair, drafted), rows in sorted(kinds.items(), key=lambda kind: kind[0], reverse=True):
+            latest = self.sets.get((is_pair, drafted))
+            if latest is None or latest[0] != rows:
+                latest = rows, RowSet(rows, drafted, self.device)
+            sets[is_pair, drafted] = latest
+            room = max(ticket.end - len(ticket.tokens) for ticket in rows)
+            width = min(widths[is_pair], room) if drafted else 1
+            count = rows[0].role.draft_count(width) if drafted else 0
+            frames.append(Frame(latest[1], width, count, self.state))
+        self.sets = sets
+        return frames
 
-        A pair's law needs its aligner's logits at all W positions, so there are W drafts; the last one for a
-        proposal alone would be in vain. Returns the seconds of one that followed another.
+    def draft(self, frame: Frame) -> float | None:
+        """Draw all drafts of a frame; return the seconds of one step that follows another.
+
+        A pair's law needs its aligner's logits at all W positions, so a pair has W drafts; for one model
+        alone a draft at the last position would be useless.
         """
-        spans, found, count = [], [], frame.count
-        for member, mine in itertools.groupby(frame.jobs, key=lambda job: job.drafter):
-            start = spans[-1][1].stop if spans else 0
-            spans.append((member, slice(start, start + len(list(mine)))))
-        kinds = []  # aligners whose forwards are one, and which rows are theirs
-        for _, same in itertools.groupby(spans, key=lambda span: span[0].pool.kind):
-            members, slices = zip(*same, strict=True)
-            kinds.append((members, slices, slice(slices[0].start, slices[-1].stop)))
-        for members, slices, whole in kinds:
-            with blamed(frame.jobs[whole]):
-                found += self.first_drafts(members, [(frame.jobs[mine], frame.last[mine]) for mine in slices])
-        ids = frame.draw_drafts(cat(found))
-        if count == 1:
+        steady = frame.count > 1 and not any(
+            ticket.allocations[ticket.role.draft_model].unread for ticket in frame.tickets
+        )
+        ids = frame.last.squeeze(1)
+        if not steady:
+            logits = [self.first_drafts(frame, drafters) for drafters in frame.rows.drafters]
+            ids = frame.draw_drafts(cat(logits))
+        if frame.count == 1:
             return None
         start, steps = time.perf_counter(), []
-        for members, slices, whole in kinds:
-            with blamed(frame.jobs[whole]):
-                pools, lines = [member.pool for member in members], [frame.lines[mine] for mine in slices]
-                steps.append((pools[0].steps(pools, lines, frame.longest), whole))
-        for column in range(1, count):
-            found = []
-            for step, whole in steps:
-                with blamed(frame.jobs[whole]):
-                    found.append(step.step(ids[whole], frame.places[whole, column]).to(self.device))
-            ids = frame.draw_drafts(cat(found))
+        for members, slices, rows in frame.rows.drafters:
+            with failing(frame.tickets[rows]):
+                pools = [member.pool for member in members]
+                lines = [frame.lines[own] for own in slices]
+                spans = [span_of(frame.tickets[own]) for own in slices]
+                steps.append((pools[0].steps(pools, lines, spans, frame.longest), rows))
+        first = len(frame.drafts)
+        for column in range(first, frame.count):
+            logits = []
+            for step, rows in steps:
+                with failing(frame.tickets[rows]):
+                    logits.append(step.step(ids[rows], frame.places[rows, column]).to(self.device))
+            ids = frame.draw_drafts(cat(logits))
         for step, _ in steps:
             step.close()
-        return (time.perf_counter() - start) / (count - 1)
+        return (time.perf_counter() - start) / (frame.count - first)
 
-    def first_drafts(self, members: Sequence[Member], rows) -> list[torch.Tensor]:
-        """Logits (R, V) after each row's last token, by aligner; rows: each one's jobs and last tokens."""
-        made = [
-            self.parts(member, jobs, last[:, :0]) for member, (jobs, last) in zip(members, rows, strict=True)
+    def first_drafts(self, frame: Frame, drafters: Drafters) -> torch.Tensor:
+        """Read what the drafters have not read; logits (R, V) after each row's last token."""
+        with failing(frame.tickets[drafters.rows]):
+            pairs = zip(drafters.members, drafters.slices, strict=True)
+            made = [self.parts(member, frame, rows, frame.last[:, :0]) for member, rows in pairs]
+            pools = [member.pool for member in drafters.members]
+            logits = iter(pools[0].together(pools, [parts for parts, _ in made]))
+            ordered = [in_order([next(logits) for _ in parts], order) for parts, order in made]
+            return cat([rows[:, 0].to(self.device) for rows in ordered])
+
+    def verify(self, frames: Sequence[Frame], chunks: Chunks) -> tuple[list[torch.Tensor], int]:
+        """One forward of the verifier; logits (R, W, V) of each frame, and the tokens that it read."""
+        parts, counts, orders = [], [], []
+        for frame in frames:
+            own, order = self.parts(self.verifier, frame, ALL, frame.drafted[:, : frame.width - 1])
+            parts += own
+            counts.append(len(own))
+            orders.append(order)
+        parts += self.chunk_parts(self.verifier, chunks)
+        logits = iter(self.verifier.pool(parts)) if parts else iter(())
+        for ticket, count in chunks:
+            for allocation in ticket.allocations.values():
+                allocation.read += min(count, allocation.unread)
+        ordered = [
+            in_order([next(logits).to(self.device) for _ in range(count)], order)
+            for count, order in zip(counts, orders, strict=True)
         ]
-        pools = [member.pool for member in members]
-        logits = iter(pools[0].together(pools, [parts for parts, _ in made]))
-        ordered = (arranged([next(logits) for _ in parts], order) for parts, order in made)
-        return [each[:, 0].to(self.device) for each in ordered]
+        return ordered, sum(part.ids.numel() for part in parts)
 
-    def parts(self, member: Member, jobs: Sequence[Job], drafts: torch.Tensor):
-        """Parts for what a model has not read of each row, its last token and the drafts (R, D): rows that
-        lag alike go together. And where each job's row is among theirs, None where they are in order.
+    def read_drafters(self, chunks: Chunks) -> None:
+        for drafter in {ticket.role.drafter: None for ticket, _ in chunks if ticket.role.drafter is not None}:
+            with failing([ticket for ticket, _ in chunks if ticket.role.drafter is drafter]):
+                if parts := self.chunk_parts(drafter, chunks):
+                    drafter.pool(parts)
+
+    def parts(
+        self, member: ServedModel, frame: Frame, rows: slice, drafts: torch.Tensor
+    ) -> tuple[list[Part], torch.Tensor | None]:
+        """Make the parts that read each row's unread tokens, its last token and its drafts.
+
+        Rows with a similar number of unread tokens form a part.
+
+        Args:
+            rows: the rows of the frame that the member reads.
+            drafts: (R of the frame, D).
+
+        Returns:
+            The parts, and the index of each row among the rows of the parts; None if they are in order.
         """
-        rows = defaultdict(list)
-        for index, job in enumerate(jobs):
-            rows[job.holds[member].unread.bit_length()].append(index)
-        order = [index for mine in rows.values() for index in mine]
-        if len(rows) == 1:
-            return [self.part(member, jobs, drafts)], None
-        parts = [self.part(member, [jobs[i] for i in mine], drafts[mine]) for mine in rows.values()]
-        return parts, torch.tensor(order, device=self.device).argsort()
+        tickets = frame.tickets[rows]
+        unread = [ticket.allocations[member].unread for ticket in tickets]
+        buckets: dict[int, list[int]] = defaultdict(list)
+        for index, count in enumerate(unread):
+            buckets[max(count, 1).bit_length()].append(index)
+        if len(buckets) == 1:
+            return [self.part(member, frame, rows, tickets, drafts)], None
+        order = list(itertools.chain(*buckets.values()))
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        start = rows.start or 0
+        moved = torch.tensor([[start + index for index in order], inverse], device=self.device)
+        parts, begin = [], 0
+        for indices in buckets.values():
+            at, begin = moved[0, begin : begin + len(indices)], begin + len(indices)
+            parts.append(self.part(member, frame, at, [tickets[index] for index in indices], drafts))
+        return parts, moved[1]
 
-    def part(self, member: Member, jobs: Sequence[Job], drafts: torch.Tensor) -> Part:
-        holds, count = [job.holds[member] for job in jobs], 1 + drafts.shape[1]
-        most = max(hold.unread for hold in holds)
-        ids = [hold.tokens[hold.read :] for hold in holds]
-        ids = [mine + [0] * (most + count - len(mine)) for mine in ids]
-        numbers = [
-            (hold.read, len(hold.tokens), job.end, job.line) for hold, job in zip(holds, jobs, strict=True)
-        ]
-        ids, numbers = (torch.tensor(each, device=self.device) for each in (ids, numbers))
-        start, length, end, lines = numbers.unsqueeze(-1).unbind(1)
-        columns = start + torch.arange(most + count, device=self.device)
+    def part(
+        self,
+        member: ServedModel,
+        frame: Frame,
+        at: torch.Tensor | slice,
+        tickets: Sequence[Ticket],
+        drafts: torch.Tensor,
+    ) -> Part:
+        allocations = [ticket.allocations[member] for ticket in tickets]
+        unread = [allocation.unread for allocation in allocations]
+        last, drafts, lines, count = frame.last[at], drafts[at], frame.lines[at], 1 + drafts.shape[1]
+        seen = min(max(len(ticket.tokens) for ticket in tickets) - 1 + count, self.columns)
+        span, most = span_of(tickets), max(unread)
+        if not most:
+            return Part(torch.cat([last, drafts], dim=1), frame.places[at, :count], lines, span, seen)
+        start = torch.tensor([[allocation.read] for allocation in allocations], device=self.device)
+        length, end = frame.length[at], frame.end[at]
+        columns = start + self.state.ahead[: most + count]
+        needed = length - 1 - start + self.state.ahead[:count]  # the last token, then the drafts
+        ids = self.state.tokens[lines.unsqueeze(1), columns.clamp(max=self.columns)]
+        ids.scatter_(1, needed, torch.cat([last, drafts], dim=1))
         fits = (columns < length - 1 + count) & (columns < end - 1)
-        wanted = length - 1 - start + torch.arange(count, device=self.device)  # the last token, the drafts
-        if count > 1:
-            ids.scatter_(1, wanted[:, 1:], drafts)
-        seen = min(max(len(job.tokens) for job in jobs) - 1 + count, self.columns)
         places = torch.where(fits, columns, self.columns)
-        return Part(ids, places, lines.squeeze(1), seen, wanted if most else None)
+        return Part(ids.clamp(min=0), places, lines, span, seen, needed, min(unread))
 
-    def chunk(self, member: Member, chunks: Sequence[tuple[Job, int]]) -> list[Part]:
-        """A part for each prompt that is only read for now; no logits are wanted."""
-        found = []
-        for job, count in chunks:
-            hold = job.holds.get(member)
-            if hold is None or not hold.unread:
+    def chunk_parts(self, member: ServedModel, chunks: Chunks) -> list[Part]:
+        """A part for each prompt that is only read; it needs no logits."""
+        parts = []
+        for ticket, count in chunks:
+            allocation = ticket.allocations.get(member)
+            if allocation is None or not allocation.unread:
                 continue
-            end = hold.read + min(count, hold.unread)
-            ids, places, lines = (
-                torch.tensor(each, device=self.device)
-                for each in ([hold.tokens[hold.read : end]], [list(range(hold.read, end))], [job.line])
-            )
-            found.append(Part(ids, places, lines, end, places[:, :0]))
-        return found
+            line, begin = ticket.line, allocation.read
+            end = begin + min(count, allocation.unread)
+            places = self.state.ahead[begin:end].unsqueeze(0)
+            ids = self.state.tokens[line : line + 1, begin:end]
+            lines = torch.arange(line, line + 1, device=self.device)
+            span = slice(line, line + 1)
+            parts.append(Part(ids, places, lines, span, end, places[:, :0], end - begin - 1))
+        return parts
 
-    def accept(self, job: Job, found: dict[str, list], frame: _Frame) -> tuple[int, int]:
-        """Moves a row on by what it keeps, up to the first token that was not the draft's; gives how many
-        drafts were compared and kept.
+    def accept(self, ticket: Ticket, report: dict[str, list], frame: Frame) -> tuple[int, int]:
+        """Append the kept tokens to a row, up to one that ends it; report: one entry per position.
+
+        Returns:
+            The number of drafts that were compared, and of those that were kept.
         """
-        same, row, before = found["as_draft"][: frame.width - 1], job.row, len(job.row.ids)
-        count = 1 + (same.index(False) if False in same else len(same))
-        row.proposal_forwards += 1
-        row.aligner_forwards += frame.width * job.pair
-        ends = {*job.eos, *job.stop_token_ids}
-        tried = grow(row, found, count, ends, job.watch, job.max_new_tokens)
-        length, new = len(job.tokens), row.ids[before:]
-        job.tokens += new
-        job.logprobs = found["logprobs"][: len(new)]
-        if job.penalised:
-            self.seen[job.line, torch.tensor(new, device=self.device)] = True
-        for member, count in ((self.proposal, frame.width), (job.drafter, frame.count)):
-            if not count:
-                continue
-            hold = job.holds[member]
-            hold.read = min(length - 1 + count, len(job.tokens) - 1)
-            member.pool.note(hold)
-        return tried
+        row, length, role = ticket.row, len(ticket.tokens), ticket.role
+        (count,), before = report["kept"], len(row.ids)
+        row.proposal_forwards += role.z_p == "verifier"
+        row.aligner_forwards += frame.width if role.is_pair else role.z_q == "verifier"
+        for position in range(count):
+            if row.finish is None:
+                last = len(row.ids) + 1 == ticket.request.max_new_tokens
+                append_token(row, report, position, ticket.ends, ticket.watch, last)
+        ticket.tokens += row.ids[before:]
+        ticket.logprobs = ticket.logprobs[: len(row.ids) - before]
+        compared = report["as_draft"][:count]
+        wasted = row.finish is not None and bool(compared and compared[-1])  # a draft beyond an end is no use
+        reads = [(role.verifier, frame.width)]
+        if frame.count:
+            reads.append((role.draft_model, frame.count))
+        for member, new in reads:
+            allocation = ticket.allocations[member]
+            allocation.read = min(length - 1 + new, len(ticket.tokens) - 1)
+            member.pool.positions.note(allocation)
+        return len(compared), sum(compared) - wasted
 
 
-def arranged(logits: list[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:
-    """(R, C, V) of parts, row by row as they were given."""
-    found = cat(logits)
-    return found if order is None else found[order]
+def span_of(tickets: Sequence[Ticket]) -> slice | None:
+    """The lines of some rows as a slice, or None if they are not consecutive."""
+    first = tickets[0].line
+    consecutive = all(ticket.line == first + index for index, ticket in enumerate(tickets))
+    return slice(first, first + len(tickets)) if consecutive else None
+
+
+def in_order(logits: Sequence[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:
+    """(R, C, V) of parts, with the rows in the order of the frame."""
+    return cat(logits) if order is None else cat(logits)[order]
 
 
 @contextlib.contextmanager
-def blamed(jobs: Sequence[Job]):
-    """What fails inside is their aligner's fault."""
+def failing(tickets: Sequence[Ticket]) -> Iterator[None]:
+    """Attribute an error inside the context to these rows."""
     try:
         yield
     except Exception as error:
-        raise Failed(list(jobs), error) from error
+        raise RowsFailed(tickets, error) from error

@@ -1,7 +1,8 @@
-"""The processes of a run: which one this is, sums over all of them, taking turns.
+"""Process groups: rank, collectives over all processes of a run, and signals.
 
-`torchrun` starts them and says so in the environment; without it there is one, and every function here is
-trivial. Numbers and flags travel over gloo, tensors of a model over the device's own backend.
+torchrun starts the processes and describes them in the environment. Without torchrun there is one process
+and the functions here are trivial. Python objects travel over gloo, tensors of a model over the backend of
+their device.
 """
 
 import atexit
@@ -14,9 +15,10 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,34 +26,42 @@ import torch.distributed as dist
 from ram.errors import run_entry_point
 from ram.log import pick_device
 
-TIMEOUT = timedelta(days=2)  # one may let the others wait for long; torchrun notices a dead one
-PATIENCE = 2.0  # seconds
+T = TypeVar("T")
+
+# Rank 0 may work for hours while the others wait (sampling, judging). torchrun detects dead processes.
+TIMEOUT = timedelta(days=2)
+PATIENCE = 2.0  # seconds after the first Ctrl-C from which a second one interrupts at once
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def start(alone: bool = False) -> None:
-    """Joins the group that torchrun's environment describes, once; without it there is none to join, but for
-    who needs a group of one (`alone`).
+    """Join the process group that torchrun's environment describes; do nothing if already joined.
+
+    Args:
+        alone: Without torchrun, create a group of one process, as FSDP requires a group.
     """
     torchrun = "WORLD_SIZE" in os.environ
     if dist.is_initialized() or not (torchrun or alone):
         return
     if torchrun:
-        end_with_launcher()
+        terminate_with_launcher()
     device = pick_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    one = {} if torchrun else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=TIMEOUT, **one)
+    if torchrun:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
     atexit.register(stop)
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Runs the entry point of a script, and ends a process that was in a group without Python's finalisation.
+    """Run a script's entry point; if it joined a group, exit without Python's finalisation.
 
-    One of gloo's threads may still be about to let go of a tensor; in an interpreter that is being torn down
-    that aborts the process, though its work is done.
+    A gloo thread may still hold a tensor when main returns. Tearing down the interpreter then aborts the
+    process although its work is done, so the exit handlers are called here, followed by os._exit.
     """
     code = 0
     try:
@@ -72,19 +82,20 @@ def run(main: Callable[[], Any]) -> None:
         os._exit(code)
 
 
-def end_with_launcher() -> None:
-    """Has Linux send SIGTERM when torchrun dies, so that a process it can no longer watch does not stay."""
+def terminate_with_launcher() -> None:
+    """Let Linux send this process SIGTERM if torchrun dies, so that it is not left running."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def stop() -> None:
-    """Leaves the group, once nobody needs it any more."""
+    """Leave the process group; call it only when no process needs the group any more."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def count() -> int:
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -92,93 +103,113 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes files and the log."""
+def is_rank0() -> bool:
+    """Return whether this process is the one that writes files and the log."""
     return rank() == 0
 
 
-def wait(group=None) -> None:
-    """Until all processes are here. group: `second_group`'s, from a thread."""
-    everyones(None, group)
+def new_cpu_group() -> dist.ProcessGroup | None:
+    """Create a second gloo group of all processes for use in a thread; None if there is one process.
+
+    Collectives of a thread need a group of their own: in a shared group their messages could be matched
+    with those of the main thread.
+    """
+    if count() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)  # pyright: ignore[reportReturnType]
 
 
-def second_group():
-    """Another group of the same processes, on their CPUs, for a thread; None where there is one process."""
-    return dist.new_group(backend="gloo", timeout=TIMEOUT) if count() > 1 else None
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    """Wait until all processes have arrived.
+
+    Args:
+        group: In a thread, the group from `new_cpu_group`.
+    """
+    all_gather(None, group)
 
 
-def everyones(value, group=None) -> list:
-    """The values of all processes, in order of rank. group: `second_group`'s, from a thread."""
-    found = [value]
-    if count() > 1:
-        found = [None] * count()
-        dist.all_gather_object(found, value, group=group)
-    return found
+def all_gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Gather a picklable value from every process, ordered by rank.
+
+    Args:
+        value: This process's value.
+        group: In a thread, the group from `new_cpu_group`.
+    """
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
-def total(values: dict[str, float]) -> dict[str, float]:
-    """Sums over the processes, by key; one that lacks a key adds nothing to it."""
-    found: dict[str, float] = defaultdict(float)
-    for part in everyones(dict(values)):
+def all_sum(values: Mapping[str, float]) -> dict[str, float]:
+    """Sum over all processes, key by key; a missing key counts as 0."""
+    sums: dict[str, float] = defaultdict(float)
+    for part in all_gather(dict(values)):
         for key, value in part.items():
-            found[key] += value
-    return found
+            sums[key] += value
+    return sums
 
 
-def any_of(flag: bool) -> bool:
-    return any(everyones(bool(flag)))
+def any_rank(flag: bool) -> bool:
+    """Return whether the flag is true in any process."""
+    return any(all_gather(bool(flag)))
 
 
-def from_first(make: Callable[[], Any]) -> Any:
-    """What the first process makes, for all of them."""
-    return everyones(make() if is_first() else None)[0]
+def from_rank0(make: Callable[[], T]) -> T:
+    """Call `make` on rank 0 only and return its result in every process."""
+    return all_gather(make() if is_rank0() else None)[0]  # pyright: ignore[reportReturnType]
 
 
 @contextlib.contextmanager
-def first_goes_first() -> Iterator[None]:
-    """The first process does it while the others wait; then they do it, and find what it left."""
-    if not is_first():
-        wait()
+def rank0_first() -> Iterator[None]:
+    """Run the block on rank 0 first; the other ranks run it afterwards and find rank 0's results."""
+    if not is_rank0():
+        barrier()
     try:
         yield
     finally:
-        if is_first():
-            wait()
+        if is_rank0():
+            barrier()
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and Ctrl-C are put into instead of ending the process, so that work can be saved.
+    """Collect SIGTERM and Ctrl-C in a list instead of ending the process, so that work can be saved.
 
-    Launchers send what they got on, so the same signal may come twice at once. Who presses Ctrl-C again some
-    seconds later means it.
+    Launchers forward signals, so one signal may arrive twice at once. A Ctrl-C that comes PATIENCE
+    seconds after the first signal raises KeyboardInterrupt. Outside the main thread, which alone may set
+    signal handlers, the list stays empty.
     """
-    asked: list[int] = []
-    first = 0.0
+    received: list[int] = []
+    first_time = 0.0
 
-    def note(number: int, frame) -> None:
-        nonlocal first
-        if not asked:
-            first = time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - first > PATIENCE:
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first_time
+        if not received:
+            first_time = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - first_time > PATIENCE:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, note) for number in numbers}
+    numbers = ()
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield asked
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
-    """One process of a machine after the other, for what needs a machine's memory once."""
-    mine = int(os.environ.get("LOCAL_RANK", 0))
-    size = max(everyones(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # machines may differ
-    for turn in range(size):
-        if turn == mine:
+    """Run the block in one process of a machine after the other, to limit the peak of host memory."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    # Machines may have different numbers of processes, but every process must pass as many barriers.
+    turns = max(all_gather(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    for turn in range(turns):
+        if turn == local_rank:
             yield
-        wait()
+        barrier()

@@ -1,22 +1,22 @@
-"""A recipe repeated over the values of a key (config/ablation/*.yaml): what each point gave, one plot of all.
+"""A recipe repeated over the values of a key (config/ablation/*.yaml): the points and their common plot.
 
-leaderboard of a point -> point.json beside it -> all points there are -> ablation.html, ablation.csv
+leaderboard of a point -> point.json beside it -> all points -> ablation.html, ablation.csv
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from ram.errors import UserError
 from ram.evaluation.report import charts, page
 from ram.evaluation.report.charts import text
 from ram.log import log
+from ram.settings.recipes import value_of
+from ram.settings.schema import Settings
 from ram.storage.files import read_json, write_csv, write_json, write_text
 
 POINT = "point.json"
-PANELS = {  # column -> title; drawn where a curve has values
+PANELS = {  # column -> title; a panel is drawn if a curve has values
     "win_rate": "Win rate (95 %)",
     "both": "Right and aligned (95 %)",
     "changed_fraction": "Tokens that the aligner changed",
@@ -28,17 +28,24 @@ COLOURS = 6  # of report_page/charts.css
 Curves = dict[str, list[tuple[Any, dict[str, Any]]]]  # name -> (value of the key, leaderboard row)
 
 
-def add_point(folder: Path, task: str, board: Sequence[dict[str, Any]], config: DictConfig) -> None:
-    """Keeps a point's leaderboard in `folder` and draws the plot of all points beside it again.
+def add_point(folder: Path, task: str, board: Sequence[dict[str, Any]], config: Settings) -> None:
+    """Save a point's leaderboard and draw the plot of all points again.
 
-    config: evaluation.ablation has name, key (dotted, of the configuration) and, for a second key whose
-    values become curves of their own, by. Raises UserError where the key is not in the configuration.
+    Args:
+        folder: the point's folder.
+        task: name of the task.
+        board: the leaderboard.
+        config: the root configuration. `evaluation.ablation` has `name`, a dotted `key` and, optionally, a
+            second key `by` whose values become separate curves.
+
+    Raises:
+        UserError: if a key is not in the configuration.
     """
     ablation = config.evaluation.ablation
     point = {"task": task, "rows": list(board)}
     for role in ("key", "by"):
         if ablation.get(role):
-            value = OmegaConf.select(config, ablation[role])
+            value = value_of(config, ablation[role])
             if value is None:
                 raise UserError(f"evaluation.ablation.{role}={ablation[role]!r}: no such key here")
             point[role] = value
@@ -48,24 +55,24 @@ def add_point(folder: Path, task: str, board: Sequence[dict[str, Any]], config: 
     draw(root / f"{task}.html", [p for p in points if p["task"] == task], ablation, config.experiment_name)
 
 
-def draw(path: Path, points: Sequence[dict[str, Any]], ablation: DictConfig, experiment: str) -> None:
-    """Writes the plot of a task's points, and beside it a CSV file of their leaderboards."""
+def draw(path: Path, points: Sequence[dict[str, Any]], ablation: dict[str, str], experiment: str) -> None:
+    """Write the plot of a task's points, and a CSV file of their leaderboards beside it."""
     values = sorted({p["key"] for p in points}, key=lambda value: (isinstance(value, str), value))
     figures = ""
     for heading, curves in sections_of(points).items():
         panels = "".join(panel(title, column, curves, values) for column, title in PANELS.items())
         figures += f'<h2>{text(heading)}</h2><div class="all">{panels}</div>\n'
-    about = f"{experiment}, {path.stem}: {ablation.key} from {values[0]} to {values[-1]}"
-    about += f", {ablation.by} by curve" if ablation.get("by") else ""
+    about = f"{experiment}, {path.stem}: {ablation['key']} from {values[0]} to {values[-1]}"
+    about += f", {ablation['by']} by curve" if ablation.get("by") else ""
     write_text(
         path,
         f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{text(ablation.name)}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{text(ablation["name"])}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{page.STYLE}
 .all {{ display: grid; gap: 2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }}
 </style></head>
-<body><main><h1>{text(ablation.name)}</h1><p>{text(about)}</p>
+<body><main><h1>{text(ablation["name"])}</h1><p>{text(about)}</p>
 {figures}</main></body></html>
 """,
     )
@@ -76,41 +83,40 @@ def draw(path: Path, points: Sequence[dict[str, Any]], ablation: DictConfig, exp
 
 
 def sections_of(points: Sequence[dict[str, Any]]) -> dict[str, Curves]:
-    """Heading -> curves: all systems over the key; where there is a second key, its values for each system.
+    """Return the curves by heading: all systems over the key or, with a second key, one heading per system.
 
-    Systems that no point changes are left out, the first one excepted.
+    Systems whose figures are the same at all points are left out, except the first system.
     """
-    found: dict[str, Curves] = {}
+    all_curves: dict[str, Curves] = {}
     for point in points:
         for row in point["rows"]:
             by = point.get("by")
             heading, name = ("All systems", row["system"]) if by is None else (row["system"], str(by))
-            found.setdefault(heading, {}).setdefault(name, []).append((point["key"], row))
+            all_curves.setdefault(heading, {}).setdefault(name, []).append((point["key"], row))
 
-    def still(rows: Sequence[dict[str, Any]]) -> bool:
+    def is_constant(*curves: Sequence[tuple[Any, dict[str, Any]]]) -> bool:
+        rows = [row for curve in curves for _, row in curve]
         return all(row.get(key) == rows[0].get(key) for row in rows for key in PANELS)
 
     sections = {}
-    for heading, curves in found.items():
-        if heading != "All systems":
-            if not still([row for curve in curves.values() for _, row in curve]):
-                sections[heading] = dict(sorted(curves.items(), key=lambda curve: float(curve[0])))
-            continue
-        first = next(iter(curves))
-        kept = {n: c for n, c in curves.items() if n == first or not still([row for _, row in c])}
-        sections[heading] = kept
+    for heading, curves in all_curves.items():
+        if heading == "All systems":
+            first = next(iter(curves))
+            sections[heading] = {n: c for n, c in curves.items() if n == first or not is_constant(c)}
+        elif not is_constant(*curves.values()):
+            sections[heading] = dict(sorted(curves.items(), key=lambda curve: float(curve[0])))
     return sections
 
 
 def panel(title: str, column: str, curves: Curves, values: Sequence[Any]) -> str:
-    """One column of the leaderboard over the values of the key, which stand at equal distances."""
+    """Return one column of the leaderboard over the values of the key, which are spaced equally."""
     shown = {
         name: [(values.index(value), row) for value, row in curve if row.get(column) is not None]
         for name, curve in curves.items()
     }
     shown = {name: sorted(curve, key=lambda point: point[0]) for name, curve in shown.items() if curve}
     if not any(row[column] for curve in shown.values() for _, row in curve):
-        return ""  # nothing there, or nothing but zeros
+        return ""  # no values, or only zeros
     ends = [
         row[key]
         for curve in shown.values()
@@ -118,7 +124,7 @@ def panel(title: str, column: str, curves: Curves, values: Sequence[Any]) -> str
         for key in (column, f"{column}_low", f"{column}_high")
         if row.get(key) is not None
     ]
-    least = max(0.04, 0.05 * max(map(abs, ends)))  # curves that do not move look so
+    least = max(0.04, 0.05 * max(map(abs, ends)))  # a nearly constant curve looks constant
     frame = charts.Frame(-0.3, len(values) - 0.7, *charts.spread(ends, least))
     shapes, legend = frame.y_axis(""), ""
     for place, value in enumerate(values):

@@ -1,6 +1,6 @@
-"""Win rates with length taken out: AlpacaEval's own method for its 805 questions, a plain one for all else.
+"""Length-controlled win rates: AlpacaEval's method for its 805 questions, a simpler one for other questions.
 
-Both fit a logistic model of the preference in [0, 1] by the difference in length and ask it for the
+Both fit a logistic model of the preference in [0, 1] given the difference in length, and predict the
 preference at equal lengths (Dubois et al. 2024, arXiv 2404.04475).
 """
 
@@ -15,24 +15,27 @@ import numpy as np
 from ram.errors import UserError
 from ram.log import log
 
-QUESTIONS = 805  # of AlpacaEval
+QUESTIONS = 805  # number of AlpacaEval's questions
+QUESTIONS_FILE = "alpaca_eval_gpt4_baseline.json"
 FILE = "alpaca_eval_length_control.csv"  # its df_gamed.csv, beside the questions
-GAMED_WEIGHT = 0.1  # of a row of either of the two gamed baselines, which together hold the model down by 0.2
-STRENGTHS = np.logspace(-4, 4, 10)  # candidates for the loss's weight against the L1 norm of the coefficients
+GAMED_WEIGHT = 0.1  # of a row of the two gamed baselines; a row of the model has weight 1
+STRENGTHS = np.logspace(-4, 4, 10)  # candidate weights of the loss relative to the L1 norm
 FOLDS = 5
 
 
 def length_controlled(preferences: Sequence[float], differences: Sequence[float]) -> float:
-    """The win rate at equal lengths, for any questions: AlpacaEval's model without their difficulty.
+    """Return the win rate at equal lengths, by AlpacaEval's model without the questions' difficulty.
 
-    differences: answer minus reference, in characters; divided by their spread and squashed by tanh, as
-    there.
+    Args:
+        preferences: (n,) in [0, 1].
+        differences: (n,) answer minus reference, in characters. They are divided by their standard deviation
+            and squashed by tanh.
     """
     y, d = np.asarray(preferences, dtype=np.float64), np.asarray(differences, dtype=np.float64)
     if not d.std():
         return float(y.mean())
     x = np.stack([np.ones_like(y), np.tanh(d / d.std())], axis=1)
-    ridge = np.diag([1e-3, 1e-3]) * len(y)  # keeps the optimum finite where one side always wins
+    ridge = np.diag([1e-3, 1e-3]) * len(y)  # the optimum stays finite if one side always wins
     weights = np.zeros(2)
     for _ in range(50):  # Newton's method on a strictly convex function
         p = sigmoid(x @ weights)
@@ -51,10 +54,16 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 class Gamed(NamedTuple):
-    """What AlpacaEval publishes for its model: each question's difficulty, and judgements of the answers that
-    its baseline gave when told to be brief, and to be verbose.
+    """AlpacaEval's published data for its model.
 
-    difficulty: (805,). x: (n, 3), the columns of `design`. preference, weight: (n,).
+    It has each question's difficulty, and judgements of its baseline's answers with the instruction to be
+    brief and with the instruction to be verbose.
+
+    Attributes:
+        difficulty: (805,).
+        x: (n, 3), the columns of `design`.
+        preference: (n,).
+        weight: (n,).
     """
 
     difficulty: np.ndarray
@@ -64,16 +73,18 @@ class Gamed(NamedTuple):
 
 
 def design(standard_difference: np.ndarray, difficulty: np.ndarray, is_model: np.ndarray) -> np.ndarray:
-    """The model's three columns; the last one is 1 for a system, 0 for a gamed baseline, which is as good as
-    what it is compared with.
+    """Return the model's three columns, (n, 3).
+
+    The last column is 1 for a system and 0 for a gamed baseline, which is as good as its reference.
     """
     return np.stack([np.tanh(standard_difference), difficulty, is_model], axis=1)
 
 
 def read_gamed(path: Path) -> Gamed:
-    """AlpacaEval's df_gamed.csv, whose row number k < 805 has the difficulty of question k.
+    """Read AlpacaEval's df_gamed.csv. Its row k < 805 has the difficulty of question k.
 
-    Raises UserError for a file that is another.
+    Raises:
+        UserError: if the file has other columns, too few rows or invalid numbers.
     """
     columns = ("preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
     remedy = "expected AlpacaEval's df_gamed.csv; `python -m ram.data.prepare alpaca --overwrite` fetches it"
@@ -87,11 +98,11 @@ def read_gamed(path: Path) -> Gamed:
     try:
         numbers = np.array([[float(row[key] or "nan") for key in columns[:3]] for row in rows])
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: holds what is no number ({error}); {remedy}") from None
+        raise UserError(f"{path}: a value is not a number ({error}); {remedy}") from None
     preference, difference, difficulty = numbers.T
     if not np.isfinite(numbers[:, 1:]).all() or (preference < 0).any() or (preference > 1).any():
         raise UserError(
-            f"{path}: has a length or difficulty missing, or a preference not in [0, 1]; {remedy}"
+            f"{path}: a length or difficulty is missing, or a preference is not in [0, 1]; {remedy}"
         )
     is_model = np.array([row["not_gamed_baseline"] == "True" for row in rows], dtype=np.float64)
     judged = np.isfinite(preference)
@@ -101,22 +112,24 @@ def read_gamed(path: Path) -> Gamed:
 
 
 def find_gamed(folder: Path, row_ids: Sequence[int], reference: str) -> Gamed | None:
-    """`read_gamed` of the file beside AlpacaEval's questions; None, with a line that says why, where it is
-    not there or the comparison is another than AlpacaEval's.
+    """Return AlpacaEval's data, or None if the comparison is not AlpacaEval's or the file is missing.
 
-    row_ids: of the questions that are judged. reference: `evaluation.reference`.
+    The reason is logged.
+
+    Args:
+        folder: folder of the questions.
+        row_ids: ids of the questions that are judged.
+        reference: `evaluation.reference`.
     """
-    what = "no lc_win_rate, AlpacaEval's length-controlled win rate"
+    prefix = "no lc_win_rate, AlpacaEval's length-controlled win rate"
     if list(row_ids) != list(range(QUESTIONS)):
-        log.info(
-            f"{what}: it is of all {QUESTIONS} questions in order, and {len(row_ids)} are evaluated here"
-        )
+        log.info(f"{prefix}: it needs all {QUESTIONS} questions in order, {len(row_ids)} are evaluated here")
     elif reference != "output":
-        log.info(f"{what}: it is against the test file's answers, and evaluation.reference={reference}")
+        log.info(f"{prefix}: it compares with the test file's answers, not with {reference}")
     elif not (folder / FILE).is_file():
         log.warning(
-            f"{what}: it needs {folder / FILE}, which `python -m ram.data.prepare alpaca` fetches; or bring "
-            "df_gamed.csv from the hub's data set tatsu-lab/alpaca_eval and put it there under that name"
+            f"{prefix}: it needs {folder / FILE}, which `python -m ram.data.prepare alpaca` downloads; or "
+            "copy df_gamed.csv from the hub's data set tatsu-lab/alpaca_eval there under that name"
         )
     else:
         return read_gamed(folder / FILE)
@@ -126,18 +139,20 @@ def find_gamed(folder: Path, row_ids: Sequence[int], reference: str) -> Gamed | 
 def alpaca_length_controlled(
     preferences: Sequence[float | None], differences: Sequence[float], gamed: Gamed
 ) -> dict[str, float]:
-    """`lc_win_rate` and `lc_standard_error` of AlpacaEval's 805 questions, in order, as alpaca_eval 0.6.6's
-    `get_length_controlled_winrate` computes them, in fractions.
+    """Return `lc_win_rate` and `lc_standard_error` as fractions.
 
-    preferences: of each question, None where its judgement failed. differences: answer minus reference, in
-    characters. The model is fitted to the judged answers and, with little weight, to the gamed ones. The
-    standard error is that of the mean of the model's predictions over the questions, as there: it says
-    nothing of the fit's own error.
+    They are those of `get_length_controlled_winrate` in alpaca_eval 0.6.6. The model is fitted to the judged
+    answers and, with little weight, to the gamed ones. The standard error is that of the mean of the model's
+    predictions over the questions; it does not include the error of the fit.
+
+    Args:
+        preferences: of the 805 questions in order, None if the judgement failed.
+        differences: answer minus reference, in characters.
+        gamed: AlpacaEval's data.
     """
     y = np.array([math.nan if p is None else p for p in preferences], dtype=np.float64)
-    d = -np.asarray(
-        differences, dtype=np.float64
-    )  # the published coefficients are for reference minus answer
+    # The published coefficients are for reference minus answer.
+    d = -np.asarray(differences, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):  # all differences equal, or all 0
         d = np.nan_to_num(d / d.std(ddof=1))
     judged, ones = np.isfinite(y), np.ones(len(y))
@@ -145,16 +160,15 @@ def alpaca_length_controlled(
     p = np.concatenate([gamed.preference, y[judged]])
     weight = np.concatenate([gamed.weight, ones[judged]])
     coefficients = fit(x, p, weight, best_strength(x, p, weight))
-    found = sigmoid(design(0 * d, gamed.difficulty, ones) @ coefficients)
-    error = found.std(ddof=1) / math.sqrt(len(found))
-    return {"lc_win_rate": float(found.mean()), "lc_standard_error": float(error)}
+    predicted = sigmoid(design(0 * d, gamed.difficulty, ones) @ coefficients)
+    error = predicted.std(ddof=1) / math.sqrt(len(predicted))
+    return {"lc_win_rate": float(predicted.mean()), "lc_standard_error": float(error)}
 
 
 def best_strength(x: np.ndarray, p: np.ndarray, weight: np.ndarray) -> float:
-    """The candidate with the least weighted log-loss on rows left out, summed over five folds."""
-    fold = (
-        np.arange(len(p))[::-1] % FOLDS
-    )  # scikit-learn's GroupKFold deals equal groups out from the last one
+    """Return the candidate with the lowest weighted log-loss on held-out rows, summed over five folds."""
+    # scikit-learn's GroupKFold assigns groups of equal size from the last one on.
+    fold = np.arange(len(p))[::-1] % FOLDS
     losses = np.zeros(len(STRENGTHS))
     for out in (fold == number for number in range(FOLDS)):
         for index, strength in enumerate(STRENGTHS):
@@ -164,11 +178,11 @@ def best_strength(x: np.ndarray, p: np.ndarray, weight: np.ndarray) -> float:
 
 
 def fit(x: np.ndarray, p: np.ndarray, weight: np.ndarray, strength: float) -> np.ndarray:
-    """The coefficients b that minimise |b|_1 + strength * sum of weight * (log(1 + e^z) - p z), z = x b: the
-    weighted logistic loss with an L1 norm, no intercept.
+    """Return the b that minimises |b|_1 + strength * sum of weight * (log(1 + e^z) - p z), with z = x b.
 
-    Newton's method; the quadratic model of each step, with the norm kept whole, is minimised coordinate by
-    coordinate (Friedman, Hastie and Tibshirani 2010).
+    This is the weighted logistic loss with an L1 norm and without intercept. Newton's method: each step
+    minimises the quadratic model plus the exact norm, coordinate by coordinate (Friedman, Hastie and
+    Tibshirani 2010).
     """
 
     def objective(b: np.ndarray) -> float:
@@ -190,7 +204,7 @@ def fit(x: np.ndarray, p: np.ndarray, weight: np.ndarray, strength: float) -> np
 
 
 def step_of(b: np.ndarray, gradient: np.ndarray, curvature: np.ndarray) -> np.ndarray:
-    """The step s that minimises gradient s + s curvature s / 2 + |b + s|_1."""
+    """Return the step s that minimises gradient s + s curvature s / 2 + |b + s|_1."""
     to = b.copy()
     for _ in range(1000):
         before = to.copy()

@@ -1,7 +1,4 @@
-"""Win rates with intervals, of one system against another; the table.
-
-All of it is arithmetic on a judge's preferences in [0, 1], where 1/2 is a tie.
-"""
+"""Figures of a system from a judge's preferences in [0, 1], where 1/2 is a tie."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,28 +6,27 @@ from typing import Any
 import numpy as np
 
 from ram.data import toy_world
-from ram.decoding import reference
+from ram.decoding import rows as decoding_rows
 from ram.errors import UserError
 from ram.evaluation import length_control
-from ram.evaluation.judges.judges import Judgement
+from ram.evaluation.judges.base import Judgement
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean over rows (Efron 1979), seeded."""
-    values = np.asarray(values, dtype=np.float64)
+    """Return the 95 % percentile bootstrap interval of the mean (Efron 1979)."""
+    array = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
+    picks = rng.integers(0, len(array), size=(resamples, len(array)))
+    low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
 
 
 def paired_difference(
     ours: Sequence[Judgement], theirs: Sequence[Judgement], resamples: int, seed: int
 ) -> dict[str, float]:
-    """How much higher one system's win rate is than another's on the rows where both were judged, with a
-    p-value.
+    """Return the difference of two systems' win rates on the rows that have both judgements, and its p-value.
 
-    Two-sided sign-flip test of the mean difference (Fisher 1935), seeded.
+    The test is the two-sided sign-flip test of the mean difference (Fisher 1935). Empty if no row has both.
     """
     pairs = zip(ours, theirs, strict=True)
     both = [(a["preference"], b["preference"]) for a, b in pairs if "failed" not in a and "failed" not in b]
@@ -52,10 +48,19 @@ def summarise(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """One system's figures: win rate and, where the judge gives them, other shares, with intervals.
+    """Return one system's figures, all rates as fractions.
 
-    answers: what generation kept of each row: text and, for a pair, stats. Judgements that failed are left
-    out and counted; raises UserError where all did. All rates are fractions.
+    Failed judgements are left out and counted.
+
+    Args:
+        judgements: one per row; may have `correct`, `aligned`, `both` and `first`.
+        answers: one per row, with text and, for a pair, statistics.
+        references: the texts that the answers were compared with.
+        resamples: number of bootstrap samples.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: if all judgements failed.
     """
     figures: dict[str, Any] = {"n": len(judgements), "failed": 0}
     if any("failed" in j for j in judgements):
@@ -87,7 +92,7 @@ def summarise(
 
 
 def differences(answers: Sequence[dict], references: Sequence[str]) -> list[int]:
-    """How much longer each answer is than its reference, in characters."""
+    """Return the number of characters that each answer is longer than its reference."""
     return [
         len(answer["text"]) - len(reference) for answer, reference in zip(answers, references, strict=True)
     ]
@@ -99,13 +104,16 @@ def alpaca_figures(
     references: Sequence[str],
     gamed: length_control.Gamed,
 ) -> dict[str, float]:
-    """AlpacaEval's length-controlled win rate of a system over its 805 questions, with its standard error."""
+    """Return AlpacaEval's length-controlled win rate over its 805 questions, with its standard error."""
     preferences = [None if "failed" in j else j["preference"] for j in judgements]
     return length_control.alpaca_length_controlled(preferences, differences(answers, references), gamed)
 
 
 def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
-    """Fall-back and changed fraction, mean KL, acceptance over a pair's tokens; empty for one model alone."""
+    """Return fallback and changed fraction, mean KL and acceptance over a pair's tokens.
+
+    Empty for a single model.
+    """
     pairs = [answer for answer in answers if answer["stats"]["drafted"]]
     tokens = sum(answer["n_tokens"] for answer in pairs)
     if not tokens:
@@ -115,91 +123,24 @@ def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
         for key in ("fallback_fraction", "mean_kl")
     }
     drafted = sum(a["stats"]["drafted"] for a in pairs)
-    changed = sum(answer["events"].count(reference.CHANGED) for answer in pairs)
+    changed = sum(answer["events"].count(decoding_rows.CHANGED) for answer in pairs)
     weighted["acceptance"] = sum(a["stats"]["accepted"] for a in pairs) / drafted
     return weighted | {"changed_fraction": changed / tokens}
 
 
 def gate_warning(row: dict[str, Any]) -> str | None:
-    """Why a par_kl system may not be what it seems: the gate sent most tokens back, or the aligner changed
-    none.
-    """
+    """Return a warning if a par_kl system fell back so often that it is hardly aligned, else None."""
     fallen, changed = row.get("fallback_fraction", 0.0), row.get("changed_fraction", 1.0)
     if not (fallen > 0.5 or (fallen > 0.1 and changed < 0.01)):
         return None
     return (
         f"warning: {row['system']} fell back to the proposal on {fallen:.0%} of its tokens and the aligner "
-        "changed "
-        f"{changed:.1%} of them: div_threshold undoes the alignment; compare sample_mode=par"
+        f"changed {changed:.1%} of them: div_threshold undoes the alignment; compare sample_mode=par"
     )
 
 
 def style_shares(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """Share of answers in each style, where the judge names one."""
+    """Return the share of answers in each style, empty if the judge names no styles."""
     styles = [j["style"] for j in judgements if "style" in j]
-    return {
-        f"style_{style}": styles.count(style) / len(styles)
-        for style in (*toy_world.STYLES, "other")
-        if styles
-    }
-
-
-def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The leaderboard as text, a heading first; columns that no row has a value for are left out."""
-    optional = ("both", "fallback_fraction", "lc_win_rate")
-    has_both, has_pair, has_lc = (any(key in row for row in rows) for key in optional)
-    header = ["system", "n", "win rate", "95 % interval", "equal length"]
-    header += (["AlpacaEval LC"] if has_lc else []) + ["p"]
-    header += ["correct", "aligned", "both"] if has_both else []
-    header += ["length"] + (["changed", "fell back", "mean KL", "acceptance"] if has_pair else [])
-    lines = [header]
-    for row in rows:
-        p = row.get("p_value")
-        line = [
-            row["system"],
-            str(row["n"]) + (f" of {row['n'] + row['failed']}" if row["failed"] else ""),
-            f"{row['win_rate']:.3f}",
-            f"{row['win_rate_low']:.3f} - {row['win_rate_high']:.3f}",
-            f"{row['length_controlled']:.3f}",
-            *([f"{row['lc_win_rate']:.3f}"] if has_lc else []),
-            "-" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
-        ]
-        line += [f"{row[key]:.3f}" for key in ("correct", "aligned", "both") if has_both]
-        line.append(f"{row['average_length']:.0f}")
-        keys = ("changed_fraction", "fallback_fraction", "mean_kl", "acceptance") if has_pair else ()
-        line += [f"{row[key]:.2f}" if "fallback_fraction" in row else "-" for key in keys]
-        lines.append(line)
-    return lines
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The leaderboard as aligned text for the console."""
-    lines = cells(rows)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The leaderboard as a Markdown table."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in cells(rows)]
-    rule = ["---", *["--:"] * (len(lines[0]) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])) + "\n"
-
-
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$"}
-SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
-
-
-def latex(rows: Sequence[dict[str, Any]]) -> str:
-    """The leaderboard as rows of a LaTeX tabular, for a paper's own head and rules."""
-
-    def escaped(text: str) -> str:
-        return "".join(SPECIAL.get(character, character) for character in text)
-
-    return "".join(" & ".join(map(escaped, line)) + " \\\\\n" for line in cells(rows))
+    names = (*toy_world.STYLES, "other") if styles else ()
+    return {f"style_{name}": styles.count(name) / len(styles) for name in names}

@@ -1,39 +1,47 @@
-"""The lines of a leaderboard: which models decode with which settings, and where their answers go."""
+"""The systems of a leaderboard: their models, their decoding settings, and the folders of their answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from ram.answers.jobs import AnswerJob, Pair
 from ram.data import prompts
 from ram.decoding.par import PARParams
 from ram.errors import UserError, nearest
 from ram.models import checkpoints
-from ram.settings import compose, recipes
-from ram.settings.schema import check_sampling, check_types, par_params
+from ram.settings import recipes
+from ram.settings.schema import SamplingSettings, Settings, check_sampling, merged
 from ram.storage.files import fingerprint
 
 
 @dataclass(frozen=True)
 class System:
-    """One line of a leaderboard: which models decode, with which settings, and where the answers go.
+    """One line of a leaderboard.
 
-    corrects: the system whose answers this one, the Aligner baseline, rewrites.
+    Attributes:
+        name: as in `evaluation.systems`.
+        pair: the models that decode.
+        settings: the `sampling` keys.
+        params: the next-token settings among them.
+        folder: where the answers go.
+        corrects: the system whose answers this one rewrites (the Aligner baseline), or None.
     """
 
     name: str
     pair: Pair
-    settings: DictConfig  # the `sampling` keys
+    settings: SamplingSettings
     params: PARParams
     folder: Path
     corrects: str | None = None
 
     @property
+    def is_pair(self) -> bool:
+        return bool(self.pair.proposal and self.pair.aligner)
+
+    @property
     def output(self) -> Path:
-        """AlpacaEval's rows; what else is known of each answer lies beside it."""
+        """The answers in AlpacaEval's format; their statistics are in files beside it."""
         return self.folder / "output.json"
 
     @property
@@ -47,26 +55,34 @@ class System:
 
 
 def resolve_systems(
-    config: DictConfig, task: str, stages: dict[str, recipes.Stage], given: set[str]
+    config: Settings, task: str, stages: dict[str, recipes.Stage], overridden: set[str]
 ) -> dict[str, System]:
-    """All systems of the recipe that its keys ask for, in its order; a corrector stands after what it
-    corrects.
+    """Return the systems of the recipe whose `only_if` holds, in its order.
 
-    A system's settings are the root's `sampling`, then the task's keys, then its own. A `sampling.key=` on
-    the command line (`given`) beats the task's key, not the system's: that is what its name says.
+    A corrector comes after the system that it corrects. A system's settings are the root's `sampling`, then
+    the task's keys, then its own. A `sampling.key=` on the command line (`overridden`) replaces the task's
+    key but not the system's own, which is part of its name.
     """
     systems: dict[str, System] = {}
-    for name, spec in OmegaConf.to_container(config.evaluation.systems, resolve=True).items():
+    for name, spec in config.evaluation.systems.items():
         if recipes.applies(spec, config):
-            systems[name] = _system(name, spec, task, config, stages, given, systems)
+            systems[name] = _system(name, spec, task, config, stages, overridden, systems)
     return systems
 
 
-def _system(name: str, spec: dict[str, Any], task: str, config, stages, given, earlier) -> System:
+def _system(
+    name: str,
+    spec: dict[str, Any],
+    task: str,
+    config: Settings,
+    stages: dict[str, recipes.Stage],
+    overridden: set[str],
+    earlier: dict[str, System],
+) -> System:
     where, corrects = f"evaluation.systems.{name}", spec.get("corrects")
     own = {key: spec[key] for key in spec if key not in ("proposal", "aligner", "corrects", "only_if")}
-    by_task = {k: v for k, v in config.evaluation.tasks[task].items() if f"sampling.{k}" not in given}
-    known = set(config.sampling)
+    by_task = {k: v for k, v in config.evaluation.tasks[task].items() if f"sampling.{k}" not in overridden}
+    known = vars(config.sampling)
     for key in [*own, *by_task]:
         if key not in known:
             raise UserError(f"evaluation: unknown sampling key {key!r}: {nearest(key, known)}")
@@ -81,60 +97,59 @@ def _system(name: str, spec: dict[str, Any], task: str, config, stages, given, e
             )
         if spec.get("proposal") or not spec.get("aligner"):
             raise UserError(f"{where}: a corrector is one model that rewrites answers; give `aligner` alone")
-    settings = OmegaConf.merge(config.sampling, by_task, own)
-    check_types({f"sampling.{k}": v for k, v in compose.leaves(settings).items()}, compose.all_keys())
-    params = check_sampling(settings)
-    paths = [spec.get(role) and recipes.model_source(spec[role], stages) for role in ("proposal", "aligner")]
-    pair = Pair(*paths, settings.dtype, settings.tokenizer_path)
-    if all(paths) and settings.backend == "endpoint":
+    settings = merged(config.sampling, by_task, own)
+    check_sampling(settings)
+    roles = [spec.get("proposal"), spec.get("aligner")]
+    proposal, aligner = [role and recipes.model_source(role, stages) for role in roles]
+    pair = Pair(proposal, aligner, settings.dtype, settings.tokenizer_path)
+    if proposal and aligner and settings.backend == "endpoint":
         raise UserError(
             f"{where}: an endpoint answers for one model, not for a pair; give {where}.backend=local"
         )
-    main = Path(paths[1] or paths[0] or "")
+    main = Path(aligner or proposal or "")
     tag = settings_tag(pair, settings, config.seed, earlier[corrects].folder.name if corrects else None)
     folder = Path(config.output_dir) / config.evaluation.dataset / task / main.parent.name
-    return System(name, pair, settings, params, folder / f"{main.name}#{tag}", corrects)
+    return System(name, pair, settings, settings.params, folder / f"{main.name}#{tag}", corrects)
 
 
-def settings_tag(pair: Pair, settings: DictConfig, seed: int, corrected: str | None = None) -> str:
-    """The settings that a person looks for, and a hash of all that decide an answer.
+def settings_tag(pair: Pair, settings: SamplingSettings, seed: int, corrected: str | None = None) -> str:
+    """Return the settings that people look for, and a hash of all settings that decide an answer.
 
-    corrected: the folder of the answers that a corrector rewrites.
+    Args:
+        pair: the system's models.
+        settings: its `sampling` keys.
+        seed: of decoding.
+        corrected: the folder name of the answers that a corrector rewrites.
     """
     s = settings
     aligner = f"t{s.temperature}_p{s.top_p}_rp{s.repetition_penalty}" + (
         f"_k{s.top_k}" if s.top_k > 0 else ""
     )
     base = f"base_t{s.base_temperature}_p{s.base_top_p}" + (f"_k{s.base_top_k}" if s.base_top_k > 0 else "")
-    parts = [aligner] * bool(pair.aligner) + [base] * bool(pair.proposal)
+    parts = []
+    if pair.aligner:
+        parts.append(aligner)
+    if pair.proposal:
+        parts.append(base)
     if pair.aligner and pair.proposal:
         parts.append(s.sample_mode + (f"_dt{s.div_threshold}" if s.sample_mode == "par_kl" else ""))
-    keys = (
-        "max_length",
-        "max_prompt_length",
-        "stop_str",
-        "template",
-        "multiround",
-        "input_key",
-        "output_key",
-        "system_key",
-        "for_aligner",
-        "tokenizer_path",
-        "dtype",
-    )
-    law = pair.law(par_params(s))
+    lengths = ("max_length", "max_prompt_length", "stop_str", "template", "multiround")
+    fields = ("input_key", "output_key", "system_key", "for_aligner", "tokenizer_path", "dtype")
+    law = pair.law(s.params)
     models = [path and Path(path).parts[-2:] for path in (pair.proposal, pair.aligner)]
-    decides = [{key: s[key] for key in keys}, law, models, seed] + [corrected] * bool(corrected)
-    return "_".join([*parts, fingerprint(decides)[:8]])
+    decisive = [{key: getattr(s, key) for key in (*lengths, *fields)}, law, models, seed]
+    if corrected:
+        decisive.append(corrected)
+    return "_".join([*parts, fingerprint(decisive)[:8]])
 
 
 def job_of(
     system: System,
     rows: list[tuple[int, dict]],
-    config: DictConfig,
+    config: Settings,
     drafts: Sequence[str] | None = None,
 ) -> AnswerJob:
-    """What has to be decoded for a system on a test file; `drafts`: the answers that a corrector rewrites."""
+    """Return a system's answer job on a test file. A corrector needs `drafts`, the answers to rewrite."""
     key, records = system.settings.output_key, [row for _, row in rows]
     if drafts is not None:
         records = [row | {key: draft} for row, draft in zip(records, drafts, strict=True)]
@@ -153,14 +168,14 @@ def job_of(
     )
 
 
-def check_models(systems: dict[str, System], stages: list[recipes.Stage]) -> None:
-    """Raises UserError where a system's models are not there, or were trained with other settings."""
+def check_models(systems: dict[str, System], stages: Sequence[recipes.Stage]) -> None:
+    """Raise UserError if a system's models do not exist or were trained with other settings."""
     for system in systems.values():
         for path in (system.pair.proposal, system.pair.aligner):
             if path:
                 checkpoints.find_model(path)
-                # The seed is also that of decoding's noise; another one gives another file.
+                # The seed also decides decoding's random numbers, so another one is allowed here.
                 recipes.check_trained(stages, path, ignore=["seed"])
-        if system.corrects:  # its prompts are not known yet
+        if system.corrects:  # its prompts contain answers that may not exist yet
             checkpoints.load_pair(None, system.pair.aligner, system.pair.tokenizer_path)
             checkpoints.check_context(system.pair.aligner, system.settings.max_length)

@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder, and whether it is finished."""
+"""Run folders: the files of a training run, and whether the run is finished."""
 
 import re
 import shutil
@@ -6,26 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from ram.errors import UserError
-from ram.models.checkpoints import weights_fingerprint
-from ram.storage.files import read_json
+from ram.models.checkpoints import deciding_files, weights_fingerprint
+from ram.storage.files import read_json, write_json
+from ram.storage.provenance import Manifest, cached_sha256, digests_in
 
 LATEST = "LATEST"
 DONE = "done.json"
 METRICS = "metrics.csv"
 BAD_ROWS = "bad_rows.jsonl"
-# Keys of done.json and their types; `weights` is the fingerprint of LATEST.
+# Required keys of done.json and their types; `weights` is the fingerprint of LATEST.
 RECORD = {"settings": dict, "inputs": dict, "weights": str, "metrics": dict, "seconds": int | float}
 
 
 def finished_run(run_dir: Path) -> dict[str, Any] | None:
-    """What done.json says of a finished run; None for a run that is not finished.
+    """Return the content of done.json, or None if the run is not finished.
 
-    Raises UserError where the file is broken or lacks a key of RECORD.
+    Raises:
+        UserError: If the file is malformed or lacks a key of RECORD.
     """
     path = Path(run_dir) / DONE
     if not path.exists():
         return None
-    remedy = "overwrite=true trains the run anew"
+    remedy = "set overwrite=true to train the run again"
     try:
         record = read_json(path)
     except UserError as error:
@@ -36,27 +38,40 @@ def finished_run(run_dir: Path) -> dict[str, Any] | None:
         if not isinstance(record, dict) or not isinstance(record.get(key), kind)
     ]
     if wrong:
-        raise UserError(f"{path}: no record of a finished run (no {', '.join(wrong)}); {remedy}")
+        raise UserError(f"{path}: not a record of a finished run (no {', '.join(wrong)}); {remedy}")
     return record
 
 
+def write_done(run_dir: Path, record: dict[str, Any]) -> None:
+    """Write done.json: `record` with the fingerprint of LATEST and the digest of each of its files."""
+    latest = run_dir / LATEST
+    files = {f"{LATEST}/{path.name}": cached_sha256(path) for path in deciding_files(latest)}
+    write_json(run_dir / DONE, record | {"weights": weights_fingerprint(str(latest)), "files": files})
+
+
+def manifest_of(record: dict[str, Any]) -> Manifest:
+    """Return what a run was made from. Records of earlier versions name no files, only `weights`."""
+    return Manifest(record["settings"] | record["inputs"], record.get("files", {}))
+
+
 def check_finished(run_dir: Path, record: dict[str, Any]) -> None:
-    """Raises UserError where LATEST is missing or holds other weights than `record` (done.json) describes."""
-    if weights_fingerprint(str(Path(run_dir) / LATEST)) != record["weights"]:
+    """Raise UserError if LATEST is missing or differs from the weights that `record` (done.json) names."""
+    damaged = manifest_of(record).damaged(digests_in(Path(run_dir), cached_sha256))
+    if damaged or weights_fingerprint(str(Path(run_dir) / LATEST)) != record["weights"]:
         raise UserError(
             f"{run_dir}: {LATEST} does not hold the weights that {DONE} describes (missing, changed or from "
-            "another run); overwrite=true trains them anew"
+            "another run); set overwrite=true to train the run again"
         )
 
 
 def saved_steps(run_dir: Path) -> list[Path]:
-    """The run's step-N folders in order of N."""
-    found = [path for path in Path(run_dir).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Return the run's step-N folders in order of N."""
+    folders = [path for path in Path(run_dir).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def prune_steps(run_dir: Path, keep: int, best: str | None) -> None:
-    """Removes all step-N folders but the newest `keep` and the one named `best`."""
+    """Remove all step-N folders except the newest `keep` and the one named `best`."""
     steps = saved_steps(run_dir)
     for folder in steps[: max(len(steps) - keep, 0)]:
         if folder.name != best:
@@ -64,10 +79,9 @@ def prune_steps(run_dir: Path, keep: int, best: str | None) -> None:
 
 
 def clear_run(run_dir: Path) -> None:
-    """Makes the run folder and removes what an earlier attempt left in it, the mark that it is finished
-    first.
-    """
+    """Create the run folder, or remove the files of an earlier attempt from it."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    # DONE goes first: if the process is killed here, the run must not look finished.
     for name in (DONE, METRICS, BAD_ROWS):
         (run_dir / name).unlink(missing_ok=True)
     for folder in (run_dir / LATEST, *saved_steps(run_dir)):

@@ -1,12 +1,10 @@
-"""The server's endpoints: OpenAI's models, chat completions and completions, aligners that come and go,
-health, metrics and the page.
-"""
+"""The server's endpoints: OpenAI's protocol, aligners, health, metrics and the page."""
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fastapi
 from fastapi import FastAPI, Request
@@ -16,18 +14,20 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ram.decoding.engine import Busy, Closed, EngineError, TooLong, UnknownAligner
+from ram.decoding.requests import EngineError, TooLong, UnknownAligner
 from ram.errors import UserError
 from ram.serving import protocol
 from ram.serving.guard import HUNG_UP, Guard
-from ram.serving.metrics import CONTENT_TYPE, Metrics
+from ram.serving.loop import Busy, Closed, EngineThread
+from ram.serving.metrics import CONTENT_TYPE, Metrics, TimedEngine
 from ram.serving.protocol import AlignerRequest, ApiError, ChatRequest, Common, CompletionRequest
 from ram.serving.registry import Models, Served
 from ram.serving.responses import Answer, EventStream, Gone, Running, answer_json, too_slow, while_connected
+from ram.settings.serving import Settings
 
 PAGE = Path(__file__).resolve().parent / "page"
 PAGE_FILES = {"/": "chat.html", "/chat.css": "chat.css", "/chat.js": "chat.js"}
-KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -38,28 +38,35 @@ RETRY_AFTER = 1  # seconds
 
 
 class JsonRequest(Request):
+    """A request whose body is parsed by pydantic's JSON parser.
+
+    That parser bounds nesting and rejects NaN and unpaired surrogates.
+    """
+
     async def json(self) -> Any:
-        """The body, by a parser that bounds nesting and takes neither NaN nor halves of characters."""
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
-            reason = f"the body is no valid JSON: {str(error)[:200]}"
+            reason = f"the body is not valid JSON: {str(error)[:200]}"
             raise fastapi.HTTPException(400, reason) from None
 
 
 class JsonRoute(APIRoute):
-    def get_route_handler(self):
+    """A route whose handler receives a `JsonRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
-        async def parsed(request: Request) -> Response:
+        async def handle_json(request: Request) -> Response:
             return await handle(JsonRequest(request.scope, request.receive))
 
-        return parsed
+        return handle_json
 
 
-def create_app(models: Models):
-    """The whole ASGI application around some models."""
+def create_app(models: Models) -> Guard:
+    """Make the whole ASGI application around a proposal and its aligners."""
     settings, metrics = models.settings, Metrics()
+    metrics.watch(models.engine)
     app = FastAPI(
         title="Residual alignment: one proposal, many aligners",
         version="1",
@@ -70,7 +77,7 @@ def create_app(models: Models):
     app.router.route_class = JsonRoute
     _handle_failures(app)
     _add_reading(app, models, metrics)
-    _add_answering(app, models)
+    _add_answering(app, models, metrics)
     if settings.admin_key is not None:
         _add_admin(app, models)
     _describe_keys(app, settings)
@@ -81,8 +88,8 @@ def create_app(models: Models):
 # ---- failures ----------------------------------------------------------------------------------------------
 
 
-def of_engine(error: EngineError, param: str) -> ApiError:
-    """The answer to what the engine did not take."""
+def engine_failure(error: EngineError, param: str) -> ApiError:
+    """Turn the engine's refusal of a request into an HTTP error; `param` is the key that holds the prompt."""
     text = str(error)
     if isinstance(error, Busy):
         return ApiError(429, text, "busy", retry_after=RETRY_AFTER)
@@ -92,64 +99,62 @@ def of_engine(error: EngineError, param: str) -> ApiError:
         return ApiError(404, text, "model_not_found", "model")
     if isinstance(error, TooLong):
         return ApiError(400, text, "context_length_exceeded", param)
-    key = text.partition("=")[0]  # as PARParams begins: top_p=2: expected ...
+    key = text.partition("=")[0]  # PARParams' messages begin with the key: top_p=2: expected ...
     return ApiError(400, text, "invalid_value", key if key.isidentifier() else param)
 
 
 def _handle_failures(app: FastAPI) -> None:
-    def told(error: ApiError, headers: dict[str, str] | None = None) -> Response:
+    """Answer every failure in OpenAI's shape."""
+
+    def respond(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
         headers = dict(headers or {})
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
         return answer_json(error.body(), error.status, headers)
 
+    @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return told(error)
+        return respond(error)
 
-    async def by_engine(request: Request, error: EngineError) -> Response:
-        return told(of_engine(error, "messages" if "chat" in request.url.path else "prompt"))
+    @app.exception_handler(EngineError)
+    async def refused_by_engine(request: Request, error: EngineError) -> Response:
+        return respond(engine_failure(error, "messages" if "chat" in request.url.path else "prompt"))
 
-    async def by_http(request: Request, error: HTTPException) -> Response:
+    @app.exception_handler(HTTPException)
+    async def refused_by_framework(request: Request, error: HTTPException) -> Response:
         codes = {404: "not_found", 405: "method_not_allowed", 400: "invalid_body"}
         failure = ApiError(error.status_code, str(error.detail), codes.get(error.status_code, "refused"))
-        return told(failure, error.headers)
+        return respond(failure, error.headers)
 
-    async def by_shape(request: Request, error: RequestValidationError) -> Response:
-        kind = request.scope["route"].body_field
-        known = kind.field_info.annotation.model_fields if kind is not None else ()
-        return told(protocol.explain(error.errors(), list(known)))
+    @app.exception_handler(RequestValidationError)
+    async def invalid_body(request: Request, error: RequestValidationError) -> Response:
+        body = request.scope["route"].body_field
+        known = body.field_info.annotation.model_fields if body is not None else ()
+        return respond(protocol.explain(error.errors(), list(known)))
 
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        return told(ApiError(500, "the server failed; its log says why", "internal"))
-
-    for kind, handler in (
-        (ApiError, refused),
-        (EngineError, by_engine),
-        (HTTPException, by_http),
-        (RequestValidationError, by_shape),
-        (Exception, unforeseen),
-    ):
-        app.add_exception_handler(kind, handler)
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return respond(ApiError(500, "the server failed; its log says why", "internal"))
 
 
-def _describe_keys(app: FastAPI, settings) -> None:
-    """Puts into the OpenAPI document which requests need which key."""
-    plain = app.openapi
+def _describe_keys(app: FastAPI, settings: Settings) -> None:
+    """State in the OpenAPI document which requests need which key."""
+    make_document = app.openapi
 
-    def described() -> dict[str, Any]:
-        document = plain()
+    def document_with_keys() -> dict[str, Any]:
+        document = make_document()
         document.setdefault("components", {})["securitySchemes"] = {
             "key": {"type": "http", "scheme": "bearer"},
             "adminKey": {"type": "http", "scheme": "bearer"},
         }
         for path, methods in document["paths"].items():
-            wanted = "adminKey" if path.startswith("/admin/") else "key" if settings.key else None
-            if wanted and path != "/health":
+            scheme = "adminKey" if path.startswith("/admin/") else "key" if settings.key else None
+            if scheme and path != "/health":
                 for operation in methods.values():
-                    operation["security"] = [{wanted: []}]
+                    operation["security"] = [{scheme: []}]
         return document
 
-    app.openapi = described
+    app.openapi = document_with_keys
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -158,28 +163,28 @@ def _describe_keys(app: FastAPI, settings) -> None:
 def _add_reading(app: FastAPI, models: Models, metrics: Metrics) -> None:
     @app.get("/health", responses={200: {"model": protocol.Health}, "5XX": {"model": protocol.Health}})
     async def health() -> Response:
-        """Whether the engine's thread lives."""
+        """Whether the engine's thread is alive."""
         alive = models.engine.alive
         return answer_json({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def prometheus() -> Response:
-        """The server's figures in Prometheus' text format."""
-        text = metrics.text(models.engine.figures())
-        return Response(text, headers={"Content-Type": CONTENT_TYPE})
+        """The server's metrics in Prometheus' text format."""
+        return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     @app.get("/v1/models", responses={200: {"model": protocol.ModelList}, **FAILURES})
     async def list_models() -> Response:
-        """The proposal alone, and each pair of it and an aligner by the aligner's name."""
-        return answer_json({"object": "list", "data": [described(each) for each in models.served.values()]})
+        """The proposal alone, and each pair of it with an aligner, by the aligner's name."""
+        data = [description(served) for served in models.served.values()]
+        return answer_json({"object": "list", "data": data})
 
     @app.get("/v1/models/{name}", responses={200: {"model": protocol.Model}, **FAILURES})
     async def one_model(name: str) -> Response:
-        return answer_json(described(models.find(name)))
+        return answer_json(description(models.find(name)))
 
-    def page_file(name: str):
+    def page_file(name: str) -> Callable[[], Awaitable[Response]]:
         path = PAGE / name
-        text, kind = path.read_text(encoding="utf-8"), KINDS[path.suffix]
+        text, kind = path.read_text(encoding="utf-8"), MEDIA_TYPES[path.suffix]
 
         async def page() -> Response:
             return Response(text, headers=PAGE_HEADERS, media_type=kind)
@@ -190,37 +195,51 @@ def _add_reading(app: FastAPI, models: Models, metrics: Metrics) -> None:
         app.add_api_route(path, page_file(name), methods=["GET", "HEAD"], include_in_schema=False)
 
 
-def described(served: Served) -> dict[str, Any]:
-    made = {"id": served.name, "object": "model", "created": served.created, "owned_by": "ram"}
-    return made | {"pair": served.aligner is not None}
+def description(served: Served) -> dict[str, Any]:
+    """A model as the protocol lists it."""
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "ram",
+        "pair": served.aligner is not None,
+    }
 
 
 # ---- answering ---------------------------------------------------------------------------------------------
 
 
 def dialogue(request: ChatRequest) -> tuple[list[tuple[bool, str]], str | None]:
-    """The turns (whether the user speaks, text) and the system message; raises ApiError for messages that
-    ask for nothing.
+    """Split a chat request into its turns and its system message.
+
+    Returns:
+        The turns, each as (whether it is the user's, text), and the system message or None.
+
+    Raises:
+        ApiError: If the last message is not the user's, or a system message follows other messages.
     """
     turns = list(request.messages)
-    first = next((i for i, each in enumerate(turns) if each.role in ("user", "assistant")), len(turns))
-    system = "\n\n".join(each.text() for each in turns[:first]) if first else None
-    if any(each.role in ("system", "developer") for each in turns[first:]):
-        raise ApiError(
-            400, "messages: a system message stands before all others", "invalid_value", "messages"
-        )
+    first = next((i for i, turn in enumerate(turns) if turn.role in ("user", "assistant")), len(turns))
+    system = "\n\n".join(turn.text() for turn in turns[:first]) if first else None
+    if any(turn.role in ("system", "developer") for turn in turns[first:]):
+        text = "messages: system messages must come before all others"
+        raise ApiError(400, text, "invalid_value", "messages")
     if first == len(turns) or turns[-1].role != "user":
         raise ApiError(400, "messages: the last one must be the user's", "invalid_value", "messages")
-    return [(each.role == "user", each.text()) for each in turns[first:]], system
+    return [(turn.role == "user", turn.text()) for turn in turns[first:]], system
 
 
 def prompts_of(request: CompletionRequest) -> list[str] | list[list[int]]:
+    """The prompts of a completion request, as texts or as token ids."""
     prompt = request.prompt
-    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    single = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return cast(list[str] | list[list[int]], [prompt] if single else prompt)
 
 
-def _add_answering(app: FastAPI, models: Models) -> None:
+def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
     limits, streamed = models.settings.config.limits, {"text/event-stream": {}}
+    # `Running` uses nothing of the engine but the two methods that `TimedEngine` has.
+    engine = cast(EngineThread, TimedEngine(models.engine, metrics))
 
     async def answer(
         request: Request,
@@ -231,6 +250,7 @@ def _add_answering(app: FastAPI, models: Models) -> None:
         stop: Sequence[str],
         logprobs: int | None,
     ) -> Response:
+        """Decode `body.n` answers to each prompt, and send them whole or as a stream."""
         n, seed = body.n or 1, body.seed
         if len(ids) * n > limits.choices:
             text = f"{len(ids) * n} answers in one request: expected at most {limits.choices}"
@@ -242,21 +262,22 @@ def _add_answering(app: FastAPI, models: Models) -> None:
         law = models.law(body.law(alone=served.aligner is None))
         requests = models.requests(served, ids, law, new_tokens, seed, stop, n, logprobs)
         chat = isinstance(body, ChatRequest)
-        told = Answer(chat, served, seed, n, logprobs is not None, models.tokenizer)
-        running = Running(models.engine, requests, bool(body.stream))
+        answers = Answer(chat, served, seed, n, logprobs is not None, models.tokenizer)
+        running = Running(engine, requests, bool(body.stream))
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(running, told.chunks(running, usage), limits.seconds)
+            return EventStream(running, answers.chunks(running, usage), limits.seconds)
         with running:
             try:
                 async with asyncio.timeout(limits.seconds):
-                    return answer_json(await while_connected(request.receive, told.whole(running)))
+                    return answer_json(await while_connected(request.receive, answers.whole(running)))
             except TimeoutError:
                 raise too_slow(limits.seconds) from None
             except Gone:
                 return Response(status_code=HUNG_UP)
 
-    def check_common(body: Common) -> Served:
+    def find_model(body: Common) -> Served:
+        """The model that a request names, after a check of the keys that both kinds of request have."""
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options: only with stream=true", "invalid_value", "stream_options")
         return models.find(body.model)
@@ -266,17 +287,18 @@ def _add_answering(app: FastAPI, models: Models) -> None:
         responses={200: {"model": protocol.ChatAnswer, "content": streamed}, **FAILURES},
     )
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        """Answers to a dialogue, in the template that the models were trained with; its oldest turns are
-        left out where it is too long.
+        """Answer a dialogue, in the template that the models were trained with.
+
+        If it is too long, its oldest turns are dropped.
         """
-        served = check_common(body)
+        served = find_model(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: only with logprobs=true", "invalid_value", "top_logprobs")
-        wanted = {body.max_tokens, body.max_completion_tokens} - {None}
-        if len(wanted) > 1:
-            text = "max_tokens and max_completion_tokens say different things: give one"
+        if len({body.max_tokens, body.max_completion_tokens} - {None}) > 1:
+            text = "max_tokens and max_completion_tokens differ: give one"
             raise ApiError(400, text, "invalid_value", "max_completion_tokens")
-        (turns, system), new = dialogue(body), models.new_tokens(max(wanted, default=None))
+        turns, system = dialogue(body)
+        new = models.new_tokens(body.max_completion_tokens or body.max_tokens)
         ids = await asyncio.to_thread(models.encode_dialogue, turns, system, new, served.add_bos)
         stop = [*models.template_stops, *body.stops()]
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -287,19 +309,22 @@ def _add_answering(app: FastAPI, models: Models) -> None:
         responses={200: {"model": protocol.CompletionAnswer, "content": streamed}, **FAILURES},
     )
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        """What comes after each prompt: texts, or token ids, which are taken as they are."""
-        served, prompts = check_common(body), prompts_of(body)
+        """Continue each prompt: a text, or token ids, which are used unchanged."""
+        served, prompts = find_model(body), prompts_of(body)
         if len(prompts) > limits.choices:
             text = f"{len(prompts)} prompts in one request: expected at most {limits.choices}"
             raise ApiError(400, text, "too_many_choices", "prompt")
-        if isinstance(prompts[0], str):
-            encode = [asyncio.to_thread(models.encode_text, each, served.add_bos) for each in prompts]
-            prompts = await asyncio.gather(*encode)
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if texts:
+            encode = [asyncio.to_thread(models.encode_text, text, served.add_bos) for text in texts]
+            ids = await asyncio.gather(*encode)
+        else:
+            ids = cast(list[list[int]], prompts)
         stop = models.template_stops if body.stop is None else body.stops()
-        return await answer(request, body, served, prompts, body.max_tokens, stop, body.logprobs)
+        return await answer(request, body, served, ids, body.max_tokens, stop, body.logprobs)
 
 
-# ---- aligners that come and go -----------------------------------------------------------------------------
+# ---- adding and removing aligners --------------------------------------------------------------------------
 
 
 def _add_admin(app: FastAPI, models: Models) -> None:
@@ -307,21 +332,20 @@ def _add_admin(app: FastAPI, models: Models) -> None:
 
     @app.post("/admin/aligners", responses={200: {"model": protocol.Model}, **FAILURES})
     async def add_aligner(body: AlignerRequest) -> Response:
-        """Loads an aligner, or another one under a name that is taken; requests go on meanwhile."""
+        """Load an aligner while requests continue; one with the same name is replaced."""
         if changing.locked():
             raise ApiError(409, "another aligner is being loaded", "busy", retry_after=RETRY_AFTER)
         async with changing:
             try:
-                return answer_json(
-                    described(await asyncio.to_thread(models.add_aligner, body.name, body.path))
-                )
+                served = await asyncio.to_thread(models.add_aligner, body.name, body.path)
+                return answer_json(description(served))
             except (UserError, OSError, MemoryError) as error:
                 text = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
                 raise ApiError(400, text, "not_loaded", "path") from None
 
     @app.delete("/admin/aligners/{name}", responses={200: {"model": protocol.Deleted}, **FAILURES})
     async def remove_aligner(name: str) -> Response:
-        """Serves an aligner no longer; what it is answering it finishes."""
+        """Remove an aligner; its running answers are finished."""
         async with changing:
             models.remove_aligner(name)
         return answer_json({"id": name, "object": "model", "deleted": True})

@@ -1,7 +1,8 @@
-"""What every request passes before the server looks at it: who asks, from which page, with how large a body.
+"""Checks that every request must pass first: key, host, origin, and the size of the body.
 
-A page in a browser may send requests to this machine. So on loopback only names of this machine are taken as
-Host (another name that resolves to it is an attack), and an Origin must be the server's own.
+Any web page that is open in a browser can send requests to this machine. On loopback the Host header must
+therefore name this machine (any other name that resolves to it is an attack), and an Origin must be the
+server's own.
 """
 
 import asyncio
@@ -10,63 +11,69 @@ import re
 import time
 from urllib.parse import urlsplit
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from ram.log import log
 from ram.serving.metrics import Metrics
 from ram.serving.protocol import ApiError
 from ram.serving.responses import to_json
 from ram.settings.serving import Settings, is_loopback
 
-OPEN = {"/", "/chat.css", "/chat.js", "/health"}  # without a key
+OPEN = {"/", "/chat.css", "/chat.js", "/health"}  # paths that need no key
 SAFE_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
-HUNG_UP = 499  # counted where the client did not wait for an answer
-DISCARDED = 8  # a body too large is read on to so many times the limit, so that its sender hears why
+HUNG_UP = 499  # the status that is counted if the client disconnects before its answer
+DISCARDED = 8  # an oversized body is read up to this many times the limit, so that its sender gets the error
 
 
 class Guard:
-    """ASGI middleware around the whole application; the only place that answers what was not foreseen."""
+    """ASGI middleware around the whole application, which also answers unexpected exceptions."""
 
-    def __init__(self, app, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
         self.names = {name.lower() for name in settings.config.allowed_hosts}
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         if scope["type"] != "http":
-            return await send({"type": "websocket.close"})
-        began, status, whole = time.monotonic(), HUNG_UP, False
+            await send({"type": "websocket.close"})
+            return
+        begin, status, complete = time.monotonic(), HUNG_UP, False
 
-        async def counting(message) -> None:
-            nonlocal status, whole
+        async def send_and_note(message: Message) -> None:
+            nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = message | {"headers": [*message["headers"], *SAFE_HEADERS]}
+                message = {**message, "headers": [*message["headers"], *SAFE_HEADERS]}
             await send(message)
-            whole = message["type"] == "http.response.body" and not message.get("more_body")
+            complete = message["type"] == "http.response.body" and not message.get("more_body")
 
-        self.metrics.running += 1
+        self.metrics.running.inc()
         try:
-            await self._pass(scope, receive, counting)
+            await self._check_and_run(scope, receive, send_and_note)
         except ApiError as error:
-            await respond(error, counting)
-        except asyncio.CancelledError:  # the server has waited for this one as long as it may
+            await respond(error, send_and_note)
+        except asyncio.CancelledError:  # the server is stopping, and shutdown_seconds are over
             if status == HUNG_UP:
                 error = ApiError(503, "the server is shutting down", "shutting_down", retry_after=1)
-                await respond(error, counting)
+                await respond(error, send_and_note)
         except Exception:
             log.exception(f"{scope['method']} {scope['path'][:80]!r} failed")
             if status == HUNG_UP:
-                await respond(ApiError(500, "the server failed; its log says why", "internal"), counting)
-            elif not whole:
-                raise  # the answer has begun: all that is left is to break it off
+                failure = ApiError(500, "the server failed; its log says why", "internal")
+                await respond(failure, send_and_note)
+            elif not complete:
+                raise  # the answer has begun, so closing the connection is the only way to report this
         finally:
-            self.metrics.running -= 1
+            self.metrics.running.dec()
             route = getattr(scope.get("route"), "path", "other")
-            self.metrics.count(route, status, time.monotonic() - began)
+            self.metrics.count(route, status, time.monotonic() - begin)
 
-    async def _pass(self, scope, receive, send) -> None:
+    async def _check_and_run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check a request, read its body, and pass both on to the application."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        self._check_names(headers)
+        self._check_host(headers)
         self._check_key(scope, headers)
         config = self.settings.config
         try:
@@ -75,47 +82,58 @@ class Guard:
         except TimeoutError:
             raise ApiError(408, "the request took too long to arrive", "timeout") from None
         if body is None:
-            return None
-        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+            return
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-        async def replayed():
-            return next(given, None) or await receive()
+        async def receive_read_body() -> Message:
+            return next(messages, None) or await receive()
 
-        await self.app(scope, replayed, send)
+        await self.app(scope, receive_read_body, send)
 
-    def _check_names(self, headers: dict[str, str]) -> None:
+    def _check_host(self, headers: dict[str, str]) -> None:
+        """Raise ApiError if the Host is not this server's, or the Origin is another page's."""
         host = headers.get("host", "").lower()
         if is_loopback(self.settings.config.host) or self.names:
             name = re.sub(r":\d*\Z", "", host)
             if not (name in self.names or is_loopback(name) or name == self.settings.config.host):
-                raise ApiError(
-                    403, "this name is not one of the server's (allowed_hosts)", "host_not_allowed"
-                )
+                text = "the Host header does not name this server (allowed_hosts)"
+                raise ApiError(403, text, "host_not_allowed")
         if (origin := headers.get("origin")) is not None:
-            place = urlsplit(origin).netloc.lower() if "://" in origin else ""
-            if not place or (place != host and re.sub(r":\d*\Z", "", place) not in self.names):
-                raise ApiError(403, "pages of other origins may not ask here", "origin_not_allowed")
+            source = urlsplit(origin).netloc.lower() if "://" in origin else ""
+            if not source or (source != host and re.sub(r":\d*\Z", "", source) not in self.names):
+                raise ApiError(403, "requests from pages of other origins are rejected", "origin_not_allowed")
 
-    def _check_key(self, scope, headers: dict[str, str]) -> None:
+    def _check_key(self, scope: Scope, headers: dict[str, str]) -> None:
+        """Raise ApiError if the path needs a key and the request does not have it."""
         path, settings = scope["path"], self.settings
         if path in OPEN and scope["method"] in ("GET", "HEAD"):
             return
         admin = path.startswith("/admin/") and settings.admin_key is not None
-        wanted = settings.admin_key if admin else settings.key
-        if wanted is None:
+        key = settings.admin_key if admin else settings.key
+        if key is None:
             return
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode("latin-1"), wanted.encode())
-        if scheme.lower() != "bearer" or not right:
+        scheme, _, credentials = headers.get("authorization", "").partition(" ")
+        valid = hmac.compare_digest(credentials.strip().encode("latin-1"), key.encode())
+        if scheme.lower() != "bearer" or not valid:
             raise ApiError(401, "no valid key: send it as `Authorization: Bearer KEY`", "invalid_api_key")
 
 
-async def read_body(headers: dict[str, str], receive, limit: int) -> bytes | None:
-    """A request's whole body, None where the client hung up; raises ApiError for one above `limit` bytes."""
+async def read_body(headers: dict[str, str], receive: Receive, limit: int) -> bytes | None:
+    """Read the whole body of a request.
+
+    Starlette's own limit answers in plain text and closes the connection while the client still sends; many
+    clients then report a broken connection. This function drains moderately oversized bodies first.
+
+    Returns:
+        The body, or None if the client disconnected.
+
+    Raises:
+        ApiError: If the body has more than `limit` bytes.
+    """
     parts, size = [], 0
-    stated = headers.get("content-length", "0")
+    length = headers.get("content-length", "0")
     too_large = ApiError(413, f"the body is larger than {limit} bytes", "body_too_large")
-    if not stated.isdecimal() or len(stated) > 15 or int(stated) > DISCARDED * limit:
+    if not length.isdecimal() or len(length) > 15 or int(length) > DISCARDED * limit:
         raise too_large
     while True:
         message = await receive()
@@ -131,7 +149,8 @@ async def read_body(headers: dict[str, str], receive, limit: int) -> bytes | Non
     return b"".join(parts)
 
 
-async def respond(error: ApiError, send) -> None:
+async def respond(error: ApiError, send: Send) -> None:
+    """Send an error as the whole answer."""
     body = to_json(error.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.retry_after is not None:

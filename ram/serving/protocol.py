@@ -1,12 +1,13 @@
-"""Requests and errors of OpenAI's protocol as the server takes and gives them.
+"""Requests, answers and errors of OpenAI's protocol, as this server accepts and sends them.
 
-A request is checked whole before anything else happens. What the protocol has and this server does not is
-refused unless it says nothing (presence_penalty 0, an empty list of tools).
+A request is checked completely before anything else happens. A key of the protocol that this server does not
+support is accepted only with a value that has no effect (presence_penalty 0, an empty list of tools).
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ram.decoding.par import KL_FALLBACKS, SAMPLE_MODES, PARParams
 from ram.errors import nearest
@@ -20,16 +21,20 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | Annotated[dict[str, Any], Field(max_length=0)] | None
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, le=1 << 31)]
-LAW_OF_ONE = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-)  # of the aligner; base_...: of the proposal
+# These keys set the aligner's distribution; with the prefix `base_` they set the proposal's.
+LAW_OF_ONE = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 class ApiError(Exception):
-    """An answer other than what was asked for."""
+    """An HTTP error in OpenAI's shape.
+
+    Args:
+        status: HTTP status code.
+        message: One line for the user.
+        code: Short name of the error, for programs.
+        param: Key of the request at fault.
+        retry_after: Seconds after which the client may try again.
+    """
 
     def __init__(
         self, status: int, message: str, code: str, param: str | None = None, retry_after: int | None = None
@@ -38,13 +43,14 @@ class ApiError(Exception):
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
     def body(self) -> dict[str, Any]:
+        """The JSON body of the answer."""
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 class Strict(BaseModel):
-    """JSON as it is: no number for a text, no key that is not known, no NaN, nothing infinite."""
+    """A part of a request: types are not converted; unknown keys, NaN and infinite numbers are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -64,11 +70,11 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    """The last block is what clients send back of an answer's message, by their own classes."""
+    """A message of a dialogue. The last block holds keys that clients copy from the server's own answers."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None  # not shown to the models
+    name: str | None = None  # ignored
 
     refusal: None = None
     annotations: Nothing = None
@@ -77,13 +83,35 @@ class Message(Strict):
     tool_calls: Nothing = None
 
     def text(self) -> str:
+        """The content, its parts joined."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
 
 
-class Common(Strict):
-    """What both kinds of request may say. The second block is this server's own: PARParams by name."""
+# Bounds of a request's keys of the next-token distribution, without `base_`. A key that is not listed has the
+# type that PARParams declares; PARParams itself checks the range of every key.
+BOUNDS: dict[str, Any] = {
+    "sample_mode": Literal[tuple(SAMPLE_MODES)],
+    "temperature": Temperature,
+    "top_p": Share,
+    "top_k": Limit,
+    "repetition_penalty": Penalty,
+    "div_threshold": Annotated[float, Field(ge=0)],
+    "kl_fallback": Literal[tuple(KL_FALLBACKS)],
+    "expert_temperature": Temperature,
+    "n_candidates": Annotated[int, Field(ge=1, le=64)],
+}
+DECLARED = get_type_hints(PARParams)
+LAW_FIELDS: dict[str, Any] = {
+    key: (BOUNDS.get(key.removeprefix("base_"), DECLARED[key]) | None, None)
+    for key in PARParams.field_names()
+}
+LawKeys = create_model("LawKeys", __base__=Strict, **LAW_FIELDS)
+
+
+class Common(LawKeys):
+    """The keys of both kinds of request, beside those of PARParams, which are this server's own."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     max_tokens: Count | None = None
@@ -92,41 +120,30 @@ class Common(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
     user: str | None = None
-
-    sample_mode: Literal[tuple(SAMPLE_MODES)] | None = None
-    top_k: Limit | None = None
-    repetition_penalty: Penalty | None = None
-    base_temperature: Temperature | None = None
-    base_top_p: Share | None = None
-    base_top_k: Limit | None = None
-    base_repetition_penalty: Penalty | None = None
-    div_threshold: Annotated[float, Field(ge=0)] | None = None
-    kl_fallback: Literal[tuple(KL_FALLBACKS)] | None = None
-    eos_priority: bool | None = None
-    expert_temperature: Temperature | None = None
-    n_candidates: Annotated[int, Field(ge=1, le=64)] | None = None
 
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     logit_bias: Nothing = None
 
     def stops(self) -> list[str]:
+        """The stop strings, as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     def law(self, alone: bool) -> dict[str, Any]:
-        """The keys of PARParams that were given. alone: of the proposal, whose law `temperature`, `top_p`,
-        `top_k` and `repetition_penalty` then mean, unless their `base_` forms are given too.
+        """The keys of PARParams that the request sets.
+
+        Args:
+            alone: The proposal answers alone. `temperature`, `top_p`, `top_k` and `repetition_penalty` then
+                set the proposal's distribution, unless the request has their `base_` forms too.
         """
-        given = {key: getattr(self, key) for key in PARParams.field_names()}
-        given = {key: value for key, value in given.items() if value is not None}
+        values = {key: getattr(self, key) for key in PARParams.field_names()}
+        values = {key: value for key, value in values.items() if value is not None}
         if alone:
             for key in LAW_OF_ONE:
-                if key in given:
-                    given.setdefault(f"base_{key}", given.pop(key))
-        return given
+                if key in values:
+                    values.setdefault(f"base_{key}", values.pop(key))
+        return values
 
 
 class ChatRequest(Common):
@@ -161,23 +178,28 @@ class AlignerRequest(Strict):
     path: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
-# What is said of keys that the protocol has and this server knows only in the form that says nothing.
+# Messages for keys of the protocol that are accepted only with a value that has no effect.
 UNSUPPORTED = {
-    "presence_penalty": "expected 0 (repetition_penalty is this server's)",
-    "frequency_penalty": "expected 0 (repetition_penalty is this server's)",
-    "logit_bias": "expected nothing in it",
+    "presence_penalty": "expected 0 (this server has repetition_penalty)",
+    "frequency_penalty": "expected 0 (this server has repetition_penalty)",
+    "logit_bias": "not supported: expected it empty",
     "response_format": 'expected {"type": "text"}',
-    "tools": "no tools here: leave it out",
-    "tool_choice": "no tools here: leave it out",
-    "store": "nothing is stored here: leave it out",
+    "tools": "no tools are supported: leave it out",
+    "tool_choice": "no tools are supported: leave it out",
+    "store": "nothing is stored: leave it out",
     "best_of": "expected 1",
     "echo": "expected false: prompts are not repeated",
-    "suffix": "no text after the answer here: leave it out",
+    "suffix": "not supported: leave it out",
 }
 
 
-def explain(errors: list[dict[str, Any]], known: list[str]) -> ApiError:
-    """The first thing that is wrong with a request's body, by pydantic's list of errors; its keys by name."""
+def explain(errors: Sequence[Any], known: list[str]) -> ApiError:
+    """Turn pydantic's errors about a request's body into one HTTP error.
+
+    Args:
+        errors: Pydantic's list; the first error is reported.
+        known: Names of all keys, for a hint about an unknown one.
+    """
     error = errors[0]
     place = [part for part in error["loc"] if part != "body"]
     key = str(place[0]) if place and isinstance(place[0], str) else None
@@ -189,14 +211,14 @@ def explain(errors: list[dict[str, Any]], known: list[str]) -> ApiError:
         return ApiError(400, f"{key} is missing", "missing_key", key)
     if key in UNSUPPORTED:
         return ApiError(400, f"{key}: {UNSUPPORTED[key]}", "unsupported", key)
-    # Of alternatives (a text or a list of texts ...) pydantic names every one: their texts, each once.
-    texts = dict.fromkeys(_said(each) for each in errors if key in each["loc"])
+    # For alternatives (a text or a list of texts ...) pydantic reports one error each: name every text once.
+    texts = dict.fromkeys(_message(other) for other in errors if key in other["loc"])
     inner = {name for kind in (Message, TextPart, StreamOptions, TextFormat) for name in kind.model_fields}
-    where = ".".join(str(part) for part in place if isinstance(part, int) or part in inner or part == key)
-    return ApiError(400, f"{where[:128]}: {'; or '.join(texts)[:500]}", "invalid_value", key)
+    path = ".".join(str(part) for part in place if isinstance(part, int) or part in inner or part == key)
+    return ApiError(400, f"{path[:128]}: {'; or '.join(texts)[:500]}", "invalid_value", key)
 
 
-def _said(error: dict[str, Any]) -> str:
+def _message(error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown key {str(error['loc'][-1])[:64]!r}"
     return error["msg"]
@@ -204,31 +226,32 @@ def _said(error: dict[str, Any]) -> str:
 
 def _without_key(error: dict[str, Any]) -> str:
     if error["type"] == "json_invalid":
-        return (
-            f"the body is no valid JSON: {str(error.get('ctx', {}).get('error', 'it cannot be read'))[:200]}"
-        )
+        reason = str(error.get("ctx", {}).get("error", "it cannot be read"))[:200]
+        return f"the body is not valid JSON: {reason}"
     return "expected a JSON object in the body, with Content-Type: application/json"
 
 
 # ---- answers, as the OpenAPI document describes them -------------------------------------------------------
 
 
-class Said(BaseModel):
+class Output(BaseModel):
+    """A part of an answer."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class Problem(Said):
+class Problem(Output):
     message: str
     type: str
     param: str | None
     code: str
 
 
-class ErrorBody(Said):
+class ErrorBody(Output):
     error: Problem
 
 
-class Model(Said):
+class Model(Output):
     id: str
     object: Literal["model"]
     created: int
@@ -236,18 +259,18 @@ class Model(Said):
     pair: bool
 
 
-class ModelList(Said):
+class ModelList(Output):
     object: Literal["list"]
     data: list[Model]
 
 
-class Usage(Said):
+class Usage(Output):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class ShownToken(Said):
+class ShownToken(Output):
     token: str
     logprob: float
     bytes: list[int] | None
@@ -255,44 +278,44 @@ class ShownToken(Said):
 
 class ChatToken(ShownToken):
     top_logprobs: list[ShownToken]
-    text_offset: int  # ours: how many characters of the text come before the token's own
+    text_offset: int  # this server's own key: where the token's text begins, in characters
 
 
-class ChatLogprobs(Said):
+class ChatLogprobs(Output):
     content: list[ChatToken]
     refusal: None
 
 
-class CompletionLogprobs(Said):
+class CompletionLogprobs(Output):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 
-class OfChoice(Said):
+class BaseChoice(Output):
     index: int
     finish_reason: Literal["stop", "length"]
     stats: dict[str, float]
 
 
-class AnswerMessage(Said):
+class AnswerMessage(Output):
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
-class ChatChoice(OfChoice):
+class ChatChoice(BaseChoice):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
 
 
-class CompletionChoice(OfChoice):
+class CompletionChoice(BaseChoice):
     text: str
     logprobs: CompletionLogprobs | None
 
 
-class OfAnswer(Said):
+class BaseAnswer(Output):
     id: str
     created: int
     model: str
@@ -301,21 +324,21 @@ class OfAnswer(Said):
     usage: Usage
 
 
-class ChatAnswer(OfAnswer):
+class ChatAnswer(BaseAnswer):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
 
 
-class CompletionAnswer(OfAnswer):
+class CompletionAnswer(BaseAnswer):
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
 
 
-class Health(Said):
+class Health(Output):
     status: Literal["ok", "failed"]
 
 
-class Deleted(Said):
+class Deleted(Output):
     id: str
     object: Literal["model"]
     deleted: bool

@@ -1,6 +1,6 @@
 """What a server holds: one frozen proposal, any number of aligners by name, the engine that decodes for all.
 
-    messages or text -> prompt ids, as in training -> engine.Request, one per answer -> Engine
+    messages or text -> prompt ids, as in training -> Request, one per answer -> EngineThread
 
 Aligners come and go while others answer; every one is checked against the proposal before its weights are
 read.
@@ -15,12 +15,13 @@ from typing import Any
 
 from ram.data import prompts
 from ram.data.tokenization import encode, encode_prompts
-from ram.decoding.engine import BadRequest, Engine, Request, TooLong, UnknownAligner
 from ram.decoding.par import PARParams
+from ram.decoding.requests import BadRequest, Request, TooLong, UnknownAligner
 from ram.errors import UserError
 from ram.log import log, pick_device
 from ram.models import checkpoints
 from ram.serving.fastchat.stream import request_params
+from ram.serving.loop import EngineThread
 from ram.settings import serving
 from ram.settings.serving import PROPOSAL, Settings
 from ram.storage.files import fingerprint
@@ -70,7 +71,7 @@ class Models:
             self._add(name, name, path, bos[name])
         self._check_length(model, self.proposal)
         try:
-            self.engine = Engine(model, self.tokenizer, aligners, **vars(config.engine))
+            self.engine = EngineThread(model, self.tokenizer, aligners, **vars(config.engine))
         except ValueError as error:
             raise UserError(str(error)) from None
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from starlette.responses import Response
 
-from ram.decoding.engine import Done, Engine, EngineError, Piece, Request
-from ram.decoding.reference import StopWatch
+from ram.decoding.requests import EngineError, Request
+from ram.decoding.rows import StopWatch
+from ram.serving.loop import Done, EngineThread, Piece
 from ram.serving.protocol import ApiError
 
 LAST_WORDS = 5  # seconds that the end of a stream may take to be sent
@@ -37,7 +38,7 @@ class Running:
     ends.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], streamed: bool) -> None:
+    def __init__(self, engine: EngineThread, requests: Sequence[Request], streamed: bool) -> None:
         self.engine, self.open, self.streamed = engine, len(requests), streamed
         self.loop, self.events = asyncio.get_running_loop(), deque()
         self.came, self.called = asyncio.Event(), False

@@ -1,43 +1,57 @@
-"""Dialogues with a proposal and its aligners in a terminal, or over a pipe.
+"""A chat with a proposal and its aligners in a terminal, or over a pipe.
 
-/aligner [NAME]     goes on with another model      /compare [QUESTION]   the proposal's answer and a pair's
-/reset              forgets the dialogue            /quit, Ctrl-D         leaves
-/help               these lines                     Ctrl-C                ends an answer; what was said stays
+/aligner [NAME]     continues with another model    /compare [QUESTION]   the proposal's answer and a pair's
+/reset              forgets the dialogue            /quit, Ctrl-D         ends the chat
+/help               prints these lines              Ctrl-C                stops an answer, keeps its text
 """
 
 import contextlib
 import difflib
+import io
 import queue
 import secrets
-import shutil
 import signal
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TextIO
 
-from ram.decoding.engine import Done, EngineError, Piece, UnknownAligner
-from ram.decoding.reference import StopWatch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from ram.decoding.requests import EngineError, UnknownAligner
+from ram.decoding.rows import StopWatch
 from ram.errors import UserError, nearest
+from ram.serving.loop import Done, Piece
 from ram.serving.registry import Models
 from ram.settings.serving import PROPOSAL
 
-Turns = Sequence[tuple[bool, str]]
-Marked = list[tuple[str, bool]]  # pieces of a text, and whether each is one that differs
+Turns = Sequence[tuple[bool, str]]  # each: whether it is the user's, text
+Marked = list[tuple[str, bool]]  # pieces of a text, each with whether it differs from the other answer
 KEPT = "\n\t\u200c\u200d"  # not printable to Python, but part of texts: the joiners of Persian and of emoji
 COMMANDS = ("/aligner", "/compare", "/reset", "/quit", "/help")
-REVERSED, PLAIN = "\033[7m", "\033[0m"
-LEAST_WIDTH = 28  # columns of an answer; in narrower ones two stand below each other
+MIN_WIDTH = 28  # columns of an answer; in a narrower terminal the answers are shown one below the other
 
 
 class Chat:
-    """One dialogue. fancy: a terminal, with a prompt, colours and columns; else plain lines."""
+    """One dialogue.
 
-    def __init__(self, models: Models, output, fancy: bool) -> None:
+    Args:
+        models: The proposal and its aligners.
+        output: The stream to write to.
+        fancy: The output is a terminal: use colours and columns instead of plain lines.
+    """
+
+    def __init__(self, models: Models, output: TextIO, fancy: bool) -> None:
         self.models, self.output, self.fancy = models, output, fancy
         self.name = next((name for name in models.served if name != PROPOSAL), PROPOSAL)
         self.turns: list[tuple[bool, str]] = []
 
     def write(self, text: str) -> None:
+        """Write a text at once."""
         self.output.write(text)
         self.output.flush()
 
@@ -45,18 +59,22 @@ class Chat:
 
     @contextlib.contextmanager
     def answer(self, name: str, turns: Turns, seed: int) -> Iterator[Iterator[Piece]]:
-        """The pieces of an answer as they come; leaving the context cancels it. Raises EngineError."""
+        """Decode an answer; its pieces are yielded as they arrive. Leaving the context cancels it.
+
+        Raises:
+            EngineError: If the request is refused, or decoding fails.
+        """
         models, served = self.models, self.models.find(name)
         new = models.new_tokens(None)
         ids = models.encode_dialogue(turns, None, new, served.add_bos)
         (request,) = models.requests(served, [ids], models.law({}), new, seed, models.template_stops)
-        events: queue.SimpleQueue = queue.SimpleQueue()
+        events: queue.SimpleQueue[Piece | Done] = queue.SimpleQueue()
 
         def pieces() -> Iterator[Piece]:
             while not isinstance(event := events.get(), Done):
                 yield event
             if event.finish_reason == "error":
-                raise EngineError(event.error)
+                raise EngineError(event.error or "decoding failed")
 
         ticket = models.engine.submit(request, events.put)
         try:
@@ -65,84 +83,94 @@ class Chat:
             models.engine.cancel(ticket)
 
     def seed(self) -> int:
-        given = self.models.settings.config.seed
-        return secrets.randbits(32) if given is None else given
+        """The seed of the settings, or a new one."""
+        seed = self.models.settings.config.seed
+        return secrets.randbits(32) if seed is None else seed
 
     def say(self, text: str) -> None:
-        """One question and its answer, which Ctrl-C ends; one that ends before it begins was not asked."""
-        turns, said, end = [*self.turns, (True, text)], "", "\n"
+        """Ask a question and write its answer.
+
+        Ctrl-C stops the answer. If nothing of it was written yet, the question is forgotten.
+        """
+        turns, answer, end = [*self.turns, (True, text)], "", "\n"
         self.write(f"{self.name}> ")
         try:
             with self.answer(self.name, turns, self.seed()) as pieces:
                 for piece in pieces:
-                    said += piece.text
+                    answer += piece.text
                     self.write(printable(piece.text))
         except EngineError as error:
             self.write(f"not answered: {error}\n")
             return
         except KeyboardInterrupt:
-            if not said:
+            if not answer:
                 self.write("(stopped; the question is forgotten)\n")
                 return
             end = " (stopped)\n"
-        self.turns = [*turns, (False, said)]
+        self.turns = [*turns, (False, answer)]
         self.write(end)
 
     def compare(self, question: str) -> None:
-        """The proposal's and a pair's answer to the question, or to the last one; neither is remembered."""
+        """Write the proposal's and a pair's answer to a question, or to the last one if it is empty.
+
+        Neither answer becomes part of the dialogue.
+        """
         other = self.name
         if other == PROPOSAL:
             other = next((name for name in self.models.served if name != PROPOSAL), None)
         turns = [*self.turns, (True, question)] if question else self.turns[:-1]
         if other is None or not turns:
-            self.write(
-                "nothing to compare: " + ("no aligner is loaded\n" if turns else "ask something first\n")
-            )
+            reason = "no aligner is loaded" if turns else "ask something first"
+            self.write(f"nothing to compare: {reason}\n")
             return
         seed, names = self.seed(), (PROPOSAL, other)
-        how = "reversed" if self.fancy else "in brackets"
-        self.write(f"({PROPOSAL} and {other}; {how}: what the other one has not)\n")
+        marking = "reversed" if self.fancy else "in brackets"
+        self.write(f"({PROPOSAL} and {other}; {marking}: tokens that the other answer does not have)\n")
         try:
-            with contextlib.ExitStack() as stack:  # both are decoded at once
-                asked = [stack.enter_context(self.answer(name, turns, seed)) for name in names]
-                found = [list(pieces) for pieces in asked]
+            with contextlib.ExitStack() as stack:  # both are decoded at the same time
+                running = [stack.enter_context(self.answer(name, turns, seed)) for name in names]
+                answers = [list(pieces) for pieces in running]
         except EngineError as error:
             self.write(f"not answered: {error}\n")
             return
-        ids = [[token for piece in pieces for token in piece.token_ids] for pieces in found]
-        texts = ["".join(piece.text for piece in pieces) for pieces in found]
+        ids = [[token for piece in pieces for token in piece.token_ids] for pieces in answers]
+        texts = ["".join(piece.text for piece in pieces) for pieces in answers]
         if ids[0] == ids[1]:
-            self.write(f"{printable(texts[0])}\n(both gave this answer, token by token)\n")
+            self.write(f"{printable(texts[0])}\n(both answers are the same, token by token)\n")
             return
-        shown = [
-            [
-                (text, token in changed)
-                for token, text in enumerate(token_texts(self.models.tokenizer, row, whole))
-            ]
-            for row, whole, changed in zip(ids, texts, differing(*ids), strict=True)
-        ]
-        columns = shutil.get_terminal_size().columns
-        width = (columns - 3) // 2
-        if not self.fancy:
-            for name, text in zip(names, shown, strict=True):
-                self.write(f"{name}: {bracketed(text)}\n")
-        elif width < LEAST_WIDTH:
-            for name, text in zip(names, shown, strict=True):
-                lines = (line.rstrip(" ") for line in wrapped(text, columns))
-                self.write("\n".join([f"{name}:", *lines]) + "\n")
+        marked: list[Marked] = []
+        for token_ids, text, changed in zip(ids, texts, differing(ids[0], ids[1]), strict=True):
+            pieces = token_texts(self.models.tokenizer, token_ids, text)
+            marked.append([(piece, index in changed) for index, piece in enumerate(pieces)])
+        if self.fancy:
+            self.show_columns(names, marked)
         else:
-            sides = [[name, *wrapped(text, width)] for name, text in zip(names, shown, strict=True)]
-            self.write("\n".join(side_by_side(*sides, width)) + "\n")
+            for name, pieces in zip(names, marked, strict=True):
+                self.write(f"{name}: {bracketed(pieces)}\n")
+
+    def show_columns(self, names: Sequence[str], answers: Sequence[Marked]) -> None:
+        """Write two answers side by side, or one below the other if the terminal is narrow."""
+        console = Console(file=self.output, force_terminal=True, color_system="standard", highlight=False)
+        texts = [Text.assemble(*(highlighted(piece) for piece in answer)) for answer in answers]
+        if (console.width - 3) // 2 < MIN_WIDTH:
+            for name, text in zip(names, texts, strict=True):
+                console.print(Text(f"{name}:"), text, sep="\n")
+            return
+        table = Table(box=box.ASCII, show_edge=False, expand=True, header_style="")
+        for name in names:
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(*texts)
+        console.print(table)
 
     # ---- commands ------------------------------------------------------------------------------------------
 
     def command(self, line: str) -> bool:
-        """Whether the dialogue goes on."""
+        """Run a command; returns whether the chat continues."""
         word, _, rest = line.partition(" ")
         if word == "/quit":
             return False
         if word == "/help":
-            self.write(__doc__.partition("\n\n")[2])
+            self.write((__doc__ or "").partition("\n\n")[2])
         elif word == "/reset":
             self.turns = []
             self.write("(forgotten)\n")
@@ -158,8 +186,8 @@ class Chat:
             self.write(f"unknown command {word!r}: {nearest(word, COMMANDS)}\n")
         return True
 
-    def hold(self, lines: Iterable[str]) -> None:
-        """The whole dialogue, from the lines that the user types."""
+    def run(self, lines: Iterable[str]) -> None:
+        """Hold the whole dialogue, given the lines that the user types."""
         for line in lines:
             line = line.strip()
             try:
@@ -168,14 +196,14 @@ class Chat:
                         return
                 elif line:
                     self.say(line)
-            except KeyboardInterrupt:  # wherever it comes, the dialogue goes on
+            except KeyboardInterrupt:  # Ctrl-C never ends the chat
                 self.write("(stopped)\n")
 
 
-def typed(chat: Chat) -> Iterator[str]:
-    """Lines from a terminal, with editing, until Ctrl-D; Ctrl-C begins the line anew."""
+def typed_lines(chat: Chat) -> Iterator[str]:
+    """Read lines from a terminal, with editing, until Ctrl-D; Ctrl-C clears the line."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (input() then edits lines and remembers them)
+        import readline  # noqa: F401 (its import lets input() edit lines and remember them)
     while True:
         try:
             yield input("you> ")
@@ -187,49 +215,61 @@ def typed(chat: Chat) -> Iterator[str]:
 
 
 def check_streams() -> None:
-    """Raises UserError where there is nothing to read questions from, or to write answers to."""
+    """Raise UserError if standard input or output is closed."""
     if sys.stdin is None or sys.stdout is None:
         raise UserError("chat: standard input or output is closed; give a terminal, a pipe or a file")
 
 
 def run(models: Models) -> None:
-    """Talks until the user leaves."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs begin deaf to it
-    for stream in (sys.stdin, sys.stdout):  # what is no text in the terminal's encoding ends nothing
-        stream.reconfigure(errors="replace")
+    """Chat until the user leaves."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # background jobs of a script start with it ignored
+    for stream in (sys.stdin, sys.stdout):  # bytes that are not text must not end the chat
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     fancy = sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(models, sys.stdout, fancy)
     try:
         if fancy:
             chat.write(f"talking to {chat.name}; there are: {', '.join(models.served)}; /help\n")
-        chat.hold(typed(chat) if fancy else sys.stdin)
+        chat.run(typed_lines(chat) if fancy else sys.stdin)
     finally:
         models.engine.close(wait=False)
 
 
-# ---- showing -----------------------------------------------------------------------------------------------
+# ---- showing answers ---------------------------------------------------------------------------------------
 
 
 def printable(text: str) -> str:
-    """A text without what would command a terminal or turn a line's direction."""
+    """A text without characters that control a terminal or change the direction of a line."""
     return "".join(
         c if c.isprintable() or c in KEPT or unicodedata.category(c) == "Zs" else "\ufffd" for c in text
     )
 
 
-def token_texts(tokenizer, ids: Sequence[int], whole: str) -> list[str]:
-    """What each token adds to a text that begins with `whole`; a character's last token adds it."""
-    watch, found, shown = StopWatch(tokenizer, ()), [], ""
+def highlighted(piece: tuple[str, bool]) -> tuple[str, str]:
+    """A piece of an answer as rich's text and style."""
+    text, marked = piece
+    return printable(text).replace("\t", " "), "reverse" if marked else ""
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer: str) -> list[str]:
+    """The text that each token adds to an answer.
+
+    A character of several tokens belongs to its last one. Tokens after the end of `answer` add nothing.
+    """
+    watch, texts, shown = StopWatch(tokenizer, ()), [], ""
     for end in range(1, len(ids) + 1):
         text = watch.text(ids[:end])
-        text = (text if end == len(ids) else text.rstrip("\ufffd"))[: len(whole)]
-        found.append(text[len(shown) :])
+        text = (text if end == len(ids) else text.rstrip("\ufffd"))[: len(answer)]
+        texts.append(text[len(shown) :])
         shown = max(shown, text, key=len)
-    return found
+    return texts
 
 
 def differing(first: Sequence[int], second: Sequence[int]) -> tuple[set[int], set[int]]:
-    """Which tokens of each are not matched by the other's (longest common blocks first)."""
+    """The positions of each sequence that the longest common blocks leave out."""
     changed = set(range(len(first))), set(range(len(second)))
     for a, b, size in difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks():
         changed[0].difference_update(range(a, a + size))
@@ -238,49 +278,6 @@ def differing(first: Sequence[int], second: Sequence[int]) -> tuple[set[int], se
 
 
 def bracketed(pieces: Marked) -> str:
-    """A text on one line, what is marked in brackets."""
+    """A text on one line, with the marked pieces in brackets."""
     text = "".join(f"[{printable(text)}]" if marked and text else printable(text) for text, marked in pieces)
     return text.replace("][", "").replace("\n", " / ")
-
-
-def columns_of(character: str) -> int:
-    """How many columns a character takes."""
-    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def wrapped(pieces: Marked, width: int) -> list[str]:
-    """A text in lines of exactly `width` columns, broken between words, what is marked reversed."""
-    lines: list[Marked] = [[]]
-    for piece, marked in pieces:
-        for character in printable(piece).replace("\t", " "):
-            if character == "\n":
-                lines.append([])
-                continue
-            line = lines[-1]
-            if sum(columns_of(c) for c, _ in line) + columns_of(character) > width:
-                if character == " ":
-                    lines.append([])
-                    continue
-                space = max((i for i, (c, _) in enumerate(line) if c == " "), default=len(line) - 1)
-                lines[-1], line = line[: space + 1], line[space + 1 :]
-                lines.append(line)
-            line.append((character, marked))
-    return [_coloured(line, width) for line in lines]
-
-
-def _coloured(line: Marked, width: int) -> str:
-    text, before = "", False
-    for character, marked in [*line, ("", False)]:
-        text += (REVERSED if marked else PLAIN) * (marked != before) + character
-        before = marked
-    return text + " " * (width - sum(columns_of(c) for c, _ in line))
-
-
-def side_by_side(left: list[str], right: list[str], width: int) -> Iterator[str]:
-    """Two columns; the first line of each is its heading."""
-    left[0], right[0] = (each[0][:width].ljust(width) for each in (left, right))
-    for i in range(max(len(left), len(right))):
-        parts = (column[i] if i < len(column) else " " * width for column in (left, right))
-        yield " | ".join(parts).rstrip()

@@ -1,74 +1,82 @@
-"""The files of config/ and a command line to one configuration, by Hydra; what is wrong, in one line."""
+"""Compose the files of config/ and a command line with Hydra, and refuse a wrong one in a single line."""
 
 import contextlib
 import copy
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ram.errors import UserError, nearest
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 GROUPS = ("model", "loss", "judge", "experiment", "ablation")
-PLAIN = re.compile(r"(\+\+)?[\w.-]+=")  # of overrides: those that set one key
+PLAIN = re.compile(r"(\+\+)?(?!hydra\.)[\w.-]+=")  # an override that sets the value of one key
 
 
 def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
-    """The configuration that `python train.py OVERRIDES` sees; raises UserError for an unknown key or
-    choice. name: the file of config/ to begin with.
+    """Return the configuration of a command line, with its references such as ${seed} unresolved.
+
+    Args:
+        overrides: arguments such as `lr=1e-6` and `model=llama1b`.
+        name: the file of config/ to begin with.
+
+    Raises:
+        UserError: a key or a choice of a file is unknown, or a file is not valid YAML.
     """
     try:
         with _readable():
             return _compose(overrides, name)
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("hydra", "omegaconf", "antlr4"):
+        libraries = ("hydra", "omegaconf", "antlr4")
+        if type(error).__module__.split(".")[0] not in libraries and not isinstance(error, ValueError):
             raise
         raise UserError(_explain(overrides, error, name)) from None
 
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """Makes a UserError of a file that is no YAML."""
+    """Turn the error of a file that is not valid YAML into a UserError."""
     import yaml
 
     try:
         yield
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{mark.name}, line {mark.line + 1}" if mark else "a file in config/"
-        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        place = f"{mark.name}, line {mark.line + 1}" if mark else "a file in config/"
+        raise UserError(f"{place}: not valid YAML ({getattr(error, 'problem', error)})") from None
 
 
 def preflight(arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra takes them, checked here because Hydra explains a refusal at length.
+    """Return the arguments of a command as Hydra takes them, checked because Hydra's own refusals are long.
 
-    A stage may be given any key, whether or not its recipe names it, so `stage.NAME.key=` becomes
-    `++stage.NAME.key=`, and `stage.NAME.loss.key=`, where `loss` names the loss, goes to its `loss_settings`.
-    Flags such as --help and --multirun are left to Hydra.
+    A stage accepts keys that its recipe does not list, so `stage.NAME.key=` becomes `++stage.NAME.key=`. As
+    `stage.NAME.loss` is the loss's name, `stage.NAME.loss.key=` becomes `++stage.NAME.loss_settings.key=`.
+    Arguments with flags such as --help and --multirun are left to Hydra.
     """
     opened = ("stage.", "evaluation.tasks.", "evaluation.systems.", "evaluation.paper.")
     arguments = [f"++{argument}" if argument.startswith(opened) else argument for argument in arguments]
     arguments = [re.sub(r"^(\+\+stage\.[^.=]+\.(?:loss|model))\.", r"\1_settings.", a) for a in arguments]
     if not any(argument.startswith("-") for argument in arguments):
         repeated = any(key_of(argument) == "ablation" for argument in arguments)
-        for each in _values(arguments) if repeated else [arguments]:
-            compose(each)
+        for overrides in _values(arguments) if repeated else [arguments]:
+            compose(overrides)
     return arguments
 
 
 def _values(arguments: Sequence[str]) -> list[list[str]]:
-    """The arguments with every value of those that have several (key=a,b,c), one after the other."""
+    """Return one list of overrides per value of the arguments that have several (key=a,b,c)."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     choices = []
     for argument in arguments:
         try:
             parsed = OverridesParser.create().parse_override(argument)
-        except Exception:  # `compose` says what is wrong with it
+        except Exception:  # `compose` explains what is wrong with it
             choices.append([argument])
             continue
         values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [None]
@@ -79,54 +87,96 @@ def _values(arguments: Sequence[str]) -> list[list[str]]:
 
 
 @functools.cache
-def known_keys(overrides: tuple[str, ...]) -> dict[str, Any]:
-    return leaves(compose(overrides))
+def defaults(name: str) -> dict[str, Any]:
+    """Return a file of config/ with its defaults, as nested dicts."""
+    return resolved(compose([], name))
 
 
-@functools.cache
-def all_keys() -> dict[str, Any]:
-    """Every key that means something, with its default: config.yaml's, and what the groups' files add."""
-    found = dict(known_keys(()))
-    for group in ("loss", "judge"):
-        for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
-            found = group_keys(group, path.stem) | found
-    return found
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as nested dicts, every reference such as ${seed} replaced by its value."""
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{error.full_key}: {reason}; check the references, ${{...}}, in its value") from None
 
 
-@functools.cache
-def group_keys(group: str, name: str) -> dict[str, Any]:
-    """The keys of config/GROUP/NAME.yaml with their values, read from that file alone: composing all files
-    takes half a second.
-    """
-    with _readable():
-        return leaves(OmegaConf.create({group: OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")}))
+def unresolved(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as nested dicts with its references as they are."""
+    return cast(dict[str, Any], OmegaConf.to_container(config))
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of every leaf of nested dicts; an empty dict is a leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= leaves(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def has_key(config: DictConfig, key: str) -> bool:
+    """Return whether a configuration has a dotted key, whatever its value."""
+    section, _, name = key.rpartition(".")
+    parent = OmegaConf.select(config, section) if section else config
+    return isinstance(parent, DictConfig) and name in parent
+
+
+def set_values(config: DictConfig, values: Mapping[str, Any]) -> None:
+    """Set dotted keys of an unresolved configuration, so that references to them follow."""
+    for key, value in values.items():
+        if not has_key(config, key):
+            known = leaves(unresolved(config))
+            raise UserError(f"unknown key {key!r}: {nearest(key, known) or 'see config/config.yaml'}")
+        OmegaConf.update(config, key, value, merge=True)
+
+
+def set_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Set the values of a command line, other than choices of files, in a configuration."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    values = [o for o in overrides if key_of(o) not in GROUPS and not key_of(o).startswith("hydra.")]
+    for override in OverridesParser.create().parse_overrides(values):
+        if not override.is_delete():
+            key, force = override.key_or_group, override.is_force_add() or override.is_add()
+            OmegaConf.update(config, key, override.value(), merge=True, force_add=force)
+
+
+def manual(name: str) -> str:
+    """Return the text of a file of config/, whose comments explain the keys, and of the files it includes."""
+    text = (CONFIG_DIR / f"{name}.yaml").read_text(encoding="utf-8")
+    included = re.findall(r"^  - (\w+/\w+)", text, flags=re.MULTILINE)
+    parts = [
+        f"# {path}.yaml\n{(CONFIG_DIR / f'{path}.yaml').read_text(encoding='utf-8')}" for path in included
+    ]
+    return "\n".join([text, *parts])
 
 
 def key_of(override: str) -> str:
-    """`++stage.aligner.lr=1e-6` -> `stage.aligner.lr`."""
+    """Return the key of an override: `++stage.aligner.lr=1e-6` -> `stage.aligner.lr`."""
     return override.partition("=")[0].lstrip("+~")
 
 
 def _compose(overrides: Sequence[str], name: str) -> DictConfig:
-    """What Hydra composes, in a quarter of the time: the files that were chosen are composed once, values are
-    set in a copy. Hydra itself has whatever is no plain value, or cannot be set.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+    """Return what Hydra composes, in a quarter of the time.
 
+    The chosen files are composed once; values are set in a copy. Hydra itself composes anything that is not a
+    plain `key=value` or that cannot be set.
+    """
     choices = tuple(o for o in overrides if key_of(o) in GROUPS)
-    values = [o for o in overrides if key_of(o) not in GROUPS]
-    if all(PLAIN.match(o) for o in values):
-        with contextlib.suppress(Exception):  # Hydra says what is wrong
+    if all(PLAIN.match(o) for o in overrides if key_of(o) not in GROUPS):
+        with contextlib.suppress(Exception):  # Hydra raises the error that `_explain` expects
             config = copy.deepcopy(by_hydra(choices, name, CONFIG_DIR))
-            for o in OverridesParser.create().parse_overrides(values):
-                OmegaConf.update(config, o.key_or_group, o.value(), merge=True, force_add=o.is_force_add())
+            set_overrides(config, overrides)
             return config
     return copy.deepcopy(by_hydra(tuple(overrides), name, CONFIG_DIR))
 
 
 @functools.lru_cache(maxsize=256)
 def by_hydra(overrides: tuple[str, ...], name: str, folder: Path) -> DictConfig:
-    """What `hydra.compose` makes of the files in a folder; not to be changed, since it is made once."""
+    """Return Hydra's own composition of the files in a folder. It is cached: copy it before a change."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -137,7 +187,7 @@ def by_hydra(overrides: tuple[str, ...], name: str, folder: Path) -> DictConfig:
 
 
 def _explain(overrides: Sequence[str], error: Exception, name: str) -> str:
-    """Names the one override that cannot be used, with the nearest known key or choice."""
+    """Return a line that names the override that cannot be used, and the nearest known key or choice."""
     groups: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -154,25 +204,10 @@ def _explain(overrides: Sequence[str], error: Exception, name: str) -> str:
             _compose([*groups, override], name)
         except Exception:
             try:
-                known = leaves(_compose(groups, name))
-            except Exception:  # the files themselves do not fit together
+                known = leaves(unresolved(_compose(groups, name)))
+            except Exception:  # the chosen files do not compose
                 break
             if key not in known:
                 return f"unknown key {key!r}: {nearest(key, known) or f'config/{name}.yaml lists them all'}"
             return f"{override}: not a value that {key} can take; quote text with special characters"
     return str(error).strip().splitlines()[0]
-
-
-def leaves(config: DictConfig) -> dict[str, Any]:
-    """Dotted key -> value of every leaf; a value that is missing or cannot be resolved counts as None."""
-    found: dict[str, Any] = {}
-    for key in config:
-        node = config._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none() and len(node):
-            found |= {f"{key}.{inner}": value for inner, value in leaves(node).items()}
-        elif OmegaConf.is_missing(config, key):
-            found[str(key)] = None
-        else:
-            value = config[key]
-            found[str(key)] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return found

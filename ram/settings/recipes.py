@@ -1,103 +1,57 @@
-"""From a configuration to stages: what each one runs with, reads and writes, checked before any model loads.
+"""Resolve a configuration into stages with their settings, inputs and outputs, before any model loads.
 
-A recipe (config/experiment/*.yaml) names stages; each is the root configuration with some keys changed. A key
-given on the command line applies to every stage, `stage.NAME.key=value` to one.
+A recipe (config/experiment/*.yaml) names stages. Each is the root configuration with some keys changed. A key
+on the command line applies to every stage, `stage.NAME.key=value` to one.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ram.data.catalogue import local_file, parse_name
 from ram.errors import UserError, nearest, pick
 from ram.log import log
 from ram.models import checkpoints, run_folder
-from ram.settings.compose import all_keys, compose, group_keys, key_of, known_keys, leaves
-from ram.settings.schema import Tables, check_keys, check_sampling, check_training, check_types, literal
+from ram.settings.compose import GROUPS, compose, has_key, key_of, leaves, set_overrides, set_values
+from ram.settings.schema import Settings, Tables, check_sampling, check_training, decisive, settings_of
 from ram.storage.files import differences, how_to_get
 
-STAGE_KEYS = {  # what a stage may say beside configuration keys, by kind
+STAGE_KEYS = {  # keys of a stage that are not keys of config.yaml, by kind
     "train": {"kind", "only_if", "init_from"},
     "sample": {"kind", "only_if", "proposal", "dataset"},
     "world": {"kind", "only_if"},
 }
-# Keys that change neither weights nor samples; all the others are a run's identity.
-NOT_IDENTITY = set(
-    [
-        "data_dir",
-        "output_dir",
-        "report_dir",
-        "report",
-        "local_dirs",
-        "experiment_name",
-        "stage",
-        "stages",
-        "dry_run",
-        "overwrite",
-        "exp_name",
-        "exp_prefix",
-        "exp_flag",
-        "debug",
-        "n_eval_examples",
-        "eval_batch_size",
-        "activation_checkpointing",
-        "packed",
-        "compile",
-        "trainer",
-        "cpu_offload",
-        "resume",
-        "keep_states",
-        "keep_steps",
-        "trust_remote_code",
-        "do_first_eval",
-        "eval_every",
-        "save_every",
-        "sample_during_eval",
-        "n_eval_model_samples",
-        "wandb",
-        "minimum_log_interval_secs",
-        "fsdp_port",
-        "divergence",
-        "sampling",
-        "evaluation",
-        "judge",
-        "pair",
-        "world",
-        "baselines",
-        "hh_negatives",
-        "hh_data",
-    ]
-)
-# Where weights lie: their content counts instead.
-LOCATION = set(
-    [
-        "model.name",
-        "model.name_or_path",
-        "model.hub_id",
-        "model.archive",
-        "model.tokenizer_name_or_path",
-        "model.block_name",
-    ]
-)
+# Keys that are younger than finished runs may be, with the value that such runs were trained with.
+INTRODUCED = {"loss.sampled_fraction": 1.0}
 
 
 @dataclass
 class Stage:
-    """One resolved stage. output: the run folder, the sampled file, or the toy world's data folder."""
+    """One resolved stage.
+
+    Attributes:
+        name: its name in the recipe.
+        kind: a key of STAGE_KEYS.
+        config: its settings.
+        output: the run folder, the sampled file, or the toy data set's folder.
+        source: the weights that it starts from or samples with, None for a model made from scratch.
+        reads: data files that must exist before it starts.
+    """
 
     name: str
     kind: str
-    config: DictConfig
+    config: Settings
     output: Path
-    source: str | None = None  # the weights it starts from or samples with; None: fresh ones
-    reads: list[Path] = field(default_factory=list)  # data files that must be there before it starts
+    source: str | None = None
+    reads: list[Path] = field(default_factory=list)
 
     @property
     def weights(self) -> Path:
-        """The finished weights of a training stage."""
+        """The folder of a training stage's finished weights."""
         return self.output / run_folder.LATEST
 
 
@@ -105,46 +59,51 @@ class Stage:
 
 
 def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of one stage: the recipe's, then the stage's keys, then what the user gave."""
+    """Return a stage's configuration: the recipe's keys, then the stage's, then the command line's."""
     groups = [f"{group}={spec[group]}" for group in ("model", "loss") if group in spec]
-    keys: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in spec.items():
         section = key.removesuffix("_settings")
         if section != key or key in ("sampling", "divergence", "wandb"):
             if not isinstance(value, dict):
                 raise UserError(f"stage.{name}.{key}={value!r}: expected keys below it, as in {{key: value}}")
-            keys |= {f"{section}.{inner}": v for inner, v in value.items()}
+            values |= {f"{section}.{inner}": inner_value for inner, inner_value in value.items()}
         elif key not in ("model", "loss", *STAGE_KEYS[spec["kind"]]):
-            keys[key] = value
-    own = {key: f"{key}={literal(value)}" for key, value in keys.items()}
+            values[key] = value
 
-    # `loss.alpha=` is meant for the stages whose loss has an alpha, and so on.
-    usable = list(overrides)
-    if any(key_of(o).startswith(("model.", "loss.")) for o in overrides):
-        known = known_keys(tuple(o for o in overrides if key_of(o) == "experiment") + tuple(groups))
-        usable = [o for o in overrides if not key_of(o).startswith(("model.", "loss.")) or key_of(o) in known]
-    given = {key_of(o) for o in overrides}
-    settings = {"model.": "model_settings.", "loss.": "loss_settings."}
-    specific = []
-    for key, override in own.items():
-        inner = next((key.replace(g, s, 1) for g, s in settings.items() if key.startswith(g)), key)
-        if f"stage.{name}.{inner}" in given:
-            specific.append(override)
-    return compose([*groups, *own.values(), *usable, *specific])
+    # A key such as `loss.alpha` changes the stages whose loss has it.
+    chosen = [override for override in overrides if key_of(override) in GROUPS]
+    files = compose([*groups, *chosen])
+    overrides = [
+        override
+        for override in overrides
+        if not key_of(override).startswith(("model.", "loss.")) or has_key(files, key_of(override))
+    ]
+    config = compose([*groups, *overrides])
+    set_values(config, values)
+    set_overrides(config, overrides)
+    given = {key_of(override) for override in overrides}
+    set_values(
+        config, {key: value for key, value in values.items() if f"stage.{name}.{in_stage(key)}" in given}
+    )
+    return config
+
+
+def in_stage(key: str) -> str:
+    """Return how a stage of a recipe spells a key: `loss.alpha` -> `loss_settings.alpha`."""
+    return re.sub(r"^(model|loss)\.", r"\1_settings.", key)
 
 
 def resolve(overrides: Sequence[str], tables: Tables) -> list[Stage]:
-    """All stages of a configuration in the recipe's order, each checked; without a recipe the one stage
-    `run`.
+    """Return the stages of a configuration in the recipe's order; without a recipe the one stage `run`.
 
-    Raises UserError for anything that can be known to be wrong without loading a model or data.
+    Raises:
+        UserError: something is wrong that can be known without loading a model or data.
     """
-    config = compose(overrides)
-    found = leaves(config)
-    check_keys(found, all_keys())
-    check_types(found, all_keys())
+    composed = compose(overrides)
+    config = settings_of(composed, tables)
     if not config.stage:
-        return [_stage("run", {"kind": "train"}, config, {}, tables)]
+        return [_stage("run", {"kind": "train"}, composed, {}, tables)]
     for override in overrides:
         if (key := key_of(override)) in ("model", "loss"):
             raise UserError(
@@ -152,10 +111,10 @@ def resolve(overrides: Sequence[str], tables: Tables) -> list[Stage]:
                 "pair.aligner= instead"
             )
     stages: dict[str, Stage] = {}
-    for name, spec in OmegaConf.to_container(config.stage, resolve=True).items():
+    for name, spec in config.stage.items():
         if not isinstance(spec, dict) or "kind" not in spec:
             known = [
-                key for key, other in config.stage.items() if OmegaConf.is_dict(other) and "kind" in other
+                key for key, other in config.stage.items() if isinstance(other, dict) and "kind" in other
             ]
             raise UserError(f"unknown stage {name!r}: {nearest(name, known)}")
         pick(STAGE_KEYS, spec["kind"], f"kind of stage.{name}")
@@ -165,17 +124,30 @@ def resolve(overrides: Sequence[str], tables: Tables) -> list[Stage]:
     return list(stages.values())
 
 
-def applies(spec: dict[str, Any], config: DictConfig) -> bool:
-    """Whether the keys that a stage or a system depends on have the values it wants."""
-    return all(OmegaConf.select(config, key) == value for key, value in spec.get("only_if", {}).items())
+def applies(spec: dict[str, Any], config: Settings) -> bool:
+    """Return whether the keys that a stage or a system depends on have the values in its `only_if`."""
+    return all(value_of(config, key) == value for key, value in spec.get("only_if", {}).items())
+
+
+def value_of(config: Settings, key: str) -> Any:
+    """Return the value of a dotted key, None if there is no such key."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+    return value
 
 
 def _stage(
-    name: str, spec: dict[str, Any], config: DictConfig, earlier: dict[str, Stage], tables: Tables
+    name: str, spec: dict[str, Any], composed: DictConfig, earlier: dict[str, Stage], tables: Tables
 ) -> Stage:
-    found = leaves(config)
-    check_types(found, all_keys())
-    kind, data_dir = spec["kind"], Path(config.data_dir)
+    """Return a stage, checked; `earlier`: the stages before it, by name."""
+    kind = spec["kind"]
+    if kind == "sample":
+        set_values(composed, {"datasets": [spec["dataset"]]})
+    elif kind == "train" and spec.get("init_from"):
+        set_values(composed, {"model.archive": model_source(spec["init_from"], earlier)})
+    config = settings_of(composed, tables)
+    data_dir = Path(config.data_dir)
     if kind == "world":
         return Stage(name, kind, config, data_dir)
     if kind == "sample":
@@ -187,17 +159,9 @@ def _stage(
         if label in earlier:
             label = earlier[label].config.model.name
         output = local_file(f"{spec['dataset']}_{Path(label).name}", data_dir, tables.datasets)
-        OmegaConf.update(config, "datasets", [spec["dataset"]])
+        assert output is not None  # only sampled data sets get here, and their files are local
         return Stage(name, kind, config, output, source, _files([spec["dataset"]], data_dir, tables))
-    if spec.get("init_from"):
-        OmegaConf.update(config, "model.archive", model_source(spec["init_from"], earlier))
     check_training(config, tables)
-    for key in group_keys("loss", config.loss.name):
-        if key not in found:
-            raise UserError(
-                f"{key} is not set, but loss.name={config.loss.name} needs it: choose a loss by "
-                f"loss={config.loss.name}, which reads config/loss/{config.loss.name}.yaml"
-            )
     model = config.model
     source = model.archive if model.archive or model.architecture else model.name_or_path or model.hub_id
     output = Path(config.output_dir) / "model" / run_name(config, tables)
@@ -205,13 +169,15 @@ def _stage(
 
 
 def model_source(reference: str, stages: dict[str, Stage]) -> str:
-    """Where the weights of a stage of this recipe will lie, or the folder that was named."""
+    """Return the folder of a stage's weights, or the reference itself if it names a folder."""
     if reference in stages:
         if stages[reference].kind != "train":
             raise UserError(f"stage {reference!r} trains no model")
         return str(stages[reference].weights)
     if "/" not in reference and not Path(reference).exists():
-        raise UserError(f"{reference!r} is no earlier stage and no folder: {nearest(reference, stages)}")
+        raise UserError(
+            f"{reference!r} is neither an earlier stage nor a folder: {nearest(reference, stages)}"
+        )
     return reference
 
 
@@ -221,37 +187,53 @@ def _files(names: Sequence[str], data_dir: Path, tables: Tables) -> list[Path]:
     ]
 
 
-def run_name(config: DictConfig, tables: Tables) -> str:
-    """The run folder's name: {prefix}{loss}_{data set}_{model}_b{batch}_lr{lr}[_a{alpha}][_@flag]."""
+def run_name(config: Settings, tables: Tables) -> str:
+    """Return the run folder's name: {prefix}{loss}_{data set}_{model}_b{batch}_lr{lr}[_a{alpha}][_@flag]."""
     if config.exp_name:
         return config.exp_name
     data = "+".join(parse_name(name, tables.datasets)[0] for name in config.datasets)
     name = f"{config.exp_prefix}{config.loss.name}_{data}_{config.model.name}"
     name += f"_b{config.batch_size}_lr{float(config.lr)}"
-    if config.loss.get("alpha") is not None and float(config.loss.alpha) != 1e-4:
-        name += f"_a{float(config.loss.alpha)}"
+    alpha = getattr(config.loss, "alpha", None)
+    if alpha is not None and float(alpha) != 1e-4:
+        name += f"_a{float(alpha)}"
     return f"{name}_@{config.exp_flag}" if config.exp_flag else name
 
 
-def identity(config: DictConfig) -> dict[str, Any]:
-    """What makes two training runs the same run: every key but those that change no weight."""
-    found = {key: value for key, value in leaves(config).items() if key.split(".")[0] not in NOT_IDENTITY}
-    return {key: value for key, value in found.items() if key not in LOCATION}  # weights go by their content
+def identity(config: Settings) -> dict[str, Any]:
+    """Return what makes two training runs the same: dotted key -> value of each key that decides weights."""
+    return leaves(decisive(config))
+
+
+def recorded_identity(record: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity in a finished run's record, completed by keys that are younger than the record.
+
+    Args:
+        record: the run's DONE file.
+        current: the identity to compare it with.
+    """
+    return {key: value for key, value in INTRODUCED.items() if key in current} | record["settings"]
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
 def check_inputs(stages: Sequence[Stage], running: Sequence[Stage]) -> None:
-    """Raises UserError where a stage to run needs a file or weights that neither exist nor come from one
-    before it, or weights of a stage that was trained with other settings.
+    """Check that the inputs of the stages to run exist or are made by an earlier one of them.
+
+    Args:
+        stages: all stages of the recipe.
+        running: those to run, in order.
+
+    Raises:
+        UserError: a file or weights are missing, or the weights were trained with other settings.
     """
     made: set[str] = set()
     for stage in running:
         for path in stage.reads:
             if not path.is_file() and str(path) not in made and str(path.parent.parent) not in made:
                 raise UserError(
-                    f"stage {stage.name!r} reads {path}, which is not there: {_maker(path, stages)}"
+                    f"stage {stage.name!r} reads {path}, which does not exist: {_maker(path, stages)}"
                 )
         if stage.source and stage.source not in made:
             model = stage.config.model
@@ -262,19 +244,28 @@ def check_inputs(stages: Sequence[Stage], running: Sequence[Stage]) -> None:
 
 
 def check_trained(stages: Sequence[Stage], source: str, ignore: Sequence[str] = ()) -> None:
-    """Raises UserError where `source` is a stage's weights and that run was trained with other settings.
+    """Check that weights of a stage were trained with its present settings.
 
-    ignore: keys that may differ. Weights without a record of their training are taken as they are.
+    Weights without a record of their training are accepted as they are.
+
+    Args:
+        stages: all stages of the recipe.
+        source: a folder of weights; any folder that is not a stage's is accepted.
+        ignore: keys that may differ.
+
+    Raises:
+        UserError: the run in the stage's folder was trained with other settings.
     """
     for stage in stages:
         if stage.kind != "train" or str(stage.weights) != source:
             continue
         done = run_folder.finished_run(stage.output)
-        if done is None:  # LATEST appears when training ends: these weights were brought from elsewhere
+        if done is None:  # a run writes LATEST and its record together: these weights are from elsewhere
             log.info(f"stage {stage.name}: {source} was not trained here and is used as it is")
             return
         now = identity(stage.config)
-        before = {key: now.get(key) if key in ignore else value for key, value in done["settings"].items()}
+        recorded = recorded_identity(done, now)
+        before = {key: now.get(key) if key in ignore else value for key, value in recorded.items()}
         if changed := differences(before, now):
             raise UserError(
                 f"stage {stage.name!r}: {stage.output} was trained with other settings ({changed}); give "
@@ -292,7 +283,7 @@ def _maker(path: Path, stages: Sequence[Stage]) -> str:
     return how_to_get(path)
 
 
-def select(stages: Sequence[Stage], wanted: Sequence[str] | None) -> list[Stage]:
-    """The stages to run, in the order that was asked for; all of them for None."""
+def select(stages: Sequence[Stage], names: Sequence[str] | None) -> list[Stage]:
+    """Return the stages to run, in the order of `names`, or all of them if that is None."""
     table = {stage.name: stage for stage in stages}
-    return list(stages) if wanted is None else [pick(table, name, "stage") for name in wanted]
+    return list(stages) if names is None else [pick(table, name, "stage") for name in names]

@@ -1,5 +1,6 @@
-"""The server's configuration: config/serve.yaml with what the command line changes, checked before any model
-loads; keys from the environment.
+"""The server's configuration: config/serve.yaml, the command line and keys from the environment.
+
+It is checked before any model loads.
 """
 
 import functools
@@ -8,26 +9,89 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from typing import Annotated
 
-from omegaconf import DictConfig
+from pydantic import InstanceOf
 
 from ram.decoding.par import PARParams
 from ram.errors import UserError
 from ram.settings import compose
-from ram.settings.schema import check_types, par_params
+from ram.settings.checks import (
+    Count,
+    CountOrZero,
+    Dtype,
+    Length,
+    NotNegative,
+    Positive,
+    Section,
+    check,
+    interval,
+)
 
 PROPOSAL = "proposal"  # the name by which the proposal answers alone
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+class EngineSettings(Section):
+    max_rows: Count
+    max_tokens: Length
+    max_waiting: Count
+
+
+class LimitSettings(Section):
+    max_length: Length | None
+    choices: Count
+    body_bytes: Count
+    body_seconds: Positive
+    seconds: Positive
+    aligners: Count
+
+
+class WorkerSettings(Section):
+    controller: str
+    address: str | None
+    exposed: bool
+
+
+class ServerSettings(Section):
+    """The keys of config/serve.yaml, which has their defaults and explanations."""
+
+    proposal: str | None
+    aligners: dict[str, str]
+    aligner: str | None
+    dtype: Dtype
+    proposal_device: str
+    aligner_device: str
+    trust_remote_code: bool
+    template: str
+    add_bos: bool | None
+    host: str
+    port: Annotated[int, interval("[0, 65535]")]
+    key_env: str
+    admin_key_env: str
+    aligner_root: str | None
+    allowed_hosts: list[str]
+    shutdown_seconds: NotNegative
+    seed: CountOrZero | None
+    max_new_tokens: Count
+    sampling: InstanceOf[PARParams]
+    engine: EngineSettings
+    limits: LimitSettings
+    worker: WorkerSettings
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What a server runs with. config: config/serve.yaml's keys as attributes. aligners: name -> folder. key,
-    admin_key: None where none is wanted.
+    """What a server runs with.
+
+    Attributes:
+        config: the keys of config/serve.yaml.
+        params: settings of the next-token distribution, unless a request gives others.
+        aligners: name -> folder.
+        key, admin_key: None if the server asks for none.
     """
 
-    config: SimpleNamespace
+    config: ServerSettings
     params: PARParams
     aligners: dict[str, str]
     key: str | None = field(repr=False)
@@ -35,24 +99,32 @@ class Settings:
 
 
 def read_settings(arguments: Sequence[str]) -> Settings:
-    """The settings of `serve.py ARGUMENTS`; raises UserError for a key, value or name that cannot work."""
+    """Return the settings of `serve.py ARGUMENTS`.
+
+    Raises:
+        UserError: a key is unknown, a value cannot work, or a name cannot be an aligner's.
+    """
     overrides = [f"++{a}" if a.startswith(("aligners=", "aligners.")) else a for a in arguments]
-    config = compose.compose(overrides, "serve")
-    check_types(compose.leaves(config), compose.leaves(compose.compose([], "serve")))
-    if not config.proposal:
-        raise UserError("no proposal: give the frozen model's folder, proposal=FOLDER")
-    aligners = {} if config.aligners is None else config.aligners
-    if not isinstance(aligners, DictConfig | dict):
+    values = compose.resolved(compose.compose(overrides, "serve"))
+    aligners = {} if values["aligners"] is None else values["aligners"]
+    if not isinstance(aligners, dict):
         raise UserError(f"aligners={aligners!r}: expected names and folders, aligners='{{NAME: FOLDER}}'")
     aligners = {str(name): folder for name, folder in aligners.items()}
+    for name, folder in aligners.items():
+        if not isinstance(folder, str) or not folder:
+            raise UserError(f"aligners.{name}={folder!r}: expected a folder")
+    sampling = check(PARParams, values["sampling"], "sampling.", "serve")
+    config = check(ServerSettings, values | {"aligners": aligners, "sampling": sampling}, source="serve")
+    if not config.proposal:
+        raise UserError("no proposal: give the frozen model's folder, proposal=FOLDER")
     if config.aligner is not None:
         if "aligner" in aligners:
             raise UserError("aligner and aligners.aligner are both given: give one of them")
+        if not config.aligner:
+            raise UserError("aligner='': expected a folder")
         aligners["aligner"] = config.aligner
-    for name, folder in aligners.items():
+    for name in aligners:
         check_name(name)
-        if not isinstance(folder, str) or not folder:
-            raise UserError(f"aligners.{name}={folder!r}: expected a folder")
     if len(aligners) > config.limits.aligners:
         raise UserError(f"{len(aligners)} aligners: limits.aligners={config.limits.aligners}; raise it")
     if (config.limits.max_length or 0) > config.engine.max_tokens:
@@ -65,20 +137,14 @@ def read_settings(arguments: Sequence[str]) -> Settings:
             f"limits.choices={config.limits.choices}: one request could fill the queue; expected at most "
             f"engine.max_waiting={config.engine.max_waiting}"
         )
-    keys = [_key(config[name]) for name in ("key_env", "admin_key_env")]
-    if keys[0] and keys[0] == keys[1]:
+    key, admin_key = _key(config.key_env), _key(config.admin_key_env)
+    if key and key == admin_key:
         raise UserError(f"{config.key_env} and {config.admin_key_env} hold the same key: give two")
-    return Settings(_plain(config), par_params(config.sampling), aligners, *keys)
-
-
-def _plain(config: DictConfig) -> SimpleNamespace:
-    """Plain attributes: every request reads some, and OmegaConf takes its time for each."""
-    values = ((str(key), value) for key, value in config.items())
-    return SimpleNamespace(**{key: _plain(v) if isinstance(v, DictConfig) else v for key, v in values})
+    return Settings(config, config.sampling, aligners, key, admin_key)
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a name that no aligner can have."""
+    """Raise UserError for a name that no aligner can have."""
     if not NAME.fullmatch(name) or name == PROPOSAL:
         raise UserError(
             f"aligner {name!r}: expected a name of letters, digits and . _ - (64 at most) other than "
@@ -88,7 +154,7 @@ def check_name(name: str) -> None:
 
 @functools.lru_cache(maxsize=256)  # asked for every request's Host
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`, an address or `localhost`."""
+    """Return whether `host`, an address or `localhost`, can be reached from this machine alone."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -96,7 +162,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(settings: Settings) -> None:
-    """Raises UserError for a server that others would reach without a key."""
+    """Raise UserError for a server that other machines could reach without a key."""
     if not is_loopback(settings.config.host) and settings.key is None:
         raise UserError(
             f"host={settings.config.host} is reached from elsewhere: put a key into the environment variable "
@@ -105,6 +171,7 @@ def check_exposure(settings: Settings) -> None:
 
 
 def _key(variable: str) -> str | None:
+    """Return the key in an environment variable, None if there is none."""
     key = os.environ.get(variable or "", "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"{variable} holds no key: expected printable ASCII characters")

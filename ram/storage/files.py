@@ -1,9 +1,8 @@
-"""Records on disk: rows read with the line of what is wrong, files replaced at once, fingerprints, locks."""
+"""Files on disk: validated row reading, atomic replacement, fingerprints, locks."""
 
 import contextlib
 import csv
 import errno
-import fcntl
 import gzip
 import hashlib
 import json
@@ -14,99 +13,131 @@ import socket
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ram.errors import UserError
 from ram.log import log
 
 HOST = socket.gethostname()
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without locks
 
 
 class BadRows:
-    """Counts and keeps rows that cannot be used; raises at the first one unless told to skip them."""
+    """A collection of unusable rows; raises at the first one unless `on_bad_row` is "skip"."""
 
     def __init__(self, on_bad_row: str = "error") -> None:
         if on_bad_row not in ("error", "skip"):
             raise UserError(f"on_bad_row={on_bad_row!r}: expected 'error' or 'skip'")
-        self.skip, self.rows, self._seen = on_bad_row == "skip", [], set()
+        self.skip = on_bad_row == "skip"
+        self.rows: list[dict[str, str]] = []
+        self._seen: set[tuple[str, str]] = set()
 
     def add(self, where: str, reason: str) -> None:
+        """Record one bad row, or raise UserError if bad rows are not skipped.
+
+        Args:
+            where: File and line (or row index) for the message.
+            reason: Why the row cannot be used.
+        """
         if not self.skip:
-            raise UserError(f"{where}: {reason}; mend the row, or set on_bad_row=skip to leave such rows out")
-        if (where, reason) not in self._seen:  # training and held-out part may come from one file, read twice
+            raise UserError(f"{where}: {reason}; fix the row, or set on_bad_row=skip to leave such rows out")
+        # The training and the held-out split may read the same file; count its rows once.
+        if (where, reason) not in self._seen:
             self._seen.add((where, reason))
             self.rows.append({"where": where, "reason": reason})
 
     def report(self, path: Path) -> None:
-        """Writes the list beside the run and says how many; nothing where there are none."""
+        """Write the skipped rows to `path` and log their number; do nothing if there are none."""
         if self.rows:
             write_jsonl(path, self.rows)
             log.warning(f"skipped {len(self.rows)} bad rows, listed in {path}")
 
 
-def open_text(path: Path):
-    """A text file for reading, gzipped or not; the mark that some editors put before UTF-8 is dropped."""
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
+def open_text(path: Path) -> IO[str]:
+    """Open a plain or gzipped UTF-8 file for reading; a byte order mark is dropped."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return open(path, encoding="utf-8-sig")
 
 
 def read_rows(
     path: str | Path, required: Sequence[str] | dict[str, type] = (), bad: BadRows | None = None
 ) -> list[tuple[int, dict]]:
-    """Records of a .json list or .jsonl file (either may be gzipped) with their 0-based index in the file.
+    """Read the records of a .json list or .jsonl file, either of them optionally gzipped.
 
-    required: the fields a record must have, as text, or field -> type.
-    Raises UserError with file and line for what is missing, malformed, cut short, lacks a required field or
-    is empty. A row that `bad` skips keeps its index: the ids of the others do not move.
+    Args:
+        path: The file.
+        required: Fields that every record must have: a sequence of text fields, or field -> type.
+        bad: Collects the rows that cannot be used. By default the first one raises.
+
+    Returns:
+        (0-based index in the file, record) for each usable row. Skipped rows keep their index, so the
+        ids of the other rows do not change.
+
+    Raises:
+        UserError: If the file is missing, malformed, truncated or has no usable record, or if a row is
+            bad and `bad` does not skip it. The message names the file and the line.
     """
-    path, bad = Path(path), bad or BadRows()
-    types = required if isinstance(required, dict) else dict.fromkeys(required, str)
+    path = Path(path)
+    bad = bad or BadRows()
+    types: dict[str, type] = required if isinstance(required, dict) else dict.fromkeys(required, str)
     if not path.is_file():
         raise UserError(f"no such file: {path}; {how_to_get(path)}")
+    usable = []
+    for index, row, where in _parse(path, bad):
+        reason = _defect(row, types)
+        if reason:
+            bad.add(where, reason)
+        else:
+            usable.append((index, row))
+    if not usable:
+        raise UserError(
+            f"{path}: no usable record; expected at least one with {', '.join(required) or 'fields'}"
+        )
+    return usable
+
+
+def _parse(path: Path, bad: BadRows) -> list[tuple[int, Any, str]]:
+    """Parse a file into (0-based index, value, place for messages)."""
     rows: list[tuple[int, Any, str]] = []
     try:
         with open_text(path) as file:
-            if ".jsonl" in path.suffixes:
-                for line_number, line in enumerate(file, start=1):
-                    where = f"{path}, line {line_number}"
-                    if not line.strip():
-                        continue
-                    try:
-                        rows.append((line_number - 1, json.loads(line), where))
-                    except json.JSONDecodeError as error:
-                        bad.add(where, f"not valid JSON ({error.msg} at column {error.colno})")
-            else:
+            if ".jsonl" not in path.suffixes:
                 data = json.load(file)
                 if not isinstance(data, list):
-                    raise UserError(f"{path}: expected a JSON list of records, found a {type(data).__name__}")
-                rows = [(index, row, f"{path}, row {index}") for index, row in enumerate(data)]
+                    raise UserError(f"{path}: expected a JSON list of records, got a {type(data).__name__}")
+                return [(index, row, f"{path}, row {index}") for index, row in enumerate(data)]
+            for line_number, line in enumerate(file, start=1):
+                where = f"{path}, line {line_number}"
+                if not line.strip():
+                    continue
+                try:
+                    rows.append((line_number - 1, json.loads(line), where))
+                except json.JSONDecodeError as error:
+                    bad.add(where, f"not valid JSON ({error.msg} at column {error.colno})")
     except json.JSONDecodeError as error:
-        message = f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file cut short?"
+        message = f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file truncated?"
         raise UserError(message) from None
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); is the file cut short?") from None
+        raise UserError(f"{path}: cannot be read ({error}); is the file truncated?") from None
+    return rows
 
-    good = []
-    for index, row, where in rows:
-        missing = [
-            k for k, kind in types.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)
-        ]
-        if not isinstance(row, dict):
-            bad.add(where, f"expected a record (fields in braces), found a {type(row).__name__}")
-        elif missing:
-            wanted = "text" if types[missing[0]] is str else f"a {types[missing[0]].__name__}"
-            found = ", ".join(row) or "none"
-            bad.add(where, f"field {missing[0]!r} is missing or not {wanted} (fields found: {found})")
-        elif unpaired := [k for k, kind in types.items() if kind is str and not _is_unicode(row[k])]:
-            bad.add(where, f"field {unpaired[0]!r} holds half a surrogate pair, which is no text")
-        else:
-            good.append((index, row))
-    if not good:
-        raise UserError(
-            f"{path}: holds no usable record; expected at least one with {', '.join(required) or 'fields'}"
-        )
-    return good
+
+def _defect(row: Any, types: dict[str, type]) -> str | None:
+    """Return why a row cannot be used, or None if it can."""
+    if not isinstance(row, dict):
+        return f"expected a record (a JSON object), got a {type(row).__name__}"
+    for name, kind in types.items():
+        if not isinstance(row.get(name), kind):
+            expected = "text" if kind is str else f"a {kind.__name__}"
+            return f"field {name!r} is missing or not {expected} (fields: {', '.join(row) or 'none'})"
+    for name, kind in types.items():
+        if kind is str and not _is_unicode(row[name]):
+            return f"field {name!r} has an unpaired surrogate, which is not valid Unicode text"
+    return None
 
 
 def _is_unicode(text: str) -> bool:
@@ -123,15 +154,18 @@ def count_lines(path: Path) -> int:
 
 
 def how_to_get(path: Path) -> str:
-    """Who makes a data file that is not there."""
+    """Return the advice for a missing data file: the command that creates it."""
     if "_sampling_" in path.name:
         return "the sample stage writes it: run train.py with stages=[sample] first"
-    return "`bash bin/prepare_data.sh` makes the data files, or check data_dir"
+    return "create the data files with `bash bin/prepare_data.sh`, or check data_dir"
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Has an OSError name `path` where it names no file: a full disk's, and what safetensors makes of one."""
+def path_in_errors(path: str | Path) -> Iterator[None]:
+    """Put `path` into an OSError that names no file, such as that of a full disk.
+
+    safetensors turns such an OSError into an exception of its own; it becomes an OSError again.
+    """
     try:
         yield
     except SafetensorError as error:
@@ -144,48 +178,52 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, and renames it over `path` only when the block ends well.
+    """Replace a file or folder as a whole: yield a temporary path and rename it over `path` at the end.
 
-    Works for a file and for a folder; what was at `path` stands until the rename. A folder is renamed aside
-    first: where a kill came between both renames, the next call for the same path puts it back.
+    If the block raises, `path` keeps its old content. A folder cannot be renamed over another one, so
+    the old folder is renamed first; if the process is killed between the two renames, the next call
+    for the same path restores it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _tidy(path)
-    # Host and process are part of the name: two that write the same file must not take each other's.
-    aside, old = (path.with_name(f".{path.name}.{HOST}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    _clean_up(path)
+    # Host and process id are part of the names: two writers of one path must not share them.
+    prefix = f".{path.name}.{HOST}.{os.getpid()}"
+    partial = path.with_name(f"{prefix}.partial")
+    old = path.with_name(f"{prefix}.old")
     try:
-        with naming(path):
-            yield aside
-            if aside.is_dir() and os.path.lexists(path):
+        with path_in_errors(path):
+            yield partial
+            if partial.is_dir() and os.path.lexists(path):
                 os.rename(path, old)
-            os.replace(aside, path)
+            os.replace(partial, path)
     finally:
-        _tidy(path)
+        _clean_up(path)
 
 
-def _tidy(path: Path) -> None:
-    """Clears what this process, or one that is no longer alive, left beside `path`; puts an old folder back
-    where nothing has taken its place.
+def _clean_up(path: Path) -> None:
+    """Remove the leftovers of this process and of dead ones beside `path`.
+
+    If `path` itself is missing, an old folder is restored instead of removed.
     """
     leftover = re.compile(re.escape(f".{path.name}.{HOST}.") + r"(\d+)\.(partial|old)")
-    for found in path.parent.iterdir():
-        match = leftover.fullmatch(found.name)
+    for sibling in path.parent.iterdir():
+        match = leftover.fullmatch(sibling.name)
         if match is None or _is_another_process(int(match[1])):
             continue
         if match[2] == "old" and not os.path.lexists(path):
-            os.rename(found, path)
+            os.rename(sibling, path)
         else:
-            _remove(found)
+            _remove(sibling)
 
 
 def _is_another_process(pid: int) -> bool:
-    """Whether a process other than this one has that id and lives."""
+    """Return whether `pid` is a live process other than this one."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # it exists, but belongs to another user
         return True
     return pid != os.getpid()
 
@@ -198,48 +236,43 @@ def _remove(path: Path) -> None:
 
 
 def set_aside(path: Path, why: str, quiet: bool = False) -> None:
-    """Renames a file or folder to NAME.old, in place of an earlier one, and says why."""
+    """Rename a file or folder to NAME.old, replacing an earlier one, and log why."""
     old = path.with_name(f"{path.name}.old")
     _remove(old)
     os.rename(path, old)
     if not quiet:
-        log.info(f"{path}: {why}; kept as {old.name} and made anew")
+        log.info(f"{path}: {why}; kept as {old.name} and created again")
 
 
 @contextlib.contextmanager
 def only_run(path: Path) -> Iterator[None]:
-    """Keeps a second run from writing what this one writes; raises UserError where one already does.
+    """Keep a second run from writing the same files.
 
-    The first of several processes holds the lock. The system gives it back when that process ends, however it
-    ends, so none is ever stale.
+    The first process of a run holds a lock on `path`. The system releases it when that process ends, however
+    it ends, so a lock is never stale. On a file system without locks nothing is checked.
+
+    Raises:
+        UserError: If another run holds the lock.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{path}: another run is writing it; wait for it, or stop it first") from None
-            except OSError as error:  # a file system without locks
-                log.debug(f"{path}: not locked ({error})")
-            if not _is_open(file, lock):  # whoever had it before has just removed it
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _is_open(file, path: Path) -> bool:
+    lock = FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{path}: another run is writing it; wait for it, or stop it first") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.debug(f"{path}: not locked ({error})")
+    try:
+        yield
+    finally:
+        # Removed before the release, so that a run that has already opened the file does not take its lock.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -247,49 +280,49 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
-    """One line per row; the columns are the keys of all rows in order of first appearance."""
+    """Write one line per row; columns are the keys of all rows in order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with replacing(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(rows)
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file; raises UserError where there is none that can be read."""
+    """Read a JSON file; raises UserError if it is missing or malformed."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
 
 
 def fingerprint(value: Any) -> str:
-    """Content hash of a JSON-like value, independent of the order of keys."""
+    """Return the SHA-256 of a JSON-like value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def differences(before: dict, now: dict) -> str:
-    """The keys that differ between two settings, as `key: old -> new`."""
+    """List the keys whose values differ, as `key: old -> new, ...`."""
     changed = [key for key in before | now if before.get(key) != now.get(key)]
     return ", ".join(f"{key}: {short(before.get(key))} -> {short(now.get(key))}" for key in changed)
 
 
 def short(value: Any) -> str:
-    """A value for a message; of a fingerprint its first characters."""
+    """Format a value for a message; a long one, such as a fingerprint, is cut to 12 characters."""
     text = str(value)
     return f"{text[:12]}…" if len(text) > 60 else text
 

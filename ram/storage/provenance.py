@@ -1,12 +1,21 @@
-"""Files that say what they were made from, so that a changed setting never reuses an old result.
+"""Records of what files were made from, so that a changed setting never reuses an old result.
 
-FILE.meta.json holds the inputs of FILE and the hashes of what was written.
+A `Manifest` answers whether outputs are whole and made from given inputs. Each kind of output keeps its own
+format on disk:
+
+    FILE.meta.json   answers, samples, judgements, token-level figures   (this module)
+    done.json        a finished training run                             (ram/models/run_folder.py)
+    state.json       a training state to resume from                     (ram/training/resume.py)
+    world.json       the toy data set                                    (ram/data/toy_world.py)
+    report.json      an evaluation's report                              (ram/evaluation/report/gather.py)
 """
 
+import contextlib
 import functools
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,85 +23,167 @@ from ram.errors import UserError
 from ram.log import log
 from ram.storage.files import differences, file_sha256, read_json, replacing, set_aside, write_json
 
+Inputs = dict[str, Any] | str  # settings and fingerprints by name, or one fingerprint of all of them
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The inputs that some files were made from, and the digest of each file by name."""
+
+    made_from: Inputs
+    files: dict[str, str]
+
+    def changes(self, made_from: Inputs) -> str:
+        """Return the inputs that differ as `key: old -> new`, empty if none does."""
+        if self.made_from == json.loads(json.dumps(made_from)):
+            return ""
+        if isinstance(self.made_from, str) or isinstance(made_from, str):
+            return "settings, weights or rows"
+        return differences(self.made_from, made_from)
+
+    def damaged(self, digest: Callable[[str], str | None], names: Iterable[str] | None = None) -> list[str]:
+        """Return the files that are missing or have another digest.
+
+        Args:
+            digest: returns the present digest of a file by its name, None if it is missing.
+            names: the files to check, all by default.
+        """
+        return [name for name in (self.files if names is None else names) if digest(name) != self.files[name]]
+
+
+def read_manifest(path: Path, made_from: str, files: str, remedy: str) -> tuple[Manifest, dict[str, Any]]:
+    """Return the manifest in a record, and the whole record.
+
+    Args:
+        path: a JSON file.
+        made_from: the record's key for the inputs.
+        files: the record's key for the digests.
+        remedy: what a user can do about a damaged record.
+
+    Raises:
+        UserError: if the file cannot be read or lacks a key.
+    """
+    try:
+        record = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
+    types = {made_from: dict | str, files: dict}
+    is_record = isinstance(record, dict)
+    missing = [key for key, kind in types.items() if not is_record or not isinstance(record.get(key), kind)]
+    if missing:
+        keys = " and ".join(types)
+        raise UserError(f"{path}: expected a record with {keys}, {missing[0]} is missing; {remedy}")
+    return Manifest(record[made_from], record[files]), record
+
+
+# ---- digests -----------------------------------------------------------------------------------------------
+
+DIGESTS = ".digests.json"
+LARGE = 1 << 26  # bytes; smaller files are read at each check
+
+
+def digests_in(folder: Path, digest: Callable[[Path], str] = file_sha256) -> Callable[[str], str | None]:
+    """Return a function for `Manifest.damaged` that reads files by their names in a folder."""
+    return lambda name: digest(folder / name) if (folder / name).is_file() else None
+
+
+def cached_sha256(path: Path) -> str:
+    """Return a file's sha256; a large file is not read again until its size, time or inode changes.
+
+    Digests of large files are kept in `.digests.json` beside them, if the folder can be written.
+    """
+    status = path.stat()
+    if status.st_size < LARGE:
+        return file_sha256(path)
+    key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
+    cache = path.with_name(DIGESTS)
+    try:
+        known = dict(read_json(cache))
+        kept = dict(known.get(path.name, {}))
+    except (UserError, TypeError, ValueError):  # missing or damaged
+        known, kept = {}, {}
+    if kept == key | {"sha256": kept.get("sha256")}:
+        return kept["sha256"]
+    digest = file_sha256(path)
+    with contextlib.suppress(OSError):
+        write_json(cache, known | {path.name: key | {"sha256": digest}})
+    return digest
+
+
+# ---- marked files ------------------------------------------------------------------------------------------
+
 
 def marker(path: Path) -> Path:
     return path.with_name(path.name + ".meta.json")
 
 
-def read_marker(path: Path) -> dict[str, Any]:
-    """What a marked file says of itself; raises UserError where its marker is none."""
-    meta = read_json(marker(path))
-    if not isinstance(meta, dict) or not isinstance(meta.get("made_from"), dict | str):
-        raise UserError(
-            f"{marker(path)}: no record of what {path.name} was made from; overwrite=true remakes both"
-        )
-    return meta
+def read_marker(path: Path) -> Manifest:
+    """Return the manifest of a marked file and of the files that are marked with it."""
+    return read_manifest(marker(path), "made_from", "sha256", "overwrite=true remakes both files")[0]
 
 
-def finished(path: Path, made_from: dict[str, Any] | str, overwrite: bool, what: str) -> bool:
-    """Whether `path` is complete and made from these inputs; one made from others is set aside.
+def finished(path: Path, made_from: Inputs, overwrite: bool, label: str) -> bool:
+    """Return whether `path` is complete and made from these inputs.
 
-    Raises UserError where it is no longer what was written.
+    A file that was made from other inputs is set aside. One without a marker is the user's own and counts as
+    finished.
+
+    Args:
+        path: the file.
+        made_from: everything that decides its contents.
+        overwrite: make it again in any case.
+        label: what is being made, for the log.
+
+    Raises:
+        UserError: if the file is damaged.
     """
     if not path.is_file() or overwrite:
         return False
     if not marker(path).is_file():
-        log.info(f"{what}: {path} was not made here and is used as it is (overwrite=true makes it anew)")
+        log.info(f"{label}: {path} was not made here and is used as it is (overwrite=true makes it anew)")
         return True
-    if changed := difference(path, made_from):
-        for other in (path, *beside(path), marker(path)):  # the marker last: without it a file is the user's
+    manifest = read_marker(path)
+    if changed := manifest.changes(made_from):
+        names = [path.name, *(name for name in manifest.files if name != path.name)]
+        # The marker is last: a file without one would count as the user's own after a kill.
+        for other in (*map(path.with_name, names), marker(path)):
             if other.is_file():
                 set_aside(other, f"made from other inputs ({changed})", quiet=other != path)
         return False
-    check_whole(path, what)
-    log.info(f"{what}: done before, {path}")
+    check_whole(path, manifest, label)
+    log.info(f"{label}: done before, {path}")
     return True
 
 
-def check(path: Path, made_from: dict[str, Any] | str, what: str) -> None:
-    """`verify`, for a file that is only read and may have been brought from elsewhere."""
+def check(path: Path, made_from: Inputs, label: str) -> None:
+    """Verify a file that is only read. Without a marker it may have been brought from elsewhere."""
     if marker(path).is_file():
-        verify(path, made_from, what)
+        verify(path, made_from, label)
     elif path.is_file():
-        log.info(f"{what}: {path} was not made here and is used as it is")
+        log.info(f"{label}: {path} was not made here and is used as it is")
 
 
-def verify(path: Path, made_from: dict[str, Any] | str, what: str) -> None:
-    """Raises UserError where a marked file was made from other inputs, or is no longer what was written."""
-    if changed := difference(path, made_from):
+def verify(path: Path, made_from: Inputs, label: str) -> None:
+    """Raise UserError if a marked file was made from other inputs or is damaged."""
+    manifest = read_marker(path)
+    if changed := manifest.changes(made_from):
         raise UserError(
-            f"{what}: {path} was made from other inputs ({changed}); run the step that makes it again"
+            f"{label}: {path} was made from other inputs ({changed}); run the step that makes it again"
         )
-    check_whole(path, what)
+    check_whole(path, manifest, label)
 
 
-def difference(path: Path, made_from: dict[str, Any] | str) -> str:
-    """Which of its inputs are others; empty where none is."""
-    before = read_marker(path)["made_from"]
-    if before == json.loads(json.dumps(made_from)):
-        return ""
-    if isinstance(before, str) or isinstance(made_from, str):
-        return "settings, weights or rows"
-    return differences(before, made_from)
-
-
-def beside(path: Path) -> list[Path]:
-    """The other files that are marked with this one."""
-    return [path.with_name(name) for name in read_marker(path)["sha256"] if name != path.name]
-
-
-def check_whole(path: Path, what: str) -> None:
-    for name, digest in read_marker(path)["sha256"].items():
-        file = path.with_name(name)
-        if not file.is_file() or file_sha256(file) != digest:
-            raise UserError(
-                f"{what}: {file} was changed or cut short after it was written; set overwrite=true to "
-                "remake it"
-            )
+def check_whole(path: Path, manifest: Manifest, label: str) -> None:
+    """Raise UserError if a file of the manifest is missing or not as it was written."""
+    if damaged := manifest.damaged(digests_in(path.parent)):
+        raise UserError(
+            f"{label}: {path.with_name(damaged[0])} was changed or cut short after it was written; set "
+            "overwrite=true to remake it"
+        )
 
 
 def is_made_from(path: Path, inputs: str) -> bool:
-    """Whether a marked file is there, whole, and made from these inputs."""
+    """Return whether a marked file exists, is whole, and was made from these inputs."""
     if not (path.is_file() and marker(path).is_file()):
         return False
     try:
@@ -102,30 +193,31 @@ def is_made_from(path: Path, inputs: str) -> bool:
     return True
 
 
-def write_marked(
-    path: Path, rows: Sequence[dict[str, Any]], made_from: dict[str, Any] | str, *beside: Path
-) -> None:
-    """Writes rows as .json or .jsonl with a marker of what they, and the files `beside`, were made from.
+def write_marked(path: Path, rows: Sequence[dict[str, Any]], made_from: Inputs, *beside: Path) -> None:
+    """Write rows as .json or .jsonl, with a marker for this file and the finished files `beside` it.
 
-    The marker comes first: a file without one counts as the user's own, so at no moment may ours be without.
+    The marker is written first: a file without one counts as the user's own, so ours always has one.
     """
-    with replacing(path) as aside:
-        with open(aside, "w", encoding="utf-8") as file:
+    with replacing(path) as partial:
+        with open(partial, "w", encoding="utf-8") as file:
             if path.suffix == ".json":
                 json.dump(list(rows), file, indent=1, ensure_ascii=False)
             else:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        digests = {path.name: file_sha256(aside)} | {other.name: file_sha256(other) for other in beside}
+        digests = {path.name: file_sha256(partial)} | {other.name: file_sha256(other) for other in beside}
         write_json(marker(path), {"made_from": made_from, "rows": len(rows), "sha256": digests})
 
+
+# ---- the code ----------------------------------------------------------------------------------------------
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
 @functools.cache
 def commit(folder: Path = PROJECT) -> str:
-    """The git commit of a checkout, with "+changes" where files differ from it or are new; empty where the
-    folder is no checkout, or there is no git.
+    """Return the git commit of a checkout, with "+changes" if files differ from it or are new.
+
+    Empty if the folder is not a checkout or git is not installed.
     """
 
     def git(*arguments: str) -> str:
@@ -133,7 +225,7 @@ def commit(folder: Path = PROJECT) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != folder:  # a copy inside somebody else's checkout
+        if Path(git("rev-parse", "--show-toplevel")) != folder:  # a copy inside another project's checkout
             return ""
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,12 +1,13 @@
-"""Sequence log-probabilities and the losses on them.
+"""Sequence log-probabilities, the losses on them, and the table `LOSSES` that `loss.name` selects from.
 
-Shapes: B examples, T tokens, N response tokens, H hidden width, V vocabulary. A loss sees only sums of
-response log-probabilities (B,), so it does not care how the models computed them. `LOSSES` is the table that
-`loss.name` picks from.
+Shapes: B examples, T tokens, N response tokens, H hidden width, V vocabulary. A loss takes sums of response
+log-probabilities (B,), so it is independent of how the models computed them.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,17 @@ IGNORE_INDEX = -100
 
 
 def token_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Log-probability of every labelled token, 0 where the label is -100. (B, T - 1)
+    """Return the log-probability of every labelled token, 0 if its label is -100.
 
-    logits: (B, T, V), read in float32 or wider. labels: (B, T); position t is predicted by logits t - 1.
+    Args:
+        logits: (B, T, V), converted to float32 unless they are float64.
+        labels: (B, T). Position t is predicted by the logits at t - 1.
+
+    Returns:
+        (B, T - 1)
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not belong together"
-        )
+        raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}")
     logits, labels = logits[:, :-1], labels[:, 1:]
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -33,17 +37,22 @@ def token_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def sequence_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the response tokens' log-probabilities per example. (B,)
+    """Return the sum of the response tokens' log-probabilities per example.
 
-    logits: (B, T, V). labels: (B, T) with -100 on prompt and padding; the shift by one happens inside.
+    Args:
+        logits: (B, T, V).
+        labels: (B, T) with -100 on prompt and padding, not shifted.
+
+    Returns:
+        (B,)
     """
     return token_logps(logits, labels).sum(dim=-1)
 
 
 # ---- the same without a (B, T, V) tensor -------------------------------------------------------------------
 
-TILE = 1 << 20  # logits held at once: 4 MB in float32, so that a CPU works on them in its cache
-CUDA_TILE = 1 << 26  # 256 MB: a GPU wants large products
+TILE = 1 << 20  # logits at once: 4 MB in float32, which fits a CPU's cache
+CUDA_TILE = 1 << 26  # 256 MB: a GPU needs large products
 
 
 def head_logps(
@@ -53,12 +62,22 @@ def head_logps(
     bias: torch.Tensor | None = None,
     tile: int | None = None,
 ) -> torch.Tensor:
-    """log softmax(hidden @ weight.T + bias) at the labels, never holding more than `tile` logits. (N,)
+    """Return log softmax(hidden @ weight.T + bias) at the labels, with at most `tile` logits in memory.
 
-    hidden: (N, H). weight: (V, H), the head. labels: (N,) ids below V. bias: (V,). tile: None picks one by
-    device. Products are taken in autocast's type where it is on, everything else in float32 or wider; the
-    backward pass makes the logits a second time. Equals `token_logps` of the whole logits.
+    Equals `token_logps` of the whole logits. Products are computed in autocast's type if it is enabled,
+    everything else in float32 or wider. The backward pass computes the logits a second time.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H), the LM head.
+        labels: (N,) ids below V.
+        bias: (V,) or None.
+        tile: number of logits; None chooses one by device.
+
+    Returns:
+        (N,)
     """
+    assert hidden.shape[0] == labels.shape[0] and hidden.shape[1] == weight.shape[1]
     device = hidden.device.type
     narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     tile = tile or (CUDA_TILE if device == "cuda" else TILE)
@@ -66,14 +85,22 @@ def head_logps(
 
 
 class _HeadLogps(torch.autograd.Function):
-    """Log-probabilities from tiles of logits over the vocabulary, made again in the backward pass.
+    """Log-probabilities from tiles of logits over the vocabulary, which the backward pass computes again.
 
-    Tiles of tokens would read and write the whole (V, H) gradient once per tile; these write each of its rows
-    once. The running maximum and sum: Milakov and Gimelshein 2018, algorithm 3.
+    Tiles over tokens would read and write the whole (V, H) gradient once per tile; tiles over the vocabulary
+    write each of its rows once. The running maximum and sum follow Milakov and Gimelshein 2018, algorithm 3.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, narrow, width):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        narrow: torch.dtype,
+        width: int,
+    ) -> torch.Tensor:
         wide = torch.promote_types(narrow, torch.float32)
         h = hidden.to(narrow)
         highest = torch.full((len(h),), float("-inf"), dtype=wide, device=h.device)
@@ -90,7 +117,8 @@ class _HeadLogps(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grad_outputs
         hidden, weight, labels, bias, normaliser = ctx.saved_tensors
         wants_hidden, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
         narrow, wide = ctx.narrow, ctx.wide
@@ -104,15 +132,15 @@ class _HeadLogps(torch.autograd.Function):
             # d logp / d logits = one-hot - softmax, in place of the logits
             logits.sub_(normaliser.unsqueeze(1)).exp_().mul_(-grad.unsqueeze(1))
             logits.scatter_add_(1, column, torch.where(here, grad, 0.0).unsqueeze(1))
-            if wants_bias:
+            if grad_bias is not None:
                 grad_bias[rows] = logits.sum(dim=0)
             logits = logits.to(narrow)
-            if wants_weight:
+            if grad_weight is not None:
                 grad_weight[rows] = _product(logits.T, h, wide)
-            if wants_hidden:
+            if grad_hidden is not None:
                 grad_hidden += _product(logits, weight[rows].to(narrow), wide)
         return (
-            grad_hidden.to(hidden.dtype) if wants_hidden else None,
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None,
             None if grad_bias is None else grad_bias.to(bias.dtype),
@@ -121,8 +149,16 @@ class _HeadLogps(torch.autograd.Function):
         )
 
 
-def _tile(h, weight, labels, bias, start: int, width: int, wide: torch.dtype):
-    """Logits (N, width) of some vocabulary rows, each label's column (N, 1) there, and whether it has one."""
+def _tile(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    start: int,
+    width: int,
+    wide: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return logits (N, width) of some vocabulary rows, each label's column (N, 1), and if it is there."""
     rows = slice(start, start + width)
     logits = _product(h, weight[rows].to(h.dtype).T, wide)
     if bias is not None:
@@ -133,7 +169,7 @@ def _tile(h, weight, labels, bias, start: int, width: int, wide: torch.dtype):
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """a @ b in `wide`: a GPU keeps its float32 sums of narrow products, a CPU rounds them once."""
+    """Return a @ b in `wide`: a GPU keeps its float32 sums of narrow products, a CPU rounds them once."""
     if a.dtype == wide:
         return a @ b
     return torch.mm(a, b, out_dtype=wide) if a.is_cuda else (a @ b).to(wide)
@@ -145,10 +181,17 @@ def _product(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tenso
 def residual_aligner_loss(
     target_logps: torch.Tensor, sampled_logps: torch.Tensor, alpha: float
 ) -> torch.Tensor:
-    """-log Q(y|x) + alpha log Q(y_sampled|x), the paper's training objective for the aligner. (B,)
+    """Return -log Q(y|x) + alpha log Q(y_sampled|x), the paper's training objective for the aligner.
 
-    target_logps: (B,) of the data set's answer. sampled_logps: (B,) of the proposal's answer to the same
-    prompt. The second term is unbounded below; see `divergence` in config/config.yaml.
+    The second term is unbounded below; see `divergence` in config/config.yaml.
+
+    Args:
+        target_logps: (B,) of the data set's answers.
+        sampled_logps: (B,) of the proposal's answers to the same prompts.
+        alpha: weight of the sampled term.
+
+    Returns:
+        (B,)
     """
     return -target_logps + alpha * sampled_logps
 
@@ -163,12 +206,22 @@ def preference_loss(
     ipo: bool = False,
     reference_free: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """DPO (Rafailov et al. 2023, eq. 7; smoothed as in Mitchell 2023, eq. 3) or IPO (Azar et al. 2023, eq.
-    17).
+    """Return the DPO or IPO loss with the implicit rewards of both answers.
 
-    All log-probabilities are (B,) sums over the answer; the reference's may be None where reference_free.
-    label_smoothing: the assumed share of flipped preferences, in [0, 0.5). beta: for IPO the paper's tau.
-    Returns (losses, chosen_rewards, rejected_rewards), each (B,); the rewards carry no gradient.
+    DPO: Rafailov et al. 2023, eq. 7, smoothed as in Mitchell 2023, eq. 3. IPO: Azar et al. 2023, eq. 17.
+
+    Args:
+        policy_chosen_logps: (B,) sums over the answer, as are the other three.
+        policy_rejected_logps: (B,).
+        reference_chosen_logps: (B,), or None if `reference_free`.
+        reference_rejected_logps: (B,), or None if `reference_free`.
+        beta: strength of the pull towards the reference; tau in IPO.
+        label_smoothing: assumed share of flipped preferences, in [0, 0.5).
+        ipo: IPO instead of DPO.
+        reference_free: compare with a uniform reference.
+
+    Returns:
+        (losses, chosen_rewards, rejected_rewards), each (B,). The rewards have no gradient.
     """
     if reference_free:
         reference_chosen_logps = torch.zeros_like(policy_chosen_logps)
@@ -188,22 +241,60 @@ def preference_loss(
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-# "target" (B,) and, where the loss needs it, "negative" (B,); "negative_weight" (B,), mean 1, where only some
-# examples' negatives were computed: 1 / share for those, 0 for the others.
+# "target" (B,) and, if the loss needs it, "negative" (B,). If only some examples' negatives were computed,
+# "negative_weight" (B,) with mean 1: 1 / share for those, 0 for the others.
 Logps = Mapping[str, torch.Tensor]
 LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]  # losses (B,), metrics, each (B,)
 
 
-def _sft(policy: Logps, reference: Logps | None, settings) -> LossOutput:
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """The keys of config/loss/sft.yaml. The types below raise ValueError for a value out of range."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualAlignerSettings(LossSettings):
+    """The keys of config/loss/ours_sft.yaml."""
+
+    alpha: float
+    sampled_fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha}: expected a number in [0, 1]")
+        if not 0 < self.sampled_fraction <= 1:
+            raise ValueError(f"sampled_fraction={self.sampled_fraction}: expected a number in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSettings(LossSettings):
+    """The keys of config/loss/dpo.yaml, ipo.yaml and ours_dpo.yaml."""
+
+    beta: float
+    label_smoothing: float
+    reference_free: bool
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta}: expected a number in (0, inf)")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: expected a number in [0, 0.5)")
+
+
+def _sft(policy: Logps, reference: Logps | None, settings: LossSettings) -> LossOutput:
     return -policy["target"], {}
 
 
-def _residual_aligner(policy: Logps, reference: Logps | None, settings) -> LossOutput:
+def _residual_aligner(
+    policy: Logps, reference: Logps | None, settings: ResidualAlignerSettings
+) -> LossOutput:
     sampled = policy["negative"] * policy.get("negative_weight", 1.0)
     return residual_aligner_loss(policy["target"], sampled, settings.alpha), {}
 
 
-def _preference(policy: Logps, reference: Logps | None, settings) -> LossOutput:
+def _preference(policy: Logps, reference: Logps | None, settings: PreferenceSettings) -> LossOutput:
     reference = reference or {}
     losses, chosen, rejected = preference_loss(
         policy["target"],
@@ -215,23 +306,38 @@ def _preference(policy: Logps, reference: Logps | None, settings) -> LossOutput:
         ipo=settings.name == "ipo",
         reference_free=settings.reference_free,
     )
-    metrics = {"chosen_reward": chosen, "rejected_reward": rejected, "reward_margin": chosen - rejected}
-    return losses, metrics | {"reward_accuracy": (chosen > rejected).float()}
+    metrics = (chosen, rejected, chosen - rejected, (chosen > rejected).float())
+    return losses, dict(zip(REWARD_METRICS, metrics, strict=True))
+
+
+REWARD_METRICS = ("chosen_reward", "rejected_reward", "reward_margin", "reward_accuracy")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """How a loss is computed and what it needs: a second answer, a frozen reference unless reference_free."""
+    """A loss, its settings, and what it needs.
+
+    Attributes:
+        function: computes losses and metrics from log-probabilities of the policy and of the reference.
+        settings: type of `settings.loss`, the keys of its YAML file.
+        metrics: names of the metrics that `function` returns. They become columns of metrics.csv and are
+            logged.
+        needs_negative: whether each example has a second answer.
+        needs_reference: whether a frozen reference model is needed, unless `reference_free` is set.
+    """
 
     function: Callable[..., LossOutput]
-    needs_negative: bool
+    settings: type[LossSettings]
+    metrics: tuple[str, ...] = ()
+    needs_negative: bool = True
     needs_reference: bool = False
 
 
+PREFERENCE = Loss(_preference, PreferenceSettings, REWARD_METRICS, needs_reference=True)
 LOSSES: dict[str, Loss] = {
-    "sft": Loss(_sft, needs_negative=False),
-    "ours_sft": Loss(_residual_aligner, needs_negative=True),
-    "dpo": Loss(_preference, needs_negative=True, needs_reference=True),
-    "ipo": Loss(_preference, needs_negative=True, needs_reference=True),
-    "ours_dpo": Loss(_preference, needs_negative=True, needs_reference=True),
+    "sft": Loss(_sft, LossSettings, needs_negative=False),
+    "ours_sft": Loss(_residual_aligner, ResidualAlignerSettings),
+    "dpo": PREFERENCE,
+    "ipo": PREFERENCE,
+    "ours_dpo": PREFERENCE,
 }

@@ -11,42 +11,23 @@ from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.log import log
 from ram.models import run_folder
-from ram.storage.files import naming, replacing
+from ram.storage.files import path_in_errors, replacing
+from ram.training.losses import LOSSES, REWARD_METRICS, Loss
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Columns of metrics.csv. The README explains them.
-COLUMNS: tuple[str, ...] = (
-    "split",
-    "updates",
-    "examples",
-    "epoch",
-    "loss",
-    "target_logp",
-    "target_logp_per_token",
-    "sampled_logp",
-    "sampled_logp_per_token",
-    "chosen_reward",
-    "rejected_reward",
-    "reward_margin",
-    "reward_accuracy",
-    "grad_norm",
-    "lr",
-    "tokens",
-    "examples_per_second",
-    "tokens_per_second",
-)
-# Columns that the console shows.
-SHOWN = (
-    "loss",
-    "target_logp_per_token",
-    "sampled_logp_per_token",
-    "reward_accuracy",
-    "grad_norm",
-    "lr",
-)
+    from ram.settings.schema import Settings
+
+PROGRESS = ("split", "updates", "examples", "epoch")
+LOGPS = ("target_logp", "target_logp_per_token", "sampled_logp", "sampled_logp_per_token")
+SPEED = ("grad_norm", "lr", "tokens", "examples_per_second", "tokens_per_second")
+
+
+def columns_of(loss: Loss) -> tuple[str, ...]:
+    """Return the columns of metrics.csv, which the documentation explains."""
+    # Every file has the reward columns, as files of earlier versions do, whatever the loss.
+    return (*PROGRESS, "loss", *LOGPS, *dict.fromkeys([*REWARD_METRICS, *loss.metrics]), *SPEED)
 
 
 class MetricsLog:
@@ -59,23 +40,25 @@ class MetricsLog:
             attempt, are dropped. None starts a new file.
     """
 
-    def __init__(self, run_dir: Path, settings: "DictConfig", after: int | None = None) -> None:
+    def __init__(self, run_dir: Path, settings: "Settings", after: int | None = None) -> None:
         self.interval: float = settings.minimum_log_interval_secs
         self.last = -math.inf  # time of the last training row on the console
         # With debug=true the folder may belong to a finished run, so nothing in it is changed.
-        is_writer = processes.is_first() and not settings.debug
+        is_writer = processes.is_rank0() and not settings.debug
         self.path = run_dir / run_folder.METRICS if is_writer else Path(os.devnull)
+        self.loss = LOSSES[settings.loss.name]
+        columns = columns_of(self.loss)
         if is_writer:
             rows = [] if after is None else rows_until(self.path, after)
             with (
                 replacing(self.path) as temporary,
                 open(temporary, "w", newline="", encoding="utf-8") as file,
             ):
-                writer = csv.DictWriter(file, fieldnames=COLUMNS)
+                writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(rows)
         self.file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
-        self.writer = csv.DictWriter(self.file, fieldnames=COLUMNS)
+        self.writer = csv.DictWriter(self.file, fieldnames=columns)
         self.wandb = None
         if settings.wandb.enabled and is_writer:
             import wandb
@@ -90,7 +73,7 @@ class MetricsLog:
 
     def write(self, split: str, row: dict[str, float]) -> None:
         """Write one row. `split` is "train" or "heldout"; held-out rows are always shown on the console."""
-        with naming(self.path):
+        with path_in_errors(self.path):
             self.writer.writerow({"split": split} | {key: f"{value:.8g}" for key, value in row.items()})
             self.file.flush()  # so that no saved state is ahead of this file
         now = time.monotonic()
@@ -98,14 +81,16 @@ class MetricsLog:
             if now - self.last < self.interval:
                 return
             self.last = now
-        figures = "  ".join(f"{key} {row[key]:.4g}" for key in SHOWN if key in row)
+        per_token = ("target_logp_per_token", "sampled_logp_per_token")
+        shown = ("loss", *per_token, *self.loss.metrics, "grad_norm", "lr")
+        figures = "  ".join(f"{key} {row[key]:.4g}" for key in shown if key in row)
         speed = f"  {row['examples_per_second']:.1f} examples/s" if "examples_per_second" in row else ""
         log.info(f"{split:<8} {int(row['examples']):>8,} examples  {figures}{speed}")
         if self.wandb is not None:
             self.wandb.log({f"{split}/{key}": value for key, value in row.items()}, step=int(row["updates"]))
 
     def close(self) -> None:
-        with naming(self.path):
+        with path_in_errors(self.path):
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
@@ -133,8 +118,8 @@ def rows_until(path: Path, updates: int) -> list[dict[str, str]]:
     rows = []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
-            is_whole = set(row) == set(COLUMNS) and None not in row.values()
-            if not is_whole or not row["updates"].isdigit():
+            is_whole = None not in row and None not in row.values()
+            if not is_whole or not row.get("updates", "").isdigit():
                 break
             if int(row["updates"]) <= updates:
                 rows.append(row)
@@ -146,7 +131,7 @@ def show_samples(
     tokenizer: "PreTrainedTokenizerBase",
     data: TokenizedDataset,
     n: int,
-    settings: "DictConfig",
+    settings: "Settings",
 ) -> None:
     """Log the model's answers to the first n prompts, decoded with the aligner's `sampling` keys."""
     from ram.decoding import generation

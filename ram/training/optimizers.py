@@ -9,7 +9,7 @@ import torch
 from ram.errors import pick
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from ram.settings.schema import Settings
 
 # Classes of torch.optim that cannot train a whole model by default: the base class, one that needs a closure,
 # one for sparse gradients only, and one for matrices only.
@@ -43,13 +43,15 @@ def lr_factor(update: int, warmup: int, total: int, schedule: str) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def run_length(settings: "DictConfig", size: int) -> tuple[int, int, int]:
+def run_length(settings: "Settings", size: int) -> tuple[int, int, int]:
     """Return the examples, updates and warm-up updates of a run over `size` training examples.
 
     The last batch of an epoch is smaller if `batch_size` does not divide `size`.
     """
-    n_examples = settings.n_examples if settings.n_examples is not None else size * settings.n_epochs
-    n_examples = int(n_examples)
+    n_examples = settings.n_examples
+    if n_examples is None:
+        assert settings.n_epochs is not None  # the check of the settings refuses a run without either
+        n_examples = size * settings.n_epochs
     n_epochs, rest = divmod(n_examples, size)
     updates_per_epoch = math.ceil(size / settings.batch_size)
     n_updates = n_epochs * updates_per_epoch + math.ceil(rest / settings.batch_size)

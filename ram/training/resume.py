@@ -21,7 +21,8 @@ from torch import nn
 from ram.distributed import processes
 from ram.errors import UserError
 from ram.log import log
-from ram.storage.files import file_sha256, read_json, write_json
+from ram.storage.files import file_sha256, write_json
+from ram.storage.provenance import Manifest, digests_in, read_manifest
 
 STATES = "states"  # folder of all states in a run folder
 MARK = "state.json"  # marker file of a complete state: counters, origin, and hashes of the other files
@@ -41,7 +42,7 @@ class Saver:
         self.run_dir = run_dir
         self.keep = keep
         # The thread has its own group, because its messages must not mix with those of training.
-        self.group = processes.second_group()
+        self.group = processes.new_cpu_group()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
@@ -88,18 +89,18 @@ def write_state(run_dir: Path, state: Any, facts: dict[str, Any], keep: int, gro
 
     folder = run_dir / STATES / f"{facts['updates']:09d}"
     temporary = folder.with_suffix(".aside")
-    if processes.is_first():
+    if processes.is_rank0():
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    processes.wait(group)
+    processes.barrier(group)
     with dcp_errors_as_oserror(folder):
         save(state, checkpoint_id=temporary, process_group=group, no_dist=processes.count() == 1)
     # DCP names the files of a process __RANK_*; each process hashes its own.
     own_files = sorted(path for path in temporary.iterdir() if path.name.startswith(f"__{processes.rank()}_"))
-    if processes.is_first():
+    if processes.is_rank0():
         own_files.append(temporary / ".metadata")
-    hashes = processes.everyones({path.name: file_sha256(path) for path in own_files}, group)
-    if processes.is_first():
+    hashes = processes.all_gather({path.name: file_sha256(path) for path in own_files}, group)
+    if processes.is_rank0():
         files = {name: digest for part in hashes for name, digest in part.items()}
         write_json(temporary / MARK, facts | {"files": files})
         if folder.exists():
@@ -107,7 +108,7 @@ def write_state(run_dir: Path, state: Any, facts: dict[str, Any], keep: int, gro
         os.replace(temporary, folder)
         for old_state in complete_states(run_dir)[:-keep]:
             shutil.rmtree(old_state)
-    processes.wait(group)
+    processes.barrier(group)
     log.info(f"saved    {folder} (training state)")
 
 
@@ -142,18 +143,14 @@ def newest(run_dir: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
     """
     for folder in reversed(complete_states(run_dir)):
         try:
-            facts = read_json(folder / MARK)
-            files = facts["files"]
-            state_origin = facts["origin"]
-        except (UserError, KeyError, TypeError):
-            facts, files, state_origin = {}, {}, None
-        share = sorted(files)[processes.rank() :: processes.count()]
-        is_damaged = not files or any(
-            not (folder / name).is_file() or file_sha256(folder / name) != files[name] for name in share
-        )
-        if processes.any_of(is_damaged):
+            manifest, facts = read_manifest(folder / MARK, "origin", "files", "")
+        except UserError:
+            manifest, facts = Manifest({}, {}), {}
+        share = sorted(manifest.files)[processes.rank() :: processes.count()]
+        is_damaged = not manifest.files or bool(manifest.damaged(digests_in(folder), share))
+        if processes.any_rank(is_damaged):
             log.info(f"{folder}: damaged, skipped")
-        elif state_origin != origin:
+        elif manifest.changes(origin):
             log.info(
                 f"{run_dir}: stopped with other settings, data or weights; training starts from the beginning"
             )
@@ -177,5 +174,5 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
 
 def clear(run_dir: Path) -> None:
     """Delete all states of a run."""
-    if processes.is_first():
+    if processes.is_rank0():
         shutil.rmtree(run_dir / STATES, ignore_errors=True)

@@ -80,7 +80,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
 def all_finite(model: nn.Module) -> bool:
     """Return whether all weights are finite, on all processes."""
     shards = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    return not processes.any_of(not all(bool(torch.isfinite(shard).all()) for shard in shards))
+    return not processes.any_rank(not all(bool(torch.isfinite(shard).all()) for shard in shards))
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:

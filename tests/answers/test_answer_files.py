@@ -29,7 +29,6 @@ from ram.decoding import generation
 from ram.decoding.par import PARParams
 from ram.errors import UserError
 from ram.models import checkpoints
-from ram.settings import schema
 from ram.storage import provenance
 from ram.storage.files import write_json
 
@@ -261,7 +260,7 @@ def test_settings_reach_the_decoder(resolve, decoding_calls):
         "n_candidates": 3,
     }
     assert values.keys() == set(PARParams.field_names())
-    overrides = [f"sampling.{key}={schema.literal(value)}" for key, value in values.items()]
+    overrides = [f"sampling.{key}={json.dumps(value)}" for key, value in values.items()]
     overrides += ["seed=7", "sampling.stop_str=zz", "sampling.batch_size=5"]
     call = interrupt(resolve(*overrides), decoding_calls, after=0)
     assert asdict(call.params) == values
@@ -298,7 +297,9 @@ def test_stop_string_cuts_the_answers(resolve):
     """A stop string cuts an answer at its first occurrence and changes nothing before it."""
     whole = texts(sample(resolve()))
     common = max((c for text in whole for c in text), key=lambda c: sum(c in text for text in whole))
-    stopped = texts(sample(resolve(f"sampling.stop_str={schema.literal(common)}"), overwrite=True))
+    stopped = texts(
+        sample(resolve(f"sampling.stop_str={json.dumps(common, ensure_ascii=False)}"), overwrite=True)
+    )
     assert stopped == [text.split(common)[0] for text in whole] != whole
 
 
@@ -320,7 +321,7 @@ def test_pair_answers_have_tokens_and_events(resolve, folders, tmp_path):
     pair = Pair(folders["large"], folders["small"], "float32")
     prompts = ["hello", "you", "a" * 30]
     settings = resolve("sampling.sample_mode=par", "sampling.base_top_p=1.0").config.sampling
-    params = schema.par_params(settings)
+    params = settings.params
     job = AnswerJob(
         label="pair",
         pair=pair,
@@ -336,7 +337,7 @@ def test_pair_answers_have_tokens_and_events(resolve, folders, tmp_path):
     )
     parts = answer_files.PartFiles(tmp_path / "x", job.identity, overwrite=False)
     answer_files.answer_all(job, parts)
-    answers = parts.everything(len(prompts))
+    answers = parts.collect(len(prompts))
     expected = generation.generate(
         *job.load()[:2], TOKENIZER, prompts, params, max_new_tokens=NEW_TOKENS, row_ids=[0, 10, 20]
     )

@@ -11,7 +11,7 @@ from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
 from ram.answers import answer_files, influence
 from ram.answers.jobs import AnswerJob, Pair
-from ram.decoding import generation, reference
+from ram.decoding import generation, reference, rows
 from ram.decoding.par import PARParams, gumbel_argmax
 from ram.storage.files import write_jsonl
 from ram.storage.provenance import write_marked
@@ -84,7 +84,7 @@ def test_figures_equal_the_plain_loops_distributions(name, at_once, models, monk
             assert figures["kl"][step] == pytest.approx(float(law.kl[0]), **tolerance)
             if params.sample_mode == "par_kl":
                 above = figures["kl"][step] > params.div_threshold
-                assert above == (answer.events[step] == reference.FELL_BACK)
+                assert above == (answer.events[step] == rows.FELL_BACK)
             check_candidates(figures["candidates"][step], law, own[0], token, figures["logp"] is not None)
 
 

@@ -1,4 +1,4 @@
-"""Conversions of every accepted format, what is refused and how, the draw, the hub."""
+"""ram.data.prepare: accepted formats, error messages, drawing test rows, reading from the hub."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ GAMED_CSV = (
 
 @pytest.fixture(autouse=True)
 def logged(monkeypatch):
-    """The project's log lines, whatever handlers it has."""
+    """Collects the messages of the project's log."""
     lines = []
     monkeypatch.setattr(utils.log, "info", lines.append)
     return lines
@@ -60,10 +60,10 @@ def prepare(data_dir):
 
 @pytest.fixture
 def put(tmp_path):
-    """Writes rows (or text as it is) into a file below a folder of its own."""
+    """Writes rows, or text unchanged, to a file in a separate folder."""
 
     def write(name, rows):
-        path = tmp_path / "given" / name
+        path = tmp_path / "source" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(rows, str):
             text = rows
@@ -108,7 +108,7 @@ def test_uc_takes_dialogues_and_pairs(prepare, put, data_dir, name, row, instruc
         {"instruction": "POST: x\n\nTL;DR:", "output": "Short."},
     ],
 )
-def test_summ_takes_three_forms_and_both_splits(prepare, put, data_dir, row):
+def test_summ_takes_three_formats_and_both_splits(prepare, put, data_dir, row):
     expected = {"instruction": "POST: x\n\nTL;DR:", "output": "Short."}
     prepare("summ", "--from", put("latest.jsonl", [row]))  # no test, though "test" is in its name
     assert rows_of(data_dir / SUMM_FILE) == [expected] and not (data_dir / SUMM_TEST).exists()
@@ -118,7 +118,7 @@ def test_summ_takes_three_forms_and_both_splits(prepare, put, data_dir, row):
     assert len(rows_of(data_dir / SUMM_TEST)) == 2
 
 
-def test_summ_takes_the_hub_s_parquet_files(prepare, tmp_path, data_dir):
+def test_summ_takes_parquet_files(prepare, tmp_path, data_dir):
     path = tmp_path / "train-00000-of-00001-e8.parquet"
     datasets.Dataset.from_list([{"prompt": "POST: x\n\nTL;DR:", "label": "Short."}]).to_parquet(path)
     prepare("summ", "--from", path)
@@ -138,13 +138,13 @@ def test_summ_takes_the_hub_s_parquet_files(prepare, tmp_path, data_dir):
         ("harmless-base.json", ["--split", "train"], ["train/hh/harmless-base.jsonl"]),
     ],
 )
-def test_hh_goes_where_its_name_says(prepare, put, data_dir, name, arguments, written):
+def test_hh_target_depends_on_the_file_name(prepare, put, data_dir, name, arguments, written):
     prepare("hh", *arguments, "--from", put(name, [HH, {**HH, "extra": 1}]))
     assert {path.relative_to(data_dir).as_posix() for path in data_dir.rglob("*.*")} == set(written)
     assert rows_of(data_dir / written[0]) == [HH, HH]
 
 
-def test_hh_test_sample_has_the_dialogue_and_leaves_out_what_does_not_compare(prepare, put, data_dir, logged):
+def test_hh_test_sample_drops_unusable_comparisons(prepare, put, data_dir, logged):
     silent = {"chosen": f"{ASK}\n\nAssistant:", "rejected": f"{ASK}\n\nAssistant: No."}
     broken = {"chosen": "Hello", "rejected": "Hello"}
     prepare("hh", "--from", put("harmless-base.test.jsonl", [UNEQUAL, HH, silent, broken]))
@@ -169,33 +169,34 @@ def test_alpaca_keeps_every_row_in_its_order(prepare, put, data_dir):
     assert rows_of(data_dir / ALPACA_FILE) == [*rows[:2], {**ALPACA, "instruction": "How?"}]
 
 
-def test_alpaca_s_length_control_keeps_what_is_read(prepare, put, data_dir):
-    """A local df_gamed.csv, alone or beside the questions; length_control.py reads the same of both."""
+def test_alpaca_length_control_keeps_the_columns_it_reads(prepare, put, data_dir):
+    """The reduced file, made alone or with the questions, reads like the full df_gamed.csv."""
     source = put("df_gamed.csv", ",".join(GAMED) + "\n" + 805 * (",".join(map(str, GAMED.values())) + "\n"))
     prepare("alpaca", "--from", source)
     assert not (data_dir / ALPACA_FILE).exists()
     prepare("alpaca", "--from", put("x.json", [ALPACA]), source)
     assert rows_of(data_dir / ALPACA_FILE) == [ALPACA]
     assert (data_dir / GAMED_FILE).read_text().startswith(GAMED_CSV)
-    made, given = length_control.read_gamed(data_dir / GAMED_FILE), length_control.read_gamed(source)
-    assert all((a == b).all() for a, b in zip(made, given, strict=True)) and len(made.difficulty) == 805
+    reduced = length_control.read_gamed(data_dir / GAMED_FILE)
+    full = length_control.read_gamed(source)
+    assert all((a == b).all() for a, b in zip(reduced, full, strict=True)) and len(reduced.difficulty) == 805
     assert f"test/{length_control.FILE}" == GAMED_FILE
 
 
-def test_several_files_are_read_one_after_the_other(prepare, put, data_dir):
+def test_several_files_are_read_in_order(prepare, put, data_dir):
     files = [put("b.jsonl", [{"data": ["1", "a"]}]), put("a.json", [{"instruction": "2", "output": "b"}])]
     prepare("uc", "--from", *files)
     assert [row["instruction"] for row in rows_of(data_dir / UC_FILE)] == ["1", "2"]
 
 
-def test_every_line_says_path_rows_checksum_and_what_was_skipped(prepare, put, data_dir, logged):
+def test_log_line_has_path_rows_checksum_and_skipped_rows(prepare, put, data_dir, logged):
     rows = [{"data": ["Why?", "Because."]}, {"data": ["Why?"]}, {"data": ["Why?", " "]}, {"data": [1, 2]}]
     rows += [{"messages": TURNS[::-1]}, {"text": "x"}, {}, {**PAIR, "output": "\ud83d"}]
     prepare("uc", "--from", put("x.jsonl", rows))
     assert len(logged) == 1
     digest = files.file_sha256(data_dir / UC_FILE)[:16]
     assert logged[0].startswith(f"{data_dir / UC_FILE}: 1 rows, sha256 {digest}, ")
-    assert "skipped 7 of 8: 3 no question or no answer; 1 does not begin with a user's turn" in logged[0]
+    assert "skipped 7 of 8: 3 no question or no answer; 1 does not begin with a user turn" in logged[0]
     for reason in (
         "(found: text)",
         "(found: none)",
@@ -205,7 +206,7 @@ def test_every_line_says_path_rows_checksum_and_what_was_skipped(prepare, put, d
         assert reason in logged[0]
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -217,12 +218,12 @@ def test_every_line_says_path_rows_checksum_and_what_was_skipped(prepare, put, d
         (["hh"], "helpful-base.test.jsonl", [UNEQUAL], "1 chosen and rejected prompts differ"),
         (["alpaca"], "x.json", [PAIR], "expected dataset, instruction, output and generator"),
         (["alpaca"], "x.csv", "index,preference\n0,1\n", "expected .* or the columns of df_gamed.csv"),
-        (["uc"], "x.jsonl", "", "holds no usable record"),
+        (["uc"], "x.jsonl", "", "no usable record"),
         (["uc"], "x.json", "", "not valid JSON"),
-        (["uc"], "x.json", "[]", "holds no usable record"),
-        (["uc"], "x.json", '[{"data": ["Why?", "Bec', "line 1.*cut short"),
+        (["uc"], "x.json", "[]", "no usable record"),
+        (["uc"], "x.json", '[{"data": ["Why?", "Bec', "line 1.*truncated"),
         (["uc"], "x.json", '{"data": ["Why?", "Because."]}', "expected a JSON list"),
-        (["uc"], "x.jsonl", '{"data": ["Why?", "Because."]}\n{"data": ["W', "line 2.*cut short"),
+        (["uc"], "x.jsonl", '{"data": ["Why?", "Because."]}\n{"data": ["W', "line 2.*truncated"),
         (["uc"], "x.jsonl", '{"data": ["Why?", "Because."]}\n"text"\n', "line 2"),
         (
             ["hh"],
@@ -231,23 +232,23 @@ def test_every_line_says_path_rows_checksum_and_what_was_skipped(prepare, put, d
             r"name it SUBSET.SPLIT.jsonl.gz.*one of helpful-base, .*harmless-base",
         ),
         (["hh"], "red-team-attempts/train.jsonl.gz", [HH], "cannot tell which part of hh"),
-        (["hh"], "helpful-base.jsonl", [HH], "SPLIT train or test"),
+        (["hh"], "helpful-base.jsonl", [HH], "SPLIT is train or test"),
         ([], "x.json", [PAIR], "name it first"),
         (["uc", "summ"], "x.json", [PAIR], "name it first"),
         (["uc", "--split", "test"], "x.json", [PAIR], "leave it out"),
     ],
 )
-def test_one_line_says_what_is_wrong_and_nothing_is_written(
+def test_input_errors_are_one_line_and_write_nothing(
     prepare, put, data_dir, arguments, name, content, message
 ):
     with pytest.raises(UserError, match=message) as error:
         prepare(*arguments, "--from", put(name, content))
     assert "\n" not in str(error.value)
-    # The comparisons of test/hh are usable without a single row that can be drawn from them.
+    # test/hh may have been written: its comparisons are usable even if no test row can be drawn from them.
     assert not [path for path in data_dir.rglob("*.json*") if path.parent.name != "hh"]
 
 
-def test_unknown_names_and_missing_or_cut_files(prepare, put, tmp_path, data_dir):
+def test_unknown_names_and_missing_or_truncated_files(prepare, put, tmp_path, data_dir):
     with pytest.raises(UserError, match="unknown data set 'sum': did you mean 'summ'"):
         prepare("uc", "sum")
     with pytest.raises(UserError, match="no such file"):
@@ -256,12 +257,12 @@ def test_unknown_names_and_missing_or_cut_files(prepare, put, tmp_path, data_dir
         prepare("summ", "--split", "test")
     path = put("x.jsonl.gz", [PAIR] * 50)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         prepare("uc", "--from", path)
     assert not data_dir.exists()
 
 
-def test_a_file_that_is_there_is_kept_unless_told_otherwise(prepare, put, data_dir, logged):
+def test_existing_file_is_kept_without_overwrite(prepare, put, data_dir, logged):
     first, second = put("a.json", [PAIR]), put("b.json", [PAIR, PAIR])
     prepare("uc", "--from", first)
     before = (data_dir / UC_FILE).read_bytes()
@@ -271,21 +272,21 @@ def test_a_file_that_is_there_is_kept_unless_told_otherwise(prepare, put, data_d
     assert len(rows_of(data_dir / UC_FILE)) == 2
     with pytest.raises(UserError):
         prepare("uc", "--overwrite", "--from", put("c.json", [{"text": "x"}]))
-    assert len(rows_of(data_dir / UC_FILE)) == 2  # what was there stands until its successor is whole
+    assert len(rows_of(data_dir / UC_FILE)) == 2  # the old file stays until the new one is complete
     assert [path.name for path in (data_dir / "train").iterdir()] == ["ultrachat_round_one.json"]
 
 
-def test_the_script_ends_in_one_line_for_a_user_s_mistake(tmp_path):
+def test_script_reports_a_user_error_in_one_line(tmp_path):
     command = ["bash", ROOT / "bin" / "prepare_data.sh", "uk"]
     environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'uc'" in done.stderr
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "did you mean 'uc'" in result.stderr
 
 
 # ---- the draw ----------------------------------------------------------------------------------------------
 
 
-def test_the_draw_is_fixed_by_the_seed_and_the_rows_alone():
+def test_draw_depends_on_seed_and_rows_only():
     rows = [{"instruction": f"{i}", "output": "x"} for i in range(1000)]
     drawn = prepare_data.draw(rows, 300, seed=0)
     assert len(drawn) == 300 and drawn == sorted(drawn, key=rows.index)
@@ -294,7 +295,7 @@ def test_the_draw_is_fixed_by_the_seed_and_the_rows_alone():
     assert shuffled == drawn[::-1]
     assert prepare_data.draw(rows, 300, seed=1) != drawn
     assert prepare_data.draw(rows[:5], 300, seed=0) == rows[:5]
-    # Every machine must draw the same rows, hence the first ones as they came out once.
+    # Literal values, since every machine must draw the same rows.
     assert [row["instruction"] for row in drawn[:5]] == ["0", "2", "10", "11", "13"]
 
 
@@ -303,11 +304,11 @@ def test_the_draw_is_fixed_by_the_seed_and_the_rows_alone():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands in for the hub: counts what is asked for and gives tiny rows."""
-    asked = []
+    """A fake hub: records the requested files and returns tiny rows."""
+    requests = []
 
     def load_dataset(builder, data_files, split, streaming):
-        asked.append(data_files.removeprefix("hf://datasets/"))
+        requests.append(data_files.removeprefix("hf://datasets/"))
         assert split == "train" and streaming
         kind = {"parquet": "parquet", "csv": "csv"}.get(data_files.rpartition(".")[2], "json")
         assert builder == kind
@@ -320,10 +321,10 @@ def hub(monkeypatch):
         return iter([GAMED] * 1610) if "gamed" in data_files else iter([ALPACA] * 805)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return asked
+    return requests
 
 
-def test_everything_from_the_hub(prepare, hub, data_dir, logged):
+def test_all_data_sets_from_the_hub(prepare, hub, data_dir, logged):
     prepare()
     assert {path.relative_to(data_dir).as_posix() for path in data_dir.rglob("*.json*")} == {
         *(UC_FILE, SUMM_FILE, SUMM_TEST, HELPFUL, HARMLESS, ALPACA_FILE),
@@ -340,15 +341,16 @@ def test_everything_from_the_hub(prepare, hub, data_dir, logged):
     assert (data_dir / GAMED_FILE).read_text().startswith(GAMED_CSV)
     assert not [name for name in hub if "red-team" in name]
 
-    before, asked = {path: files.file_sha256(path) for path in data_dir.rglob("*.json*")}, len(hub)
+    before = {path: files.file_sha256(path) for path in data_dir.rglob("*.json*")}
+    requests = len(hub)
     prepare()
-    assert len(hub) == asked and "kept" in logged[-1]  # nothing is fetched for files that are there
+    assert len(hub) == requests and "kept" in logged[-1]  # nothing is requested for existing files
     prepare("summ", "hh", "--overwrite")
     assert {path: files.file_sha256(path) for path in data_dir.rglob("*.json*")} == before
 
 
-def test_the_hub_s_formats_are_read_by_the_real_library(prepare, put, monkeypatch, data_dir):
-    """The calls as they are, with a folder in place of the hub: gzip, list, parquet, a pattern's order."""
+def test_hub_formats_are_read_by_the_datasets_library(prepare, put, monkeypatch, data_dir):
+    """The real calls with a folder in place of the hub: gzip, JSON list, parquet, file patterns."""
     pairs = [{"data": [f"{i}", "Because."]} for i in range(4)]
     put("openbmb/UltraChat/train_1.jsonl", pairs[2:])
     put("openbmb/UltraChat/train_0.jsonl", pairs[:2])
@@ -377,12 +379,12 @@ def test_the_hub_s_formats_are_read_by_the_real_library(prepare, put, monkeypatc
     assert (data_dir / GAMED_FILE).read_text() == GAMED_CSV
 
 
-def test_no_hub_gives_one_line_with_the_file_and_the_command(prepare, monkeypatch, data_dir):
+def test_unreachable_hub_error_names_files_and_command(prepare, monkeypatch, data_dir):
     def unreachable(*_, **__):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    for name, wanted in {
+    for name, sources in {
         "uc": "train_[01].jsonl",
         "summ": "data/train-*.parquet data/test-*.parquet",
         "hh": "helpful-base/train.jsonl.gz helpful-online/train.jsonl.gz",
@@ -390,12 +392,12 @@ def test_no_hub_gives_one_line_with_the_file_and_the_command(prepare, monkeypatc
     }.items():
         with pytest.raises(UserError, match="ConnectionError") as error:
             prepare(name)
-        assert f"python -m ram.data.prepare {name} --from {wanted}" in str(error.value)
+        assert f"python -m ram.data.prepare {name} --from {sources}" in str(error.value)
         assert prepare_data.SOURCES[name][0] in str(error.value) and "\n" not in str(error.value)
     assert not data_dir.exists()
 
 
-def test_a_connection_lost_on_the_way_leaves_no_half_file(prepare, monkeypatch, data_dir):
+def test_lost_connection_leaves_no_partial_file(prepare, monkeypatch, data_dir):
     def rows():
         yield {"data": ["Why?", "Because."]}
         raise ConnectionError("reset by peer")
@@ -406,15 +408,15 @@ def test_a_connection_lost_on_the_way_leaves_no_half_file(prepare, monkeypatch, 
     assert not data_dir.exists()
 
 
-def test_every_test_file_of_the_pipeline_is_made_here():
-    made = {target.file for target in prepare_data.TARGETS}
+def test_every_test_file_of_the_pipeline_has_a_target():
+    targets = {target.file for target in prepare_data.TARGETS}
     names = [
         name for dataset, tasks in pipeline.test_files.items() if dataset != "toy" for name in tasks.values()
     ]
-    assert {f"test/{name}" for name in names} <= made
+    assert {f"test/{name}" for name in names} <= targets
 
 
-def test_the_readme_names_every_file_and_its_examples_are_rows():
+def test_data_readme_names_every_file_and_has_valid_examples():
     text = (ROOT / "_data" / "README.md").read_text(encoding="utf-8")
     for target in prepare_data.TARGETS:
         assert target.file in text or f"{Path(target.file).parent.as_posix()}/SUBSET.jsonl" in text

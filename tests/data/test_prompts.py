@@ -1,4 +1,4 @@
-"""Every prompt's exact text, what is left of one that is too long, and its ids, wherever they are read."""
+"""Exact prompt texts, shortening of long prompts, token ids and their cache."""
 
 import contextlib
 import random
@@ -31,7 +31,7 @@ COUNTERS = {
     "characters": len,
     "bytes": lambda text: len(text.encode()),
     "words": lambda text: len(re.findall(r"\w+|\s|[^\w\s]", text)),
-    # As with merges of a real tokenizer, a longer text can have fewer tokens: "Assistan" 8, "Assistant" 1.
+    # As with BPE merges, a longer text can have fewer tokens: "Assistan" has 8, "Assistant" 1.
     "merging": lambda text: len(re.findall(r"\n\nHuman: |Assistant|TL;DR:|the |\n\n|.", text, re.DOTALL)),
 }
 NASTY = ["Why is the sky blue?", "  why? \n", "{instruction} %s {0} \\n", "空はなぜ青いの? Почему?"]
@@ -42,8 +42,8 @@ NASTY += [f"Translate:{HUMAN}hello{ASSISTANT}hi", "</s><|endoftext|>", "USER: x 
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_a_prompt_is_the_instruction_between_two_headers(text):
-    """The template is these letters, which an independent conversation of FastChat's own style gives too."""
+def test_prompt_is_the_instruction_between_two_headers(text):
+    """The literal text, which an independent FastChat conversation renders too."""
     style = SeparatorStyle.ADD_COLON_SPACE_SINGLE
     own = Conversation("own", roles=("Human", "Assistant"), messages=[], sep_style=style, sep="\n\n")
     own.append_message("Human", text)
@@ -51,37 +51,33 @@ def test_a_prompt_is_the_instruction_between_two_headers(text):
     assert render(text) == f"\n\nHuman: {text}\n\nAssistant: " == own.get_prompt()
 
 
-def test_an_empty_instruction_keeps_both_headers():
-    """An empty instruction is an empty question, not a dialogue without one."""
+def test_empty_instruction_keeps_both_headers():
     assert render("") == "\n\nHuman: \n\nAssistant: "
 
 
-def test_a_system_message_comes_first():
-    """A system message is a paragraph before the dialogue, and no part of the prompts rendered after it."""
+def test_system_message_comes_first():
+    """A system message does not leak into prompts rendered later."""
     assert render("Why?", system="Be brief.") == "Be brief.\n\nHuman: Why?\n\nAssistant: "
     assert render("Why?") == "\n\nHuman: Why?\n\nAssistant: "
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 @pytest.mark.parametrize("name", ["vicuna_v1.1", "llama-2", "zero_shot"])
-def test_any_template_of_fastchat_can_be_named(name, system):
-    """Another template is rendered exactly as FastChat renders it, with or without a system message."""
-    theirs = get_conv_template(name)
+def test_fastchat_templates_are_rendered_by_name(name, system):
+    conversation = get_conv_template(name)
     if system:
-        theirs.set_system_message(system)
-    theirs.append_message(theirs.roles[0], "Why?")
-    theirs.append_message(theirs.roles[1], None)
-    assert render("Why?", name, system) == theirs.get_prompt()
+        conversation.set_system_message(system)
+    conversation.append_message(conversation.roles[0], "Why?")
+    conversation.append_message(conversation.roles[1], None)
+    assert render("Why?", name, system) == conversation.get_prompt()
 
 
-def test_an_unknown_template_names_the_nearest():
-    """A misspelt template is a one-line mistake of the user with the likely name in it."""
+def test_unknown_template_error_suggests_a_name():
     with pytest.raises(UserError, match=r"\Aunknown template 'vicuna_v1.2': did you mean 'vicuna_v1.1'\?\Z"):
         render("Why?", "vicuna_v1.2")
 
 
-def test_the_corrector_asks_after_the_answer():
-    """The Aligner baseline reads the dialogue, the answer and the request, with nothing in between."""
+def test_corrector_prompt_is_dialogue_answer_and_request():
     assert corrector(ASSISTANT, "No idea.") == "\n\nAssistant: No idea.\n\nCorrection: "
 
 
@@ -89,7 +85,7 @@ def test_the_corrector_asks_after_the_answer():
 
 
 def settings(**changed):
-    """The `sampling` keys that decide a prompt, at their shipped values."""
+    """The default `sampling` settings that determine a prompt, with changes."""
     keys = {"input_key": "instruction", "output_key": "output", "system_key": None}
     keys |= {"template": "ram", "multiround": False, "for_aligner": False}
     return SimpleNamespace(**keys | changed)
@@ -108,8 +104,8 @@ def settings(**changed):
         ({"for_aligner": True, "multiround": True}, "Why?No idea.\n\nCorrection: "),
     ],
 )
-def test_a_record_becomes_a_prompt_as_the_settings_say(changed, expected):
-    """Each key does what config.yaml says of it, alone and together with others."""
+def test_record_is_rendered_by_the_settings(changed, expected):
+    """Each setting works alone and combined with others."""
     record = {"instruction": "Why?", "question": "How?", "system": "Be brief.", "output": "No idea."}
     record |= {"draft": "Hm.", "whole": f"{HUMAN}a{ASSISTANT}b{HUMAN}c{ASSISTANT}"}
     expected = render("Why?", "zero_shot") if expected is None else expected
@@ -124,11 +120,11 @@ CHARACTERS = [*"abc xyz.", "\n", "\n\n", "é", "空", "👩‍👧", "the ", "TL
 
 
 def random_prompt(rng):
-    """(turns without the tail, tail): one to five turns, perhaps after some text without any header."""
+    """Return (turns without the tail, tail): one to five turns, sometimes after text without a header."""
 
     def body(low, high):
         text = "".join(rng.choices(CHARACTERS, k=rng.randint(low, high)))
-        # What reads as a header, or as space before one, is tested by itself below.
+        # Text that looks like a header, or space before one, is tested separately below.
         return re.sub(r"\s+(Human|Assistant)", r" \1", text) + "."
 
     turns = [f"{HUMAN}{body(0, 20)}{ASSISTANT}{body(0, 20)}" for _ in range(rng.randrange(5))]
@@ -137,7 +133,7 @@ def random_prompt(rng):
 
 
 def random_cases(seed, cases=400):
-    """Random cases of (turns, tail, counter, limit) whose headers alone fit into the limit."""
+    """Yield random (turns, tail, counter, limit); the headers alone always fit."""
     rng = random.Random(seed)
     for _ in range(cases):
         turns, tail = random_prompt(rng)
@@ -146,8 +142,8 @@ def random_cases(seed, cases=400):
         yield turns, tail, count, rng.randint(least, max(least, count("".join(turns) + tail)) + 3)
 
 
-def test_a_shortened_prompt_fits_keeps_its_headers_and_stays_as_it_is():
-    """400 random prompts: at most the limit, whole headers at both ends, and shortening twice is once."""
+def test_shortened_prompt_fits_and_keeps_its_headers():
+    """400 random prompts; shortening a shortened prompt again does not change it."""
     for turns, tail, count, limit in random_cases(seed=0):
         prompt = "".join(turns) + tail
         short = shorten(prompt, limit, count)
@@ -159,8 +155,8 @@ def test_a_shortened_prompt_fits_keeps_its_headers_and_stays_as_it_is():
         assert shorten(short, limit, count) == short
 
 
-def test_the_oldest_turns_go_first():
-    """400 random prompts: what is left is the longest run of last turns that fits, else a cut last turn."""
+def test_oldest_turns_are_dropped_first():
+    """400 random prompts: the longest suffix of turns that fits is kept, else a cut last turn."""
     cut_inside = 0
     for turns, tail, count, limit in random_cases(seed=1):
         short = shorten("".join(turns) + tail, limit, count)
@@ -174,15 +170,14 @@ def test_the_oldest_turns_go_first():
     assert cut_inside > 50
 
 
-def test_no_more_is_cut_than_must_be():
-    """A question counted in characters fills the limit to the last one."""
+def test_cut_fills_the_limit():
     for limit in range(len(HUMAN + ASSISTANT), 60):
         assert len(shorten(render("why? " * 20 + "!"), limit, len)) == limit
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_headers_that_do_not_fit_alone_are_an_error(tail):
-    """Just the headers are returned where only they fit; one token less raises and says how many it takes."""
+def test_headers_that_exceed_the_limit_are_an_error(tail):
+    """If only the headers fit, they are the result; one token less is an error with their length."""
     least = len(HUMAN + tail)
     assert shorten(f"{HUMAN}why?{tail}", least, len) == HUMAN + tail
     with pytest.raises(UserError, match=rf"\Amax_prompt_length={least - 1}: .* need {least} tokens"):
@@ -192,7 +187,7 @@ def test_headers_that_do_not_fit_alone_are_an_error(tail):
 @pytest.mark.parametrize(
     ("prompt", "limit", "expected"),
     [
-        ("abcdefgh", 5, "abcde"),  # a raw instruction has no header
+        ("abcdefgh", 5, "abcde"),  # an instruction without template has no header
         ("", 0, ""),
         (f"post {'x' * 90}\nTL;DR:", 20, "post xxxxxxxx\nTL;DR:"),
         (f"{HUMAN}POST: {'x' * 90}\n\nTL;DR:{ASSISTANT}", 37, f"{HUMAN}POST: x\n\nTL;DR:{ASSISTANT}"),
@@ -204,37 +199,36 @@ def test_headers_that_do_not_fit_alone_are_an_error(tail):
         (f"{HUMAN}a\n\nb Human: c{ASSISTANT}", 27, f"{HUMAN}a\n\nb {ASSISTANT}"),
     ],
 )
-def test_nasty_texts_are_cut_where_one_would(prompt, limit, expected):
-    """Texts without a header, with one inside, with several requests, with nothing to cut, in characters."""
+def test_cut_of_unusual_texts(prompt, limit, expected):
+    """Texts without a header, with one inside, with several requests, with nothing to cut."""
     assert shorten(prompt, limit, len) == expected
 
 
-def test_a_cut_corrector_prompt_has_no_half_header():
-    """A cut that falls into the Assistant header before the answer takes all of that header away."""
+def test_cut_corrector_prompt_has_no_partial_header():
+    """If the cut falls into the Assistant header before the answer, the whole header is dropped."""
     for limit in range(len(HUMAN + "\n\nCorrection: "), 50):
         short = shorten(corrector(render("Hi"), "No idea at all."), limit, len)
         assert not CUT_HEADER.search(short.removesuffix("\n\nCorrection: "))
 
 
-def test_space_at_the_end_of_a_question_can_be_cut():
-    """A question that ends in many empty lines is shortened like any other, not refused."""
+def test_trailing_space_of_a_question_can_be_cut():
     short = shorten(f"{HUMAN}Hi{' ' * 200}{ASSISTANT}", 60, len)
     assert short.startswith(f"{HUMAN}Hi") and short.endswith(ASSISTANT) and len(short) <= 60
 
 
-def test_a_token_count_is_asked_for_a_few_times_only():
-    """Halving finds the cut: a body of a million characters costs a few dozen counts, not one each."""
-    asked = []
-    shorten(render("x" * 1_000_000), 500, lambda text: asked.append(text) or len(text))
-    assert len(asked) < 40
+def test_shortening_counts_tokens_a_few_times_only():
+    """Binary search: a body of a million characters needs a few dozen counts."""
+    counted = []
+    shorten(render("x" * 1_000_000), 500, lambda text: counted.append(text) or len(text))
+    assert len(counted) < 40
 
 
 # ---- ids ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_training_and_decoding_read_the_same_ids(add_bos):
-    """Prompts encoded one by one, as answers are asked for, are those of the training set, long ones too."""
+def test_training_and_decoding_use_the_same_prompt_ids(add_bos):
+    """Prompts encoded one by one, as in decoding, equal those of the training set, including cut ones."""
     texts = [render("why? " * n + "!") for n in range(40)]
     data = tokenize([Example(i, text, "x", "y") for i, text in enumerate(texts)], TOKENIZER, 120, 80, add_bos)
     alone = [encode_prompts(byte_tokenizer(), [text], 80, add_bos) for text in texts]
@@ -246,8 +240,7 @@ def test_training_and_decoding_read_the_same_ids(add_bos):
         assert TOKENIZER.decode(ids[add_bos:]) == shorten(text, 80 - add_bos, len)
 
 
-def test_a_missing_bos_is_the_users_to_mend():
-    """add_bos with a tokenizer that has none says which setting to change."""
+def test_missing_bos_error_names_the_setting():
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = None
     with pytest.raises(UserError, match="no BOS token; set add_bos=false"):
@@ -258,8 +251,8 @@ ANSWERS = [("", "", 1), ("abcde", "abcde", 1), ("abcdef", "abcdef", 0), ("abcdef
 
 
 @pytest.mark.parametrize(("answer", "kept", "ends"), [*ANSWERS, ("</s>", "</s>", 1)])
-def test_an_answer_ends_in_eos_where_both_fit(answer, kept, ends):
-    """Six tokens of room: five and the EOS, or six and none; an EOS spelt in the text is plain letters."""
+def test_answer_ends_in_eos_if_both_fit(answer, kept, ends):
+    """With room for 6 tokens: 5 and the EOS, or 6 without; an EOS spelt out in the text is ordinary text."""
     letters = encode(TOKENIZER, [kept])[0]
     data = tokenize([Example(0, "Q: A", answer, "x" + answer)], TOKENIZER, 10, 4)
     assert data.part("target", 0).tolist() == letters + [TOKENIZER.eos_token_id] * ends
@@ -270,9 +263,10 @@ def test_an_answer_ends_in_eos_where_both_fit(answer, kept, ends):
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """tokenize_cached with some settings changed -> (data, how often it really tokenised)."""
-    calls, real = [], tokenization.tokenize
-    monkeypatch.setattr(tokenization, "tokenize", lambda *given: calls.append(given) or real(*given))
+    """Calls tokenize_cached with changed settings; returns (data, number of calls of tokenize)."""
+    calls = []
+    real = tokenization.tokenize
+    monkeypatch.setattr(tokenization, "tokenize", lambda *args: calls.append(args) or real(*args))
     keys = {"output_dir": tmp_path, "max_length": 60, "max_prompt_length": 30, "add_bos": False}
 
     def run(tokenizer=TOKENIZER, texts=("Why?", "Because.", "No."), **changed):
@@ -296,8 +290,7 @@ def with_special(**tokens):
     return tokenizer
 
 
-def test_a_second_run_reads_the_cache(cached):
-    """The same text, lengths and tokenizer are not tokenised again and give the same ids, counts and key."""
+def test_second_call_reads_the_cache(cached):
     (first, one), (again, none) = cached(), cached(tokenizer=byte_tokenizer())
     assert (one, none) == (1, 0) and equal(first, again) and first.key == again.key
 
@@ -308,28 +301,25 @@ CHANGES += [{"max_length": 61}, {"max_prompt_length": 29}, {"add_bos": True}]
 
 
 @pytest.mark.parametrize("changed", [*CHANGES, {"tokenizer": with_special(eos_token=PAD)}])
-def test_whatever_decides_the_ids_makes_a_new_cache(cached, changed):
-    """A change of any text, length or special token is tokenised anew, and the old cache still stands."""
+def test_change_of_text_length_or_tokenizer_makes_a_new_cache(cached, changed):
+    """The old cache file stays valid."""
     old = cached()[0]
     new, calls = cached(**changed)
     assert calls == 1 and new.key != old.key and cached()[1] == 0
 
 
-def test_another_bos_makes_a_new_cache(cached):
-    """With add_bos, tokenizers that differ in their BOS alone do not read each other's ids."""
+def test_change_of_bos_makes_a_new_cache(cached):
     cached(add_bos=True)
     assert cached(add_bos=True, tokenizer=with_special(bos_token=PAD))[1] == 1
 
 
-def test_using_a_tokenizer_does_not_change_its_fingerprint():
-    """A tokenizer is the same before and after a call that pads."""
+def test_tokenizer_fingerprint_ignores_padding_state():
     used = byte_tokenizer()
     used(["a", "bcd"], padding=True)
     assert tokenizer_fingerprint(used) == tokenizer_fingerprint(byte_tokenizer())
 
 
-def test_a_cut_cache_never_gives_other_ids(cached, tmp_path):
-    """A cache file that was cut is refused or made anew, wherever the cut."""
+def test_truncated_cache_never_gives_wrong_ids(cached, tmp_path):
     whole = cached()[0]
     (path,) = (tmp_path / "cache").iterdir()
     content = path.read_bytes()
@@ -339,8 +329,7 @@ def test_a_cut_cache_never_gives_other_ids(cached, tmp_path):
             assert equal(cached()[0], whole)
 
 
-def test_the_oldest_turns_go_first_as_few_as_possible():
-    """Searched by halves, the beginning is the one that trying every turn in order finds."""
+def test_binary_search_drops_as_few_turns_as_a_linear_one():
     rng = random.Random(0)
     for _ in range(200):
         turns = [f"\n\nHuman: {'x' * rng.randrange(9)}\n\nAssistant: y" for _ in range(rng.randrange(2, 12))]
@@ -351,8 +340,8 @@ def test_the_oldest_turns_go_first_as_few_as_possible():
             assert prompts.shorten(text, limit, len) == kept
 
 
-def test_dialogues_are_rendered_as_single_turns_are():
-    """Several turns in the published shape; empty ones keep headers; the system message is first."""
+def test_dialogue_is_rendered_like_single_turns():
+    """Empty turns keep their headers; the system message comes first."""
     turns = [(True, "a"), (False, ""), (True, "b")]
     text = "\n\nHuman: a\n\nAssistant: \n\nHuman: b\n\nAssistant: "
     assert prompts.render_dialogue(turns) == text

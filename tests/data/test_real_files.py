@@ -1,16 +1,16 @@
 """prepare_data.py on the real data files; skipped where those are not there."""
 
-from types import SimpleNamespace
-
 import pytest
+from small import settings
 from tiny import SHARED, needs_shared
 
 import pipeline
 from preference_datasets import get_dataset
 from ram.data import prepare as prepare_data
 from ram.errors import UserError
-from ram.settings import compose
-from ram.storage.files import read_rows
+from ram.evaluation import context
+from ram.evaluation.judges.dummy import DummyJudge
+from ram.storage.files import BadRows, read_rows
 
 pytestmark = needs_shared
 REAL = SHARED / "data"
@@ -32,9 +32,9 @@ def rows_of(path):
 
 def read_test_rows(data_dir, dataset, task):
     """What pipeline.py reads of a test file, found by the names in its table."""
-    config = compose.compose([f"data_dir={data_dir}", f"evaluation.dataset={dataset}"])
-    systems = {"any": SimpleNamespace(settings=config.sampling)}
-    return [row for _, row in pipeline.read_test_rows(systems, config, task, data_dir)]
+    config = settings(f"data_dir={data_dir}", f"evaluation.dataset={dataset}")
+    path = pipeline.test_file(config, task)
+    return [row for _, row in context.read_test_rows(path, [config.sampling], DummyJudge(), BadRows())]
 
 
 def test_real_hh(prepare, data_dir):

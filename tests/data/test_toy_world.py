@@ -1,6 +1,4 @@
-"""The toy world: what its files hold, that it is whole when it is used again, settings that make none, the
-judge.
-"""
+"""The toy data set: its files, the check of a finished one, invalid settings, the exact judge."""
 
 import json
 
@@ -28,17 +26,19 @@ def contents(folder):
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
-def test_the_same_seed_gives_the_same_world(tmp_path):
-    """Files depend on settings and seed only; the test asks every fact that the aligned subset does not."""
-    build(tmp_path / "a"), build(tmp_path / "b"), build(tmp_path / "c", seed=1)
+def test_same_seed_gives_the_same_files(tmp_path):
+    """The test set has every fact that is not in the aligned subset."""
+    build(tmp_path / "a")
+    build(tmp_path / "b")
+    build(tmp_path / "c", seed=1)
     one, same, other = (contents(tmp_path / name) for name in "abc")
     assert one == same and one["test/toy_test.json"] != other["test/toy_test.json"]
     assert one["train/toy_general.jsonl"].count(b"\n") == 30
     assert len(json.loads(one["test/toy_test.json"])) == 4 * 3 - 5
 
 
-def test_a_finished_world_is_kept_and_another_refused(tmp_path):
-    """Done before: nothing is written; other settings need overwrite=true."""
+def test_finished_data_set_is_kept_and_other_settings_refused(tmp_path):
+    """The second call writes nothing; other settings need overwrite=true."""
     build(tmp_path)
     before = (tmp_path / "world.json").stat().st_mtime_ns
     build(tmp_path)
@@ -51,20 +51,19 @@ def test_a_finished_world_is_kept_and_another_refused(tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["gone", "changed"])
-def test_a_world_that_is_not_whole_is_named(tmp_path, name, damage):
-    """A file that went missing or was changed since is not passed on to training; overwrite mends it."""
+def test_missing_or_changed_file_is_named(tmp_path, name, damage):
+    """overwrite=true creates the file again."""
     build(tmp_path)
     whole, path = contents(tmp_path), tmp_path / name
     path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"{name} is missing or not as it was made; .*overwrite=true"):
+    with pytest.raises(UserError, match=rf"{name} is missing or was changed; .*overwrite=true"):
         build(tmp_path)
     build(tmp_path, overwrite=True)
     assert contents(tmp_path) == whole
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"identity": "x"}', '{"identity": "x", "files": 5}'])
-def test_an_odd_record_is_no_traceback(tmp_path, text):
-    """A world.json that is cut short or of another kind ends in one line with the remedy."""
+def test_malformed_record_is_one_line(tmp_path, text):
     build(tmp_path)
     (tmp_path / "world.json").write_text(text)
     with pytest.raises(UserError, match=r"world\.json.*stages=\[world\] overwrite=true"):
@@ -86,20 +85,20 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("changed", "message"), WRONG)
-def test_settings_that_make_no_world_are_refused(tmp_path, changed, message):
-    """Each is named before anything is written, and none runs for ever."""
+def test_invalid_settings_are_refused(tmp_path, changed, message):
+    """The error comes before anything is written."""
     with pytest.raises(UserError, match=message):
         build(tmp_path / "world", **changed)
     assert not (tmp_path / "world").exists()
 
 
-def test_the_judge_is_exact():
-    """Right fact and good style are told apart; a second value in the answer is no right fact."""
+def test_exact_judge():
+    """Facts and style are judged separately; an answer with a second value is not correct."""
     row = {"entity": "Bado", "attribute": "colour", "value": "blue"}
     good = toy_world.score(row, " Happy to help: the colour is blue. ")
     assert good == {"correct": True, "aligned": True, "both": True, "style": "well_formed"}
     cases = {"Just blue.": (True, "terse"), "Ugh, red, obviously.": (False, "rude")}
     cases |= {"I would rather not say.": (False, "evasive"), "blue or red": (False, "other")}
     for answer, (correct, style) in cases.items():
-        found = toy_world.score(row, answer)
-        assert (found["correct"], found["aligned"], found["style"]) == (correct, False, style)
+        judgement = toy_world.score(row, answer)
+        assert (judgement["correct"], judgement["aligned"], judgement["style"]) == (correct, False, style)

@@ -11,22 +11,24 @@ from dataclasses import replace
 import pytest
 import torch
 from engines import MODELS, PAR, PROPOSAL, Listener, alone, ask, assert_alone, assert_whole
-from test_generation import CASES, LETTERS, last_logits
+from pairs import CASES, LETTERS, last_logits
 from tiny import byte_tokenizer, tiny_model
 
 from ram.decoding import cache, par
-from ram.decoding.engine import Done, Piece, Request, UnknownAligner
-from ram.decoding.reference import ShownText, StopWatch
-from ram.decoding.speculation import WIDTHS, DraftLength
+from ram.decoding.drafting import WIDTHS, Clocked
+from ram.decoding.requests import Request, UnknownAligner
+from ram.decoding.rows import ShownText, StopWatch
+from ram.serving.loop import Done, Piece
 
 SETTINGS = [params for roles, params, _ in CASES.values() if roles[0]]
 
 
 def random_request(rng, earlier):
-    """Any aligner, settings and stops; sometimes a conversation that goes on."""
+    """Draw any aligner, settings and stops; sometimes the request continues the answer to an earlier one."""
     prompt = rng.choices(range(8), k=rng.choice([1, 3, 12, 40]))
     if earlier and rng.random() < 0.4:
-        prompt = [*rng.choice(earlier), *prompt][:60]
+        request = rng.choice(earlier)
+        prompt = [*request.prompt_ids, *alone(request).token_ids, *prompt][:60]
     return Request(
         tuple(prompt),
         rng.choice(["a", "b", "c", "d", None]),
@@ -43,28 +45,32 @@ def random_request(rng, earlier):
 @pytest.mark.parametrize("kind", ["ours", "transformers", "large vocabulary"])
 @pytest.mark.parametrize("seed", range(6))
 def test_any_crowd_changes_nothing(seed, kind, start, monkeypatch):
-    """Whatever comes when, with whatever beside it, goes on or is cancelled: each answer is its own."""
-    rng = random.Random(seed)
+    """Whatever comes when, with whatever beside it, goes on or is cancelled: each answer is its own.
+
+    The requests are drawn before the engine starts: they are the same on a fast and on a slow machine.
+    """
+    rng, requests = random.Random(seed), []
+    for _ in range(40):
+        requests.append(random_request(rng, requests))
     if kind == "transformers":
         monkeypatch.setattr(cache, "is_plain_llama", lambda model: False)
     if kind == "large vocabulary":
         monkeypatch.setattr(par, "LARGE_VOCABULARY", 0)
-    monkeypatch.setattr(DraftLength, "choose", lambda self, rows, beside: rng.choice(WIDTHS))
+    monkeypatch.setattr(Clocked, "width", lambda self, load: rng.choice(WIDTHS))
     served = start(max_rows=rng.randint(1, 6), max_tokens=rng.randint(80, 250), max_read=rng.randint(2, 40))
     asked, tickets, turn = [], [], threading.RLock()
 
-    def come(event=None):
+    def submit(count):
+        """Submit some of the remaining requests; each event of theirs may bring another one."""
         with turn:
-            while len(asked) < 40 and (event is None or rng.random() < 0.4):
-                event = event
-                request = random_request(rng, [(*r.prompt_ids, *alone(r).token_ids) for r, _ in asked])
-                asked.append((request, Listener(come)))
+            for request in requests[len(asked) : len(asked) + count]:
+                asked.append((request, Listener(lambda event: submit(rng.random() < 0.4))))
                 tickets.append(served.submit(*asked[-1]))
                 if rng.random() < 0.15:
                     served.cancel(rng.choice(tickets))
 
-    while len(asked) < 40:
-        come()
+    while len(asked) < len(requests):
+        submit(rng.choice([1, 5, 20]))
         for _, listener in asked:
             listener.done()
     finished = [(r, listener) for r, listener in asked if listener.done().finish_reason != "cancelled"]
@@ -88,7 +94,7 @@ def test_a_conversation_is_not_read_twice(start):
         assert_alone(request, heard)
         figures = served.figures()["prefix_hits"]
         assert figures["requests"] == hits and figures["tokens"] >= hits * 32
-    reads = {name: member.pool.kept for name, member in served.aligners.items()}
+    reads = {name: member.pool.positions.kept for name, member in served.aligners.items()}
     assert max(hold.shared for hold in reads["a"]) >= 32 and max(hold.shared for hold in reads["b"]) == 0
     assert_whole(served)
 

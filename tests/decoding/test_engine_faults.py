@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from engines import MODELS, PAR, Listener, ask, assert_alone, assert_whole
-from test_generation import CASES, LETTERS
+from pairs import CASES, LETTERS
 from tiny import tiny_model
 
-from ram.decoding import cache, rounds
-from ram.decoding.engine import BadRequest, Busy, Closed, Piece, TooLong, UnknownAligner
+from ram.decoding import cache, frames
+from ram.decoding.requests import BadRequest, TooLong, UnknownAligner
+from ram.serving.loop import Busy, Closed, Piece
 
 
 @pytest.mark.parametrize("broken, ended", [("b", {"b"}), ("d", {"a", "d"}), (None, {"a", "b", "d", None})])
@@ -18,7 +19,7 @@ def test_a_failing_model_ends_its_own_rows(broken, ended, start, monkeypatch):
     goes on, and so does the engine.
     """
     served, rest = start(max_rows=8), ({"a", "b", "d", None} - ended) or {None}
-    member, real, failed = served.aligners.get(broken, served.proposal), cache.Pool.where, []
+    member, real, failed = served.aligners.get(broken, served.engine.verifier), cache.Pool.read_index, []
 
     def where(self, part):
         if self is member.pool and (len(failed) < 9 or broken):
@@ -26,7 +27,7 @@ def test_a_failing_model_ends_its_own_rows(broken, ended, start, monkeypatch):
             raise ZeroDivisionError("no device")
         return real(self, part)
 
-    monkeypatch.setattr(cache.Pool, "where", where)
+    monkeypatch.setattr(cache.Pool, "read_index", where)
     asked = [ask(aligner=name, seed=seed) for seed in range(4) for name in ("a", "b", "d", None)]
     heard = [Listener() for _ in asked]
     with served.lock:
@@ -39,7 +40,7 @@ def test_a_failing_model_ends_its_own_rows(broken, ended, start, monkeypatch):
         elif request.aligner == broken:
             assert done.finish_reason == "error" and "ZeroDivisionError: no device" in done.error
     assert failed and {r.aligner for r, h in zip(asked, heard, strict=True) if h.done().error} <= ended
-    monkeypatch.setattr(cache.Pool, "where", real)
+    monkeypatch.setattr(cache.Pool, "read_index", real)
     for name in ("a", "b", "d", None):
         served.submit(ask(aligner=name, seed=9), listener := Listener())
         assert_alone(ask(aligner=name, seed=9), listener)
@@ -73,7 +74,7 @@ def test_nobody_waits_for_an_engine_that_stopped(start, monkeypatch):
     with served.lock:
         for seed, listener in enumerate(heard):
             served.submit(ask(seed=seed), listener)
-        monkeypatch.setattr(served, "plan", lambda: 1 / 0)
+        monkeypatch.setattr(served.engine, "step", lambda: 1 / 0)
     for listener in heard:
         assert listener.done().finish_reason == "error" and "division" in listener.done().error
     served.thread.join(20)
@@ -85,9 +86,9 @@ def test_nobody_waits_for_an_engine_that_stopped(start, monkeypatch):
 def test_a_failing_law_or_listener_harms_nobody_else(start, monkeypatch):
     """Settings whose law fails end their rows; a listener that raises loses its request."""
     served, bad = start(max_rows=6), replace(PAR, temperature=0.77)
-    real = rounds.draw_laws
+    real = frames.draw_laws
     monkeypatch.setattr(
-        rounds,
+        frames,
         "draw_laws",
         lambda z_p, z_q, params, *rest: 1 / 0 if params == bad else real(z_p, z_q, params, *rest),
     )
@@ -108,7 +109,7 @@ def test_a_failing_law_or_listener_harms_nobody_else(start, monkeypatch):
 
 def test_a_request_that_cannot_begin_takes_nothing(start, monkeypatch):
     """Where it fails on the way in, as for want of memory, it alone ends; its line and positions are free."""
-    served, real, failed = start(max_rows=2), rounds.seen_mask, []
+    served, real, failed = start(max_rows=2), frames.seen_mask, []
 
     def seen_mask(*given):
         if not failed:
@@ -116,13 +117,13 @@ def test_a_request_that_cannot_begin_takes_nothing(start, monkeypatch):
             raise RuntimeError("out of memory")
         return real(*given)
 
-    monkeypatch.setattr(rounds, "seen_mask", seen_mask)
+    monkeypatch.setattr(frames, "seen_mask", seen_mask)
     request, heard = ask(params=replace(PAR, repetition_penalty=1.3)), [Listener(), Listener()]
     with served.lock:
         for listener in heard:
             served.submit(request, listener)
     done = heard[0].done()
-    assert (done.finish_reason, done.error) == ("error", "decoding failed: out of memory")
+    assert (done.finish_reason, done.error) == ("error", "decoding failed: RuntimeError: out of memory")
     assert_alone(request, heard[1])
     assert_whole(served)
 

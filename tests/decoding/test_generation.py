@@ -1,7 +1,6 @@
 """Generation against slow references: one row, no padding, no cache, a full forward per token and model."""
 
 import copy
-import functools
 import itertools
 import math
 import random
@@ -10,23 +9,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pairs import (
+    ALIGNER,
+    BOTH,
+    CASES,
+    LETTERS,
+    LOOPS,
+    PIECES,
+    PROPOSAL,
+    SEED,
+    STOP,
+    assert_same,
+    last_logits,
+    pair,
+    ragged_prompts,
+    run,
+    slow_answers,
+)
 from tiny import Scripted, byte_tokenizer, tiny_model, tiny_tokenizer
 
-from ram.decoding import generation, par, reference
+from ram.decoding import generation, par, reference, rows
 from ram.decoding.par import PARParams
 from ram.errors import UserError
 
-KNOBS = {
-    "temperature": 0.8,
-    "top_p": 0.93,
-    "repetition_penalty": 1.4,
-    "base_temperature": 1.2,
-    "base_top_p": 0.9,
-    "base_repetition_penalty": 1.3,
-    "n_candidates": 3,
-    "expert_temperature": 1.5,
-    "div_threshold": 1.2,
-}
 OTHERS = {  # settings so near that a law must be told from theirs
     "temperature": 1.1,
     "top_p": 1.0,
@@ -39,62 +44,6 @@ OTHERS = {  # settings so near that a law must be told from theirs
     "div_threshold": 9.0,
     "eos_priority": False,
 }
-BOTH, PROPOSAL, ALIGNER = (True, True), (True, False), (False, True)
-POST, NUCLEUS = ["temperature", "top_p", "repetition_penalty"], ["base_temperature", "base_top_p"]
-CASES = {  # name -> models, settings, the settings that its law depends on
-    "par": (BOTH, PARParams("par", **KNOBS), POST + NUCLEUS),
-    "par_kl": (BOTH, PARParams("par_kl", **KNOBS), [*POST, *NUCLEUS, "div_threshold"]),
-    "par_kl_aligner": (
-        BOTH,
-        PARParams("par_kl", kl_fallback="aligner", **KNOBS),
-        [*POST, "base_top_p", "div_threshold"],
-    ),
-    "product": (BOTH, PARParams("product", **KNOBS), POST + NUCLEUS),
-    "snis": (BOTH, PARParams("snis", **KNOBS), [*POST[::2], *NUCLEUS, "n_candidates"]),
-    "mds": (BOTH, PARParams("mds", **KNOBS), [*POST, "base_temperature", "expert_temperature"]),
-    "eos_priority": (BOTH, PARParams("par", eos_priority=True, **KNOBS), [*POST, "eos_priority"]),
-    "proposal_alone": (PROPOSAL, PARParams(**KNOBS), [*NUCLEUS, "base_repetition_penalty"]),
-    "aligner_alone": (ALIGNER, PARParams(**KNOBS), POST),
-}
-LETTERS, STOP = tiny_tokenizer("abcdefgh"), ("ca", "dd")  # stop strings of two tokens
-PIECES = tiny_tokenizer(["a", "b", "c", "d", "e", "f", "cde"])
-SEED = 11
-
-
-def ragged_prompts(count=16):
-    rng = random.Random(5)
-    return ["".join(rng.choices("abcdefgh", k=rng.randint(1, 12))) for _ in range(count)]
-
-
-@functools.cache
-def pair(vocab, roles, dtype=torch.float32):
-    """Proposal and aligner with laws of their own; None for a role that is not asked for."""
-    models = (tiny_model(vocab, 26, layers=2, dtype=dtype), tiny_model(vocab, 100, dtype=dtype))
-    return tuple(model if wanted else None for model, wanted in zip(models, roles, strict=True))
-
-
-@torch.no_grad()
-def last_logits(models, context, vocab):
-    """Both models' logits after `context`: one row, no padding, no cache."""
-    return [m and m(torch.tensor([context]), use_cache=False).logits[:, -1, :vocab] for m in models]
-
-
-def run(roles, params, prompts, tokenizer=LETTERS, dtype=torch.float32, **settings):
-    settings = {"max_new_tokens": 16, "seed": SEED, "stop": STOP} | settings
-    return generation.generate(*pair(len(tokenizer), roles, dtype), tokenizer, prompts, params, **settings)
-
-
-def settled(stats):
-    """Without the count of forwards, which hangs on how far the rounds drafted ahead."""
-    return {key: value for key, value in stats.items() if not key.endswith("_forwards")}
-
-
-def assert_same(found, expected):
-    assert [(g.token_ids, g.text, g.finish_reason, g.events) for g in found] == [
-        (g.token_ids, g.text, g.finish_reason, g.events) for g in expected
-    ]
-    for a, b in zip(found, expected, strict=True):
-        assert settled(a.stats) == pytest.approx(settled(b.stats), rel=1e-4, abs=1e-6)
 
 
 # ---- the law of whole sequences ----------------------------------------------------------------------------
@@ -162,67 +111,6 @@ def test_whole_answers_follow_the_exact_law(case):
 
 
 # ---- token for token ---------------------------------------------------------------------------------------
-@functools.cache
-def slow_answers(case, dtype):
-    """What `generate` must give, recomputed: every prefix anew through each model, alone and unpadded."""
-    (roles, params, _), vocab, eos = CASES[case], len(LETTERS), LETTERS.eos_token_id
-    models = pair(vocab, roles, dtype)
-    return [
-        slow_answer(models, params, LETTERS(prompt).input_ids, row, vocab, eos)
-        for row, prompt in enumerate(ragged_prompts())
-    ]
-
-
-def slow_answer(models, params, prompt, row, vocab, eos):
-    ids, events, divergences, accepted, finish = [], [], [], 0, None
-    while finish is None:
-        (z_p, z_q), seen = last_logits(models, prompt + ids, vocab), torch.tensor([prompt + ids])
-
-        def draw(logprobs, stream=0):
-            noise = par.gumbel_noise(SEED, torch.tensor([row]), torch.tensor([len(ids)]), vocab, stream)  # noqa: B023
-            return int((logprobs.double() + noise).argmax())
-
-        candidates = None
-        if z_p is not None and z_q is not None:
-            nucleus = par.token_logprobs(z_p, None, params)
-            candidates = torch.tensor([[draw(nucleus, 1 + j) for j in range(params.n_candidates)]])
-        token = draw(par.token_logprobs(z_p, z_q, params, seen, (eos,), candidates))
-        if candidates is not None:
-            log_p, log_q = z_p.double().log_softmax(-1), z_q.double().log_softmax(-1)
-            divergences.append(float((log_p.exp() * (log_p - log_q)).sum()))
-            gated = params.sample_mode == "par_kl" and divergences[-1] > params.div_threshold
-            events.append("fell_back" if gated else "agreed" if draw(nucleus) == token else "changed")
-            accepted += draw(par.token_logprobs(None, z_q, params, seen)) == token
-        ids.append(token)
-        text = "".join("abcdefgh"[i] for i in ids if i < 8)  # EOS and PAD are no text
-        if token == eos or any(s in text for s in STOP):
-            finish = "stop"
-        elif len(ids) == 16:
-            finish = "length"
-    n, is_pair = len(ids), bool(events)
-    stats = {
-        "proposal_forwards": n * (models[0] is not None),
-        "aligner_forwards": n * (models[1] is not None),
-        "drafted": n * is_pair,
-        "accepted": accepted,
-        "fallback_fraction": events.count("fell_back") / n,
-        "changed_fraction": events.count("changed") / n,
-        "mean_kl": sum(divergences) / n,
-    }
-    for stop in STOP:
-        text = text.split(stop)[0]
-    return generation.Generation(ids, text, finish, stats, events if is_pair else None)
-
-
-LOOPS = {
-    "plain": {"speculative": False},
-    "adaptive": {"batch_size": 5},
-    "no drafts": {"draft_tokens": 0},
-    "one ahead": {"draft_tokens": 1, "batch_size": 3},
-    "far ahead": {"draft_tokens": 9, "batch_size": 16},  # past ends, stop strings and the last position
-}
-
-
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES)
@@ -389,7 +277,7 @@ def test_eos_wherever_it_is_configured(role, where, value, ids):
     models[role] = Scripted(PIECES, "abc", 1, **{where: value})
     answer = generation.generate(*models, PIECES, ["a"], PARParams(), max_new_tokens=6)[0]
     assert (answer.token_ids, answer.finish_reason) == ([0, 1, 2], "stop")
-    assert reference.eos_token_ids(PIECES, *models) == (*ids, PIECES.eos_token_id)
+    assert rows.eos_token_ids(PIECES, *models) == (*ids, PIECES.eos_token_id)
 
 
 @pytest.mark.parametrize("mode", par.SAMPLE_MODES)
@@ -437,3 +325,25 @@ def test_a_law_that_is_no_number_is_an_error(case, speculative):
         next(filter(None, reversed(models))).model.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match="token 0 of an answer has no law"):
         generation.generate(*models, LETTERS, ["abc", "b"], params, max_new_tokens=4, speculative=speculative)
+
+
+def test_batch_beyond_memory_is_halved(monkeypatch):
+    """The plain loop decodes a batch that does not fit in two halves, and gives each answer once."""
+    sizes, decode_batch = [], reference.decode_batch
+
+    def limited(proposal, aligner, tokenizer, prompt_ids, *args, **settings):
+        sizes.append(len(prompt_ids))
+        steps = decode_batch(proposal, aligner, tokenizer, prompt_ids, *args, **settings)
+        for step, batch in enumerate(steps):
+            if len(prompt_ids) > 4 and step == 3:
+                raise torch.OutOfMemoryError
+            yield batch
+
+    monkeypatch.setattr(reference, "decode_batch", limited)
+    roles, params, _ = CASES["par"]
+    settings = {"max_new_tokens": 16, "seed": SEED, "stop": STOP, "speculative": False, "batch_size": 16}
+    models = pair(len(LETTERS), roles)
+    answers = list(generation.generate_iter(*models, LETTERS, ragged_prompts(), params, **settings))
+    assert sizes[0] == 16 and sizes[-1] <= 4 and len(answers) == 16
+    by_index = dict(answers)
+    assert_same([by_index[index] for index in range(16)], slow_answers("par", torch.float32))

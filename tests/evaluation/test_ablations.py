@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from omegaconf import OmegaConf
-from small import ROOT, SMALL
+from small import ROOT, SMALL, settings
 
 from ram.errors import UserError
 from ram.evaluation import ablations
@@ -24,11 +24,12 @@ def board(pair, **more):
 
 def config(tmp_path, value, **more):
     """The root configuration with a point's value."""
-    found = compose.compose(["experiment=demo", f"sampling.div_threshold={value}"])
-    OmegaConf.set_struct(found, False)
     ablation = {"name": "gate", "key": "sampling.div_threshold", **more}
-    return OmegaConf.merge(
-        found, {"report_dir": str(tmp_path / "gate" / str(value)), "evaluation": {"ablation": ablation}}
+    return settings(
+        "experiment=demo",
+        f"sampling.div_threshold={value}",
+        f"report_dir={tmp_path / 'gate' / str(value)}",
+        *(f"++evaluation.ablation.{key}={text}" for key, text in ablation.items()),
     )
 
 
@@ -37,7 +38,7 @@ def add(tmp_path, value, rate, task="facts", **more):
     ablations.add_point(tmp_path / "gate" / str(value), task, board(rate, fallback_fraction=1 - rate), given)
 
 
-def test_all_points_are_drawn_in_order_of_the_values(tmp_path):
+def test_points_are_drawn_in_order_of_the_values(tmp_path):
     """Whatever the order of the runs; numbers by size, not by their spelling; an own file for another
     task.
     """
@@ -58,7 +59,7 @@ def test_all_points_are_drawn_in_order_of_the_values(tmp_path):
     assert "pair, 0.3: 0.650" in (tmp_path / "gate" / "facts.html").read_text()
 
 
-def test_a_second_key_gives_curves_of_its_own():
+def test_second_key_gives_separate_curves():
     """One section per system that changes, one curve per value of `by`, in their order."""
     points = [{"key": k, "by": b, "rows": board(0.1 * k * b)} for k in (1, 2) for b in (3.0, 0.5)]
     sections = ablations.sections_of(points)
@@ -66,22 +67,21 @@ def test_a_second_key_gives_curves_of_its_own():
     assert [x for x, _ in sections["pair"]["3.0"]] == [1, 2]
 
 
-def test_systems_that_no_point_changes_are_left_out():
+def test_constant_systems_are_left_out():
     """Only the first of them stays, to compare with."""
     points = [{"key": k, "rows": [*board(0.1 * k), {"system": "still", "win_rate": 0.4}]} for k in (1, 2)]
     assert list(ablations.sections_of(points)["All systems"]) == ["proposal", "pair"]
 
 
-def test_a_key_that_is_not_there_is_refused(tmp_path):
+def test_unknown_key_is_refused(tmp_path):
     """Rather than a plot over nothing."""
-    given = config(tmp_path, 1.0)
-    given.evaluation.ablation.key = "sampling.threshold"
+    given = config(tmp_path, 1.0, key="sampling.threshold")
     with pytest.raises(UserError, match=r"evaluation.ablation.key='sampling.threshold': no such key"):
         ablations.add_point(tmp_path, "facts", board(0.5), given)
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (compose.CONFIG_DIR / "ablation").glob("*.yaml")))
-def test_every_shipped_ablation_is_of_a_key(name):
+def test_shipped_ablations_vary_an_existing_key(name):
     """Each composes with a recipe, names what it varies, and keeps runs of different values apart."""
     values = {"n_examples": "stage.aligner.n_examples=", "alpha": "stage.aligner.loss_settings.alpha="}
     values |= {
@@ -104,7 +104,7 @@ def test_every_shipped_ablation_is_of_a_key(name):
 
 
 @pytest.mark.slow
-def test_from_the_command_line(tmp_path):
+def test_ablation_from_the_command_line(tmp_path):
     """Both entry points run every value, each into its own folder, and the plot has them all."""
     arguments = ["experiment=demo", f"output_dir={tmp_path}", *SMALL, "ablation=n_examples"]
     for entry in ("train.py", "pipeline.py"):
@@ -115,7 +115,7 @@ def test_from_the_command_line(tmp_path):
     assert len(list((tmp_path / "model").glob("n*_ours_sft_toy_*"))) == 2
 
 
-def test_a_misspelt_row_is_named():
+def test_misspelt_key_with_several_values_is_refused():
     """A key with several values is checked like any other."""
     with pytest.raises(UserError, match="unknown key 'sampling.div_treshold': did you mean"):
         compose.preflight(["experiment=llama_uc", "ablation=div_threshold", "sampling.div_treshold=0.1,0.2"])

@@ -6,35 +6,36 @@ import json
 import logging
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import completion_server
 import pytest
-from test_judges import ANSWERS, PRICES, REFERENCES, ROWS, ask, rule, share  # noqa: F401
-from test_length_control import evaluate  # noqa: F401
+from judging import ANSWERS, PRICES, REFERENCES, ROWS, share
+from small import settings
 
 import pipeline
 from ram.answers import endpoints
 from ram.errors import UserError
-from ram.evaluation.judges import alpaca_package, judges
+from ram.evaluation.judges import alpaca_eval, base, endpoint
 from ram.settings import compose
 
 
 @pytest.fixture
 def package():
-    with alpaca_package.contained():
+    with alpaca_eval.contained():
         return pytest.importorskip("alpaca_eval")
 
 
 @pytest.fixture
-def judge(ask, package):  # noqa: F811
+def judge(ask, package):
     return lambda *given, **changes: ask(*given, **({"name": "alpaca_eval", "retries": 1} | changes))
 
 
 # ---- with the package --------------------------------------------------------------------------------------
 
 
-def test_preferences_are_the_rules(judge, rule):  # noqa: F811
+def test_preferences_follow_the_server(judge, rule):
     """In the order of the rows, whichever answer is shown first; asking again costs nothing."""
     found = judge()
     for judgement, answer, reference in zip(found, ANSWERS, REFERENCES, strict=True):
@@ -47,14 +48,14 @@ def test_preferences_are_the_rules(judge, rule):  # noqa: F811
     assert len(rule.asked) == 120
 
 
-def test_the_package_s_own_client_asks_and_finds_the_same(judge, rule, package, tmp_path):  # noqa: F811
+def test_requests_and_preferences_equal_those_of_the_package_client(judge, rule, package, tmp_path):
     """The same requests, and the same preferences, as from alpaca_eval.evaluate left to itself."""
     ours, our_bodies = judge(), rule.bodies[:]
     rule.bodies.clear()
-    with alpaca_package.contained():
+    with alpaca_eval.contained():
         from alpaca_eval import constants, utils
 
-        name = alpaca_package.ANNOTATOR
+        name = alpaca_eval.ANNOTATOR
         settings = utils.load_configs(name, relative_to=constants.EVALUATORS_CONFIG_DIR)[name]
         client = {"model_name": "toy", "openai_api_keys": ["none"], "openai_api_base": rule.url}
         settings["completions_kwargs"] |= client
@@ -63,8 +64,8 @@ def test_the_package_s_own_client_asks_and_finds_the_same(judge, rule, package, 
         path.write_text(json.dumps({name: settings | {"prompt_template": str(prompt)}}))
         questions = [row["instruction"] for row in ROWS]
         _, annotated = package.evaluate(
-            model_outputs=alpaca_package.outputs(range(60), questions, ANSWERS, "system"),
-            reference_outputs=alpaca_package.outputs(range(60), questions, REFERENCES, "reference"),
+            model_outputs=alpaca_eval.outputs(range(60), questions, ANSWERS, "system"),
+            reference_outputs=alpaca_eval.outputs(range(60), questions, REFERENCES, "reference"),
             annotators_config=path,
             caching_path=None,
             output_path=None,
@@ -82,7 +83,7 @@ def repr_of(body):
 
 
 @pytest.mark.parametrize("criterion", ["harmless", "summary"])
-def test_other_criteria_are_asked_in_our_words(judge, rule, criterion):  # noqa: F811
+def test_other_criteria_use_our_prompt(judge, rule, criterion):
     found = judge(criterion=criterion)
     for judgement, answer, reference in zip(found, ANSWERS, REFERENCES, strict=True):
         assert judgement["preference"] == pytest.approx(share(answer, reference), abs=1e-12)
@@ -91,14 +92,14 @@ def test_other_criteria_are_asked_in_our_words(judge, rule, criterion):  # noqa:
         row["instruction"] for row in ROWS if f"\n{row['instruction']}\n" in message["content"]
     )
     first, second = rule.asked[0]
-    expected = {"criterion": judges.CRITERIA[criterion], "instruction": instruction}
+    expected = {"criterion": endpoint.CRITERIA[criterion], "instruction": instruction}
     assert message["role"] == "user"
-    assert message["content"] == judges.QUESTION.format(**expected, first=first, second=second)
+    assert message["content"] == endpoint.QUESTION.format(**expected, first=first, second=second)
 
 
-def test_a_stopped_run_goes_on(judge, rule):  # noqa: F811
+def test_stopped_run_resumes(judge, rule):
     """What was answered before Ctrl-C is kept, one by one, and not asked for again."""
-    add = judges.Cache.add
+    add = base.Cache.add
 
     def stop(cache, *given):
         add(cache, *given)
@@ -106,21 +107,21 @@ def test_a_stopped_run_goes_on(judge, rule):  # noqa: F811
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(judges.Cache, "add", stop)
+        patch.setattr(base.Cache, "add", stop)
         judge(concurrency=1)
     before = len(rule.asked)
     judge()
     assert len(set(rule.asked)) == 60 and len(rule.asked) - before <= 30 and before <= 31
 
 
-def test_a_price_limit_ends_the_run_and_loses_nothing(judge, rule, monkeypatch):  # noqa: F811
+def test_price_limit_stops_the_run_and_keeps_answers(judge, rule, monkeypatch):
     with pytest.raises(UserError, match=r"judge.max_price=20 is reached: 2\d requests"):
         judge(max_price=20, **PRICES)
-    monkeypatch.setattr(judges, "tally", endpoints.Tally())
+    monkeypatch.setattr(endpoint, "tally", endpoints.Tally())
     assert len(judge(max_price=60, **PRICES)) == 60 and len(rule.asked) == 60
 
 
-def test_failures_say_why_and_are_asked_for_next_time(judge, rule):  # noqa: F811
+def test_failed_judgements_are_retried_by_the_next_run(judge, rule):
     real = completion_server.Handler.handle_prompt
 
     def refuse(handler, given):
@@ -138,7 +139,7 @@ def test_failures_say_why_and_are_asked_for_next_time(judge, rule):  # noqa: F81
     assert again[:3] + again[4:] == found[:3] + found[4:]
 
 
-def test_a_server_without_log_probabilities_is_said(judge, rule):  # noqa: F811
+def test_server_without_log_probabilities_is_refused(judge, rule):
     """At once: the same request would be answered alike, and paid for again."""
     rule.logprobs = False
     with pytest.raises(UserError, match="requests all failed .*has to support logprobs"):
@@ -146,14 +147,14 @@ def test_a_server_without_log_probabilities_is_said(judge, rule):  # noqa: F811
     assert len(rule.asked) <= 2 * 4 + 4 and len(set(rule.asked)) == len(rule.asked)
 
 
-def test_a_name_without_log_probability_has_none_of_it(judge, rule, monkeypatch):  # noqa: F811
+def test_missing_candidate_has_probability_zero(judge, rule, monkeypatch):
     """Where only one of m and M is among the candidates the answer is certain, as AlpacaEval has it."""
-    monkeypatch.setattr(alpaca_package, "read_logprobs", lambda answer: {"M": -0.3})
+    monkeypatch.setattr(alpaca_eval, "read_logprobs", lambda answer: {"M": -0.3})
     found = judge()
     assert {row["preference"] for row in found} == {0.0, 1.0} and {row["first"] for row in found} == {0.0}
 
 
-def test_texts_that_the_package_would_misread_are_named(judge, rule):  # noqa: F811
+def test_texts_with_marks_of_the_package_fail(judge, rule):
     """Equal answers are a tie; equal rows are judged once; marks of the package's own are not sent."""
     answers, references, rows = ANSWERS[:], REFERENCES[:], ROWS[:]
     answers[0] = references[0] = "same"
@@ -167,7 +168,7 @@ def test_texts_that_the_package_would_misread_are_named(judge, rule):  # noqa: F
     assert judge(["same"], ["same"], ROWS[:1]) == [{"preference": 0.5, "identical": True}]
 
 
-def test_the_package_leaves_no_trace(judge, package, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_package_has_no_side_effects(judge, package, tmp_path, monkeypatch, capfd):
     """Neither in the environment nor in the log, on the console, in its own folder or in the present one."""
     monkeypatch.chdir(tmp_path)
     folder, root = Path(package.__file__).parent, logging.getLogger()
@@ -185,10 +186,10 @@ def test_the_package_leaves_no_trace(judge, package, tmp_path, monkeypatch, capf
     assert capfd.readouterr().err == ""
 
 
-def test_the_pipeline_judges_with_it(evaluate, package, rule, caplog, monkeypatch):  # noqa: F811
+def test_pipeline_with_alpaca_eval(evaluate, package, rule, caplog, monkeypatch):
     """Every line of the leaderboard says by which model, prompt and settings; the log says what it cost."""
     caplog.set_level("INFO", "ram")
-    monkeypatch.setattr(judges, "tally", endpoints.Tally())
+    monkeypatch.setattr(endpoint, "tally", endpoints.Tally())
     given = ["judge=alpaca_eval", f"judge.urls=[{rule.url}]", "judge.model=toy", "sampling.limit=8"]
     given += ["judge.input_price=1e4", "judge.output_price=2e4"]
     folder = evaluate(*given) / "out"
@@ -197,7 +198,7 @@ def test_the_pipeline_judges_with_it(evaluate, package, rule, caplog, monkeypatc
     assert len(rows) == 2
     for row in rows:
         assert (row["judge"], row["n"]) == ("alpaca_eval", "8")
-        assert row["judge_settings"] == f"model toy, criterion helpful, prompt {alpaca_package.ANNOTATOR}"
+        assert row["judge_settings"] == f"model toy, criterion helpful, prompt {alpaca_eval.ANNOTATOR}"
         assert row["generator"].endswith(f"#{row['settings']}") and row["settings"]
     asked = len(rule.asked)
     assert f"judge: {asked} requests answered, {asked * 100:,} input tokens" in caplog.messages[-1]
@@ -210,7 +211,7 @@ def test_the_pipeline_judges_with_it(evaluate, package, rule, caplog, monkeypatc
 
 
 @pytest.mark.parametrize("missing", ["alpaca_eval", "pkg_resources"])
-def test_without_the_package_nothing_is_loaded(monkeypatch, missing):
+def test_missing_package_is_reported_before_loading(monkeypatch, missing):
     """pipeline.py ends before it looks for a model or a test file, and says what to install."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else name)
     overrides = compose.preflight(["experiment=llama_uc", "judge=alpaca_eval", "data_dir=nowhere"])
@@ -220,10 +221,10 @@ def test_without_the_package_nothing_is_loaded(monkeypatch, missing):
         pipeline.run(compose.compose(overrides), overrides)
 
 
-def test_the_surroundings_are_put_back():
+def test_contained_restores_environment_and_log():
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
-    with pytest.raises(KeyError), alpaca_package.contained():
+    with pytest.raises(KeyError), alpaca_eval.contained():
         os.environ["OF_A_DOTENV_FILE"] = "x"
         root.setLevel(1)
         root.addHandler(logging.NullHandler())
@@ -232,38 +233,39 @@ def test_the_surroundings_are_put_back():
     assert (root.level, root.handlers) == (level, handlers)
 
 
-def test_log_probabilities_are_read_and_nothing_else():
+def test_only_m_and_M_are_read():
     def answer(*tokens):
         candidates = [{"token": token, "logprob": -i - 1} for i, token in enumerate(tokens)]
         return {"choices": [{"logprobs": {"content": [{"top_logprobs": candidates}]}}]}
 
-    assert alpaca_package.read_logprobs(answer("M", "The", "m", " m")) == {"M": -1.0, "m": -3.0}
+    assert alpaca_eval.read_logprobs(answer("M", "The", "m", " m")) == {"M": -1.0, "m": -3.0}
     for wrong in (answer("The"), answer(), {"choices": [{"logprobs": None}]}, {"choices": [{}]}):
-        found = alpaca_package.read_logprobs(wrong)
+        found = alpaca_eval.read_logprobs(wrong)
         assert isinstance(found, endpoints.RequestFailed) and "no log-probability of m or M" in str(found)
 
 
-def test_judgements_go_from_the_package_s_scale_to_ours():
-    given = alpaca_package.completion({"m": math.log(0.6), "M": math.log(0.2)})
-    assert alpaca_package.judged(1.25, given) == pytest.approx({"preference": 0.25, "first": 0.75})
-    assert alpaca_package.judged(2.0, alpaca_package.completion({"M": -0.1})) == {
+def test_preferences_are_rescaled():
+    given = alpaca_eval.completion({"m": math.log(0.6), "M": math.log(0.2)})
+    assert alpaca_eval.judgement(1.25, given) == pytest.approx({"preference": 0.25, "first": 0.75})
+    assert alpaca_eval.judgement(2.0, alpaca_eval.completion({"M": -0.1})) == {
         "preference": 1.0,
         "first": 0,
     }
-    assert alpaca_package.completion(endpoints.RequestFailed("no"))["failed"] == "no"
+    assert alpaca_eval.completion(endpoints.RequestFailed("no"))["failed"] == "no"
 
 
-def test_what_a_judge_is_and_how_it_is_named():
-    config = compose.compose(compose.preflight(["judge=alpaca_eval", "judge.model=m"])).judge
-    helpful, harmless = (judges.settings_for(task, config) for task in ("helpful", "harmless"))
-    assert judges.describe(helpful) == f"model m, criterion helpful, prompt {alpaca_package.ANNOTATOR}"
-    assert judges.describe(harmless) == "model m, criterion harmless"
-    assert judges.identity(helpful) != judges.identity(harmless)
-    served = harmless | {"model": None}
-    assert judges.describe(served).startswith("model first of https://")
-    assert judges.identity(served) != judges.identity(served | {"urls": ["b"]})
-    assert judges.describe(harmless | {"name": "endpoint", "both_orders": True}).endswith(
-        ", both_orders true"
-    )
-    assert judges.describe({"name": "dummy"}) == ""
-    assert judges.describe({"name": "reward_model", "model": None, "hub_id": "a/b"}) == "model a/b"
+def test_identity_and_description_follow_the_settings():
+    judge = settings("judge=alpaca_eval", "judge.model=m").judge
+    helpful, harmless = (judge.for_task(task) for task in ("helpful", "harmless"))
+    assert helpful.describe() == f"model m, criterion helpful, prompt {alpaca_eval.ANNOTATOR}"
+    assert harmless.describe() == "model m, criterion harmless"
+    assert helpful.identity() == {"name": "alpaca_eval", "model": "m", "criterion": "helpful"}
+    assert harmless.identity() == {"name": "alpaca_eval", "model": "m", "criterion": "harmless"}
+    served = replace(harmless, model=None)
+    assert served.describe().startswith("model first of https://")
+    assert served.identity() != replace(served, urls=["b"]).identity()
+    both = endpoint.EndpointJudge(model="m", criterion="summary", both_orders=True)
+    assert both.describe() == "model m, criterion summary, both_orders true"
+    judges = base.load_judges()
+    assert judges["dummy"]().describe() == ""
+    assert judges["reward_model"](hub_id="a/b").describe() == "model a/b"

@@ -3,15 +3,18 @@
 import json
 
 import pytest
+import small
 from small import SMALL, run
 
 import pipeline
 import train
 from ram.answers.answer_files import read_answers
 from ram.errors import UserError
-from ram.evaluation import paper_table
+from ram.evaluation.context import read_test_rows
+from ram.evaluation.judges.dummy import DummyJudge
 from ram.evaluation.systems import job_of, resolve_systems
 from ram.settings import compose, recipes
+from ram.storage.files import BadRows
 from utils import TABLES
 
 SMALLER = [*SMALL, "stage.proposal_dpo.n_examples=32", "stage.aligner_dpo.n_examples=32"]
@@ -33,14 +36,19 @@ def table(tmp_path_factory):
 
 
 def systems_of(*arguments):
-    config = compose.compose(arguments)
+    config = small.settings(*arguments)
     stages = {stage.name: stage for stage in recipes.resolve(arguments, TABLES)}
     return config, resolve_systems(config, next(iter(config.evaluation.tasks)), stages, set())
 
 
+def rows_of(systems, config):
+    settings = [system.settings for system in systems.values()]
+    return read_test_rows(pipeline.test_file(config, "facts"), settings, DummyJudge(), BadRows())
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen"])
 @pytest.mark.parametrize("task", METHOD)
-def test_baselines_are_trained_on_request(family, task):
+def test_baselines_flag_adds_stages(family, task):
     """Without `baselines` the published stages alone; with it all that the paper's table needs."""
     recipe = f"experiment={family}_{task}"
     assert [stage.name for stage in recipes.resolve([recipe], TABLES)] == METHOD[task]
@@ -69,7 +77,7 @@ def test_baselines_are_trained_on_request(family, task):
 
 
 @pytest.mark.parametrize("name", [f"{f}_{t}" for f in ("llama", "qwen") for t in METHOD] + ["toy_facts"])
-def test_the_papers_names_are_systems(name):
+def test_names_in_the_paper_table_are_systems(name):
     """Every line of a table is a system of its recipe."""
     config = compose.compose([f"experiment={name}", "baselines=true"])
     assert set(config.evaluation.paper) == set(config.evaluation.tasks)
@@ -77,11 +85,11 @@ def test_the_papers_names_are_systems(name):
         assert set(lines) <= set(config.evaluation.systems)
 
 
-def test_a_corrector_rewrites_the_answers_of_its_system(table):
+def test_corrector_prompts_contain_the_answers_of_its_system(table):
     """Each prompt is the question, that system's answer to it and the request; the reference is not seen."""
     arguments, folder = table
     config, systems = systems_of(*arguments)
-    rows = pipeline.read_test_rows(systems, config, "facts", folder)
+    rows = rows_of(systems, config)
     for name, corrected in (
         ("proposal+corrector", "proposal"),
         ("proposal_dpo+corrector", "proposal_dpo"),
@@ -100,11 +108,11 @@ def test_a_corrector_rewrites_the_answers_of_its_system(table):
     assert systems["proposal+corrector"].folder != systems["proposal_dpo+corrector"].folder
 
 
-def test_other_drafts_are_corrected_anew(table):
+def test_corrections_of_other_answers_are_refused(table):
     """Corrections of answers that have changed are no longer those wanted."""
     arguments, folder = table
     config, systems = systems_of(*arguments)
-    rows = pipeline.read_test_rows(systems, config, "facts", folder)
+    rows = rows_of(systems, config)
     drafts = ["Just blue."] * len(rows)
     with pytest.raises(UserError, match=r"made from other inputs \(rows: "):
         read_answers(
@@ -112,7 +120,7 @@ def test_other_drafts_are_corrected_anew(table):
         )
 
 
-def test_the_table_is_written(table):
+def test_paper_table_is_written(table):
     """One line per system of the paper's table, with what the leaderboard says of it."""
     _, folder = table
     lines = (folder / "table" / "paper_table.md").read_text().splitlines()
@@ -123,18 +131,6 @@ def test_the_table_is_written(table):
         assert cells[name][0].startswith(f"{100 * found[system]['win_rate']:.1f} (")
         assert cells[name][2].startswith(f"{100 * found[system]['both']:.1f} (")
         assert cells[name][3] == "12 |"
-
-
-def test_published_figures_stand_beside_ours():
-    """A system without a figure in the paper, and one that was not evaluated, keep their lines."""
-    row = {"system": "a", "n": 300, "win_rate": 0.5123, "win_rate_low": 0.4, "win_rate_high": 0.6}
-    row |= {"length_controlled": 0.25}
-    named = {"b": ["W.Up 8B", 5.06], "a": ["R.A. 1B", None]}
-    assert paper_table.paper_table([row], named, "Said below.") == (
-        "| system | published | win rate (95 %) | at equal length | n |\n| --- | --: | --: | --: | --: |\n"
-        "| W.Up 8B | 5.06 | – | – | not run |\n| R.A. 1B | – | 51.2 (40.0–60.0) | 25.0 | 300 |\n"
-        "\nSaid below. Published: length-controlled win rates of arXiv 2505.19700.\n"
-    )
 
 
 WRONG = [
@@ -153,7 +149,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("override", "message"), WRONG)
-def test_a_corrector_of_nothing_is_refused(override, message):
+def test_corrector_without_a_system_is_refused(override, message):
     """Named before any model loads."""
     with pytest.raises(UserError, match=message):
         systems_of("experiment=demo", override)

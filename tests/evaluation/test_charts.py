@@ -1,4 +1,4 @@
-"""Charts: where things are drawn, and what is counted."""
+"""Charts: positions of the shapes, and counts."""
 
 import itertools
 import re
@@ -34,24 +34,24 @@ def test_quantiles_are_linear_between_neighbours(share, expected):
 
 
 def test_histogram_counts_every_value_once():
-    """The last bin holds its upper end; the bars' heights are their counts."""
-    found = charts.histogram("T", "who", [0.0, 0.04, 0.5, 0.99, 1.0, 1.0], 1.0, "u", bins=10)
-    assert re.findall(r"<title>(.*?)</title>", found) == ["0 to 0.1: 2", "0.5 to 0.6: 1", "0.9 to 1: 3"]
-    heights = [float(h) for h in re.findall(r'height="([\d.]+)"><title>', found)]
+    """The last bin includes its upper end; the heights of the bars are their counts."""
+    svg = charts.histogram("T", "label", [0.0, 0.04, 0.5, 0.99, 1.0, 1.0], 1.0, "u", bins=10)
+    assert re.findall(r"<title>(.*?)</title>", svg) == ["0 to 0.1: 2", "0.5 to 0.6: 1", "0.9 to 1: 3"]
+    heights = [float(h) for h in re.findall(r'height="([\d.]+)"><title>', svg)]
     assert heights == pytest.approx([40, 20, 60], abs=0.11)
 
 
-def test_flat_and_single_curves_get_an_axis():
+def test_flat_curve_and_single_point_have_an_axis():
     for points in ([(0.0, 2.0)], [(0.0, 0.0), (5.0, 0.0)], [(1.0, -3.0), (2.0, -3.0)]):
-        found = charts.lines("t", "label", "u", "x", [Curve("a", points)])
-        assert "nan" not in found and found.count('class="grid"') >= 4
+        svg = charts.lines("t", "label", "u", "x", [Curve("a", points)])
+        assert "nan" not in svg and svg.count('class="grid"') >= 4
 
 
-def test_intervals_and_boxes_stand_where_their_numbers_say():
+def test_intervals_and_boxes_are_drawn_at_their_values():
     point = Point("a", 0.0, 0.5, 0.25, 0.75)
-    found = charts.intervals("t", [point], "u", None, "mark")
-    a, b = re.search(r'class="whisker" d="M([\d.]+) .*?H([\d.]+)M', found).groups()
-    middle = float(re.search(r'class="point" cx="([\d.]+)"', found)[1])
+    svg = charts.intervals("t", [point], "u", None, "mark")
+    a, b = re.search(r'class="whisker" d="M([\d.]+) .*?H([\d.]+)M', svg).groups()
+    middle = float(re.search(r'class="point" cx="([\d.]+)"', svg)[1])
     assert float(a) + float(b) == pytest.approx(2 * middle, abs=0.2)
     box = charts.boxes("t", [(1, "a", [float(i) for i in range(101)])], "u")
     x, width = re.search(r'class="box" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', box).groups()
@@ -59,13 +59,13 @@ def test_intervals_and_boxes_stand_where_their_numbers_say():
     assert float(x) + float(width) / 2 == pytest.approx(median, abs=0.2) and "median 50" in box
 
 
-def test_points_too_close_for_numbers_of_their_own_share_a_text():
-    """Every number stands once, beside its points and on no other number; chains of neighbours are one."""
+def test_neighbouring_points_share_one_text():
+    """Every number appears once, beside its point; a chain of neighbours is one group."""
     near = [Point("a", 1.0, 0.5)] * 3 + [Point("b", 3.0, 0.6), Point("c", 1.01, 0.5), Point("d", 3.0, 0.9)]
-    found = charts.scatter("t", near, ("x", "y"), (None, 0.5))
-    words = re.findall(r'class="number" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]*)<', found)
+    svg = charts.scatter("t", near, ("x", "y"), (None, 0.5))
+    words = re.findall(r'class="number" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]*)<', svg)
     assert sorted(text for *_, text in words) == ["1–3, 5", "4", "6"]
-    points = [tuple(map(float, place)) for place in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', found)]
+    points = [tuple(map(float, place)) for place in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
     for x, y, anchor, text in words:
         px, py = points[int(text[0]) - 1]
         assert 0 < (px - float(x) if anchor == "end" else float(x) - px) < 15 and abs(py - float(y)) < 8
@@ -74,13 +74,13 @@ def test_points_too_close_for_numbers_of_their_own_share_a_text():
 
 
 def test_numbers_do_not_cover_each_other():
-    """A text that would run into another one's stands above it."""
+    """A text that would overlap another one is moved above it."""
     points = [Point("a", 0.0, 0.5), Point("b", 0.1, 0.5), Point("c", 2.0, 0.5)]
-    found = charts.scatter("t", points, ("x", "y"), (None, 0.5))
-    boxes = [(float(x), float(y)) for x, y in re.findall(r'class="number" x="([\d.]+)" y="([\d.]+)"', found)]
+    svg = charts.scatter("t", points, ("x", "y"), (None, 0.5))
+    boxes = [(float(x), float(y)) for x, y in re.findall(r'class="number" x="([\d.]+)" y="([\d.]+)"', svg)]
     assert all(abs(a - c) > 6 or abs(b - d) >= 11 for (a, b), (c, d) in itertools.combinations(boxes, 2))
 
 
-def test_text_is_escaped_and_shows_what_is_invisible():
+def test_text_is_escaped_with_visible_control_characters():
     assert charts.text('<a b="c">&\'') == "&lt;a b=&quot;c&quot;&gt;&amp;&#x27;"
     assert charts.text("a\0b\x7fc\u202ed\ud83d\n") == "a␀b␡c\ufffdd\ufffd\n"

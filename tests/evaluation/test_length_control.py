@@ -7,25 +7,17 @@ import math
 
 import numpy as np
 import pytest
-from tiny import byte_tokenizer, tiny_model
+from gamed import N, even, normal, write_gamed
 
-import pipeline
 from ram.errors import UserError
-from ram.evaluation import length_control, statistics
-from ram.evaluation.judges import alpaca_package
-from ram.models import checkpoints
-from ram.settings import compose, recipes
-from ram.storage.files import write_json
-from utils import TABLES
-
-N = length_control.QUESTIONS
-
+from ram.evaluation import length_control, statistics, tables
+from ram.evaluation.judges.alpaca_eval import contained
 
 # ---- any questions -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strength, effect", [(0.0, 0.0), (0.0, 1.5), (0.8, 1.5), (-0.6, -1.0)])
-def test_a_known_effect_of_length_is_taken_out(strength, effect):
+def test_known_effect_of_length_is_removed(strength, effect):
     """Outcomes drawn with a known effect of length: the bootstrap interval of the win rate at equal length
     holds the true one, which the raw rate misses.
     """
@@ -43,35 +35,13 @@ def test_a_known_effect_of_length_is_taken_out(strength, effect):
         assert abs(y.mean() - truth) > 0.05
 
 
-def test_length_control_of_one_sided_outcomes_is_finite():
+def test_one_sided_outcomes_give_a_finite_rate():
     assert 0.9 < length_control.length_controlled([1.0] * 20, list(range(20))) < 1
     assert length_control.length_controlled([0.5] * 20, [0.0] * 20) == pytest.approx(0.5)
     assert length_control.length_controlled([1.0] * 8 + [0.0] * 2, [50] * 10) == pytest.approx(0.8)
 
 
 # ---- AlpacaEval's ------------------------------------------------------------------------------------------
-
-
-def even(count, step):
-    """Numbers spread over (0, 1), the same on every machine."""
-    return (np.arange(1, count + 1) * step) % 1.0
-
-
-def normal(count, step):
-    """About standard normal: four even spreads, summed."""
-    return sum(even(count, step * factor) - 0.5 for factor in (1, 1.7320508, 2.2360680, 2.6457513)) * 3**0.5
-
-
-def write_gamed(path, difficulty, effect=-1.0):
-    """A file like AlpacaEval's: two baselines whose preference hangs on the length alone."""
-    lines = ["index,model,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"]
-    for name, shift in (("brief", 1.2), ("verbose", -1.0)):
-        length = shift + normal(N, 0.7548777 + shift / 100)
-        p = length_control.sigmoid(effect * np.tanh(length))
-        for i in range(N):
-            lines.append(f"{i},{name},{float(p[i])!r},{float(length[i])!r},{float(difficulty[i])!r},False")
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def outcomes(strength, effect, by_difficulty, hard=False):
@@ -108,7 +78,7 @@ def world(tmp_path):
 
 
 @pytest.mark.parametrize("case", MEASURED)
-def test_the_figures_are_alpacaeval_s_as_measured(world, case):
+def test_rates_equal_recorded_rates_of_alpaca_eval(world, case):
     preferences, longer, path = world(*case)
     found = length_control.alpaca_length_controlled(preferences, longer, length_control.read_gamed(path))
     rate, error = MEASURED[case]
@@ -117,10 +87,10 @@ def test_the_figures_are_alpacaeval_s_as_measured(world, case):
 
 
 @pytest.mark.parametrize("case", MEASURED)
-def test_the_figures_are_alpacaeval_s_own(world, case, monkeypatch):
+def test_rates_equal_those_of_the_package(world, case, monkeypatch):
     """The package's own function on the same answers and the same file."""
     preferences, longer, path = world(*case)
-    with alpaca_package.contained():
+    with contained():
         pytest.importorskip("alpaca_eval")
         from alpaca_eval.metrics import glm_winrate
 
@@ -137,7 +107,7 @@ def test_the_figures_are_alpacaeval_s_own(world, case, monkeypatch):
 
 
 @pytest.mark.parametrize("strength, effect, by_difficulty", [(-0.8, 1.2, 0.6), (0.3, -1.0, -0.5)])
-def test_alpacaeval_s_model_finds_a_known_effect(tmp_path, strength, effect, by_difficulty):
+def test_alpaca_model_recovers_a_known_effect(tmp_path, strength, effect, by_difficulty):
     """Outcomes drawn with known effects of length and difficulty: the bootstrap interval over questions holds
     the true rate at equal lengths, which the raw rate misses.
     """
@@ -157,7 +127,7 @@ def test_alpacaeval_s_model_finds_a_known_effect(tmp_path, strength, effect, by_
 
 
 @pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0, 1e4])
-def test_the_fit_is_the_optimum(strength):
+def test_fit_is_the_optimum(strength):
     """At the minimum of loss + L1 norm the loss's slope is minus a coefficient's sign, or below 1 where it is
     0.
     """
@@ -171,7 +141,7 @@ def test_the_fit_is_the_optimum(strength):
     assert (b == 0).all() == (strength == 1e-3) and (b != 0).all() == (strength >= 10)
 
 
-def test_answers_of_equal_length_and_one_sided_outcomes_have_a_figure(tmp_path):
+def test_equal_lengths_and_one_sided_outcomes_have_a_rate(tmp_path):
     gamed = length_control.read_gamed(write_gamed(tmp_path / "x.csv", normal(N, 0.6180340)))
     equal = length_control.alpaca_length_controlled([0.7] * N, [0] * N, gamed)["lc_win_rate"]
     assert equal == pytest.approx(0.7, abs=0.005)
@@ -181,7 +151,7 @@ def test_answers_of_equal_length_and_one_sided_outcomes_have_a_figure(tmp_path):
     assert length_control.alpaca_length_controlled([0.0] * N, [0] * N, gamed)["lc_win_rate"] < 0.005
 
 
-def test_the_figure_goes_from_judgements_to_the_table(world):
+def test_rate_is_shown_in_the_table(world):
     preferences, longer, path = world(-0.6, 1.0, 0.5, False, 100)
     judgements = [{"failed": "x"} if p is None else {"preference": p} for p in preferences]
     answers = [{"text": "x" * (3000 + int(d)), "stats": {"drafted": 0}} for d in longer]
@@ -189,22 +159,22 @@ def test_the_figure_goes_from_judgements_to_the_table(world):
     figures = statistics.alpaca_figures(judgements, answers, references, gamed)
     assert figures == length_control.alpaca_length_controlled(preferences, longer, gamed)
     row = {"system": "x", **statistics.summarise(judgements, answers, references, 10, 0), **figures}
-    heading, line = statistics.cells([row])
+    heading, line = tables.cells([row])
     assert line[heading.index("AlpacaEval LC")] == f"{figures['lc_win_rate']:.3f}"
     del row["lc_win_rate"]
-    assert "AlpacaEval LC" not in statistics.cells([row])[0]
+    assert "AlpacaEval LC" not in tables.cells([row])[0]
 
 
 # ---- the file ----------------------------------------------------------------------------------------------
 
 
-def test_where_there_is_no_figure_one_line_says_why(tmp_path, caplog):
+def test_reason_for_a_missing_rate_is_logged(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     whole = list(range(N))
     for given, said in {
-        (tuple(whole[:300]), "output"): "it is of all 805 questions in order, and 300 are evaluated here",
-        (tuple(whole[::-1]), "output"): "it is of all 805 questions in order",
-        (tuple(whole), "proposal"): "against the test file's answers, and evaluation.reference=proposal",
+        (tuple(whole[:300]), "output"): "it needs all 805 questions in order, 300 are evaluated here",
+        (tuple(whole[::-1]), "output"): "it needs all 805 questions in order",
+        (tuple(whole), "proposal"): "it compares with the test file's answers, not with proposal",
         (
             tuple(whole),
             "output",
@@ -223,24 +193,24 @@ def test_where_there_is_no_figure_one_line_says_why(tmp_path, caplog):
     [
         (lambda text: text.replace("preference", "x", 1), "has no column preference; expected AlpacaEval's"),
         (lambda text: "\n".join(text.split("\n")[:800]), "has 799 rows, fewer than 805"),
-        (lambda text: text.replace(",False", ",False\n0,a,b,c,d,False", 1), "holds what is no number"),
+        (lambda text: text.replace(",False", ",False\n0,a,b,c,d,False", 1), "is not a number"),
         (
             lambda text: text.replace(",False", ",False\n0,a,0.5,,1,False", 1),
-            "a length or difficulty missing",
+            "a length or difficulty is missing",
         ),
-        (lambda text: text.replace(",False", ",False\n0,a,1.5,1,1,False", 1), "a preference not in"),
-        (lambda text: text[: len(text) * 3 // 4], "holds what is no number|is missing|missing"),
+        (lambda text: text.replace(",False", ",False\n0,a,1.5,1,1,False", 1), "a preference is not in"),
+        (lambda text: text[: len(text) * 3 // 4], "is not a number|is missing"),
         (lambda text: "", "has no column"),
     ],
 )
-def test_another_file_is_refused(tmp_path, change, message):
+def test_other_file_is_refused(tmp_path, change, message):
     path = write_gamed(tmp_path / "x.csv", normal(N, 0.6180340))
     path.write_text(change(path.read_text()))
     with pytest.raises(UserError, match=message):
         length_control.read_gamed(path)
 
 
-def test_gamed_answers_without_a_judgement_are_left_out(tmp_path):
+def test_gamed_answers_without_judgement_are_left_out(tmp_path):
     path = write_gamed(tmp_path / "x.csv", normal(N, 0.6180340))
     lines = path.read_text().split("\n")
     lines[2] = ",".join([*lines[2].split(",")[:2], "", *lines[2].split(",")[3:]])
@@ -253,28 +223,7 @@ def test_gamed_answers_without_a_judgement_are_left_out(tmp_path):
 # ---- from the command line ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def evaluate(tmp_path):
-    """pipeline.py of `llama_uc` on tiny models and 805 questions; returns its folder."""
-    rows = [{"instruction": f"say {i}", "output": "x" * (i % 9), "generator": "y"} for i in range(N)]
-    write_json(tmp_path / "data" / "test" / pipeline.ALPACA_EVAL, rows)
-    tokenizer, common = byte_tokenizer(), [f"output_dir={tmp_path / 'out'}", f"data_dir={tmp_path / 'data'}"]
-    common += ["experiment=llama_uc", "sampling.max_length=36", "sampling.max_prompt_length=32"]
-    common += ["sampling.batch_size=64", "evaluation.bootstrap=20", "evaluation.examples=2"]
-    for stage in recipes.resolve(common, TABLES):
-        if stage.kind == "train":
-            model = tiny_model(len(tokenizer), seed=len(stage.name))
-            checkpoints.export_model(model, tokenizer, stage.weights, "float32", {"add_bos": False})
-
-    def run(*overrides):
-        given = compose.preflight([*common, *overrides])
-        pipeline.run(compose.compose(given), given)
-        return tmp_path
-
-    return run
-
-
-def test_the_figure_stands_in_leaderboards_where_the_file_is(evaluate, tmp_path, caplog):
+def test_leaderboards_have_the_rate_if_the_file_exists(evaluate, tmp_path, caplog):
     """Without the file one warning, and no column; with it the figure in every table; none for a part."""
     caplog.set_level(logging.INFO, "ram")
     report = evaluate() / "out" / "report" / "llama_uc"
@@ -295,5 +244,5 @@ def test_the_figure_stands_in_leaderboards_where_the_file_is(evaluate, tmp_path,
     caplog.clear()
     evaluate("sampling.limit=20")
     said = [message for message in caplog.messages if "no lc_win_rate" in message]
-    assert len(said) == 1 and "and 20 are evaluated here" in said[0]
+    assert len(said) == 1 and "20 are evaluated here" in said[0]
     assert "lc_win_rate" not in (report / "leaderboard.csv").read_text()

@@ -1,6 +1,4 @@
-"""The page without its script: what is on it, that it is well formed and self-contained, and that data cannot
-become markup.
-"""
+"""The report page without its script: its contents, well-formed HTML, and data that cannot become markup."""
 
 import base64
 import hashlib
@@ -12,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from sample_report import BOARD, HOSTILE, make_hostile, make_report, record
 
-from ram.evaluation.report import page
+from ram.evaluation.report import page as report_page
 from ram.evaluation.report.page import write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "col", "wbr"}
@@ -28,7 +26,7 @@ EMPTY = {
 
 
 class Page(HTMLParser):
-    """Checks that every element but the void ones is closed in order; keeps attributes and text."""
+    """Checks that every element but the void ones is closed in order; records attributes and text."""
 
     def __init__(self, text):
         super().__init__()
@@ -62,8 +60,8 @@ class Page(HTMLParser):
 
     @property
     def data(self):
-        (found,) = [data for (_, attrs), data in self.inline if attrs.get("id") == "data"]
-        return json.loads(found)
+        (data,) = [data for (_, attrs), data in self.inline if attrs.get("id") == "data"]
+        return json.loads(data)
 
     def find(self, tag, **attributes):
         return [a for t, a in self.elements if t == tag and attributes.items() <= a.items()]
@@ -71,10 +69,10 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def render(tmp_path):
-    """Writes a page and gives its text, parsed and raw."""
+    """A function that writes a page and returns it, parsed and as text."""
 
-    def write(given):
-        write_report(tmp_path / "run" / "report.html", given)
+    def write(report):
+        write_report(tmp_path / "run" / "report.html", report)
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["report.html"]
         raw = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
         return Page(raw), raw
@@ -96,8 +94,8 @@ def test_page_is_well_formed_self_contained_and_in_order(render):
     assert {"leaderboard", "plots", "training", "answers"} <= set(ids)
 
 
-def test_policy_lets_in_our_style_and_script_alone(render):
-    """The hashes of the policy are those of what stands in the page; nothing is styled or run elsewhere."""
+def test_policy_allows_only_the_inline_style_and_script(render):
+    """The policy has the hashes of both; no element has a style or an event handler."""
     page, _ = render(make_hostile())
     (policy,) = page.find("meta", **{"http-equiv": "Content-Security-Policy"})
     rules = dict(rule.split(" ", 1) for rule in policy["content"].split("; "))
@@ -107,8 +105,10 @@ def test_policy_lets_in_our_style_and_script_alone(render):
         digest = base64.b64encode(hashlib.sha256(code[tag].encode()).digest()).decode()
         assert rules[rule] == f"'sha256-{digest}'"
     assert not [a for _, a in page.elements if "style" in a or any(name.startswith("on") for name in a)]
-    assert "</script" not in page.SCRIPT and "</style" not in page.STYLE
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(", page.SCRIPT)
+    assert "</script" not in report_page.SCRIPT and "</style" not in report_page.STYLE
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(", report_page.SCRIPT
+    )
 
 
 def test_charts_are_well_formed_and_finite(render):
@@ -127,17 +127,19 @@ def test_systems_and_numbers_are_shown(render):
         assert f"{row['win_rate']:.3f} {row['win_rate_low']:.3f}–{row['win_rate_high']:.3f}" in page.text
     for number in ("1,210", "0.642", "0.615–0.669", "0.801", "0.799", "34", "0.183", "0.072", "0.655"):
         assert number in page.text
-    assert "Judge: exact · Reference: output" in page.text  # the same in all rows: said once
-    assert len(page.find("p", **{"class": "warning"})) == 2  # a note, and what stands where no script runs
+    assert "Judge: exact · Reference: output" in page.text  # the same in all rows: stated once
+    assert (
+        len(page.find("p", **{"class": "warning"})) == 2
+    )  # a note, and the text for readers without scripts
     assert len(page.find("svg", viewbox="-2 0 136 16")) == 4  # three win rates, one share of both
     alerts = page.find("span", **{"class": "alert"})
-    assert [alert["title"] for alert in alerts] == [page.MOSTLY_FELL_BACK] and ">0.783<" in raw
+    assert [alert["title"] for alert in alerts] == [report_page.MOSTLY_FELL_BACK] and ">0.783<" in raw
     assert len(page.find("th", scope="row")) == 3 and page.find("caption")
     # Not by hovering alone.
     assert all(header["title"] in page.text for header in page.find("th", scope="col"))
 
 
-def test_columns_that_no_row_has_are_left_out(render):
+def test_columns_without_values_are_left_out(render):
     rows = [{"system": "a", "n": 2, "win_rate": 0.5}, {"system": "b", "win_rate": None}]
     page, _ = render(EMPTY | {"board": rows})
     assert len(page.find("th", scope="col")) == 3
@@ -147,7 +149,7 @@ def test_columns_that_no_row_has_are_left_out(render):
     assert len(render(EMPTY | {"board": differing})[0].find("th", scope="col")) == 2
 
 
-def test_curves_show_splits_and_terms(render):
+def test_curves_have_a_line_for_each_split_and_term(render):
     page, _ = render(make_report())
     labels = [a["aria-label"] for a in page.find("svg", role="img") if "over examples" in a["aria-label"]]
     assert labels == [
@@ -159,56 +161,58 @@ def test_curves_show_splits_and_terms(render):
     assert "held out, 35.88 → 3.704" in page.text and "sampled, held out, −1.131 → −1.5" in page.text
     assert "dead" not in page.text and "empty:" not in page.text
     lines = [a["d"] for a in page.find("path", **{"class": "c0 train"})]
-    assert 100 < max(line.count("L") for line in lines) < page.MAX_POINTS
+    assert 100 < max(line.count("L") for line in lines) < report_page.MAX_POINTS
 
 
-def test_points_are_averaged_down_without_losing_the_mean():
+def test_averaged_points_keep_the_mean():
     records = [record("train", i, str(float(i % 7))) for i in range(900)]
-    points = page.points_of(records, "train", "loss")
-    assert len(points) == page.MAX_POINTS
+    points = report_page.points_of(records, "train", "loss")
+    assert len(points) == report_page.MAX_POINTS
     assert sum(y for _, y in points) / 300 == pytest.approx(sum(i % 7 for i in range(900)) / 900)
-    assert page.points_of(records, "heldout", "loss") == []
+    assert report_page.points_of(records, "heldout", "loss") == []
 
 
-def test_plots_show_every_system_and_the_rows_of_pairs(render):
+def test_plots_show_every_system_and_histograms_of_pairs(render):
     page, _ = render(make_report(rows=8))
     labels = [a["aria-label"] for a in page.find("svg", role="img")]
     assert labels[0] == "Win rate: ours: large + small 0.731; ours: tight threshold 0.500; large, sft 0.450"
     assert labels[1] == "Win rate by length: win rate over characters per answer, mean"
     assert labels[2].startswith("Lengths of answers, medians: in the test file 8; ours: large + small 21; ")
     fallen = [label for label in labels if "Fell back" in label]
-    assert fallen == ["ours: large + small: Fell back, mean 0.143 over 8 rows"]  # the other: 0 everywhere
+    assert fallen == [
+        "ours: large + small: Fell back, mean 0.143 over 8 rows"
+    ]  # the other pair has 0 in every row
     assert sum("Acceptance" in label or "KL" in label for label in labels) == 4
 
 
-def test_length_controlled_marks_say_whose_they_are(render):
-    """AlpacaEval's own figures where the leaderboard has them, ours elsewhere; never both in one plot."""
+def test_length_controlled_marks_are_of_one_kind(render):
+    """They are AlpacaEval's own figures if the leaderboard has any, else ours."""
     plot = re.compile(r"<figcaption>Win rate</figcaption>.*?</figure>", re.DOTALL)
     marks = re.compile(r'class="mark" d="M(\d+\.\d) \d+l')
 
-    def drawn(*figures):
-        rows = [row | given for row, given in zip(BOARD, figures, strict=False)]
+    def win_rates(*figures):
+        rows = [row | changes for row, changes in zip(BOARD, figures, strict=False)]
         return plot.search(render(make_report(board=rows))[1])[0]
 
-    plain = drawn({}, {}, {})
+    plain = win_rates({}, {}, {})
     assert "at equal length" in plain and "AlpacaEval" not in plain and len(marks.findall(plain)) == 3
-    alpaca = drawn({"lc_win_rate": 0.5}, {"lc_win_rate": 0.731}, {"lc_win_rate": None})
+    alpaca = win_rates({"lc_win_rate": 0.5}, {"lc_win_rate": 0.731}, {"lc_win_rate": None})
     assert "AlpacaEval&#x27;s length-controlled" in alpaca and "at equal length" not in alpaca
     low, high = map(float, marks.findall(alpaca))
     half = float(re.search(r'class="half" d="M([\d.]+)', alpaca)[1])
-    assert low == half and high > half  # where the first one's figure stands, not its win rate of 0.731
+    assert low == half and high > half  # at the first system's figure, not at its win rate of 0.731
 
 
-def test_data_are_embedded_whole(render):
-    given = make_report()
-    page, raw = render(given)
-    assert page.data == {key: given[key] for key in ("reference", "systems", "rows")}
+def test_all_data_are_embedded(render):
+    report = make_report()
+    page, raw = render(report)
+    assert page.data == {key: report[key] for key in ("reference", "systems", "rows")}
     assert "browser of all 3 prompts with the answers of 3 systems" in page.text.replace("\n", " ")
     assert "large, sft: a/b#2/output.json" in page.text
 
 
 def test_data_never_becomes_markup(render):
-    """Every string of the data is hostile at once; the page has the elements that any other page has."""
+    """If every string of the data is hostile, the page still has only its usual elements."""
     page, raw = render(make_hostile())
     tags = {tag for tag, _ in page.elements}
     assert tags == {tag for tag, _ in render(make_report())[0].elements} - {"wbr"}
@@ -216,22 +220,21 @@ def test_data_never_becomes_markup(render):
     assert not re.search(r"<(script|img)[^>]*hacked|<!--", raw)
     assert "\0" not in raw and "\x1b" not in raw and "\u202e" not in raw.split('id="data"')[0]
     assert "half ? pair" not in raw and "␀" in page.text and "half \ufffd pair" in page.text
-    found = page.data
-    assert [row["prompt"] for row in found["rows"]] == HOSTILE
-    assert found["systems"][2]["name"] == HOSTILE[2]
+    assert [row["prompt"] for row in page.data["rows"]] == HOSTILE
+    assert page.data["systems"][2]["name"] == HOSTILE[2]
     assert page.text.count(" ".join(HOSTILE[0].split())) >= 8
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_embedded_json_gives_the_same_text(text):
-    found = page.embedded({text: [text]})
-    assert json.loads(found) == {text: [text]}
-    assert not set(found) & set("<>&\u2028\u2029\0\x7f\ud83d")
+    encoded = report_page.embedded({text: [text]})
+    assert json.loads(encoded) == {text: [text]}
+    assert not set(encoded) & set("<>&\u2028\u2029\0\x7f\ud83d")
     with pytest.raises(ValueError):
-        page.embedded(float("nan"))
+        report_page.embedded(float("nan"))
 
 
-def test_nothing_to_show_is_fine(render):
+def test_empty_report_is_a_page(render):
     page, _ = render(EMPTY)
     assert "No system was evaluated." in page.text
     assert not page.find("h2", id="training") and not page.find("h2", id="answers")
@@ -239,7 +242,7 @@ def test_nothing_to_show_is_fine(render):
     assert not page.find("h2", id="training") and page.find("h2", id="answers")
 
 
-def test_a_failure_leaves_the_old_page(render, tmp_path):
+def test_failure_keeps_the_previous_page(render, tmp_path):
     _, before = render(EMPTY | {"title": "first"})
     with pytest.raises(KeyError):
         render(EMPTY | {"board": [{"n": 1, "win_rate": 0.5}], "rows": [{}]})
@@ -255,9 +258,9 @@ def luminance(colour):
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_text_is_legible_in_both_colour_schemes(scheme):
-    """Contrast of at least 4.5 of every colour that text has on every ground that it stands on."""
-    blocks = re.findall(r":root \{(.*?)\}", page.STYLE, flags=re.DOTALL)
+def test_text_has_enough_contrast_in_both_colour_schemes(scheme):
+    """Every colour of text has a contrast of at least 4.5 on every background that it is used on."""
+    blocks = re.findall(r":root \{(.*?)\}", report_page.STYLE, flags=re.DOTALL)
     assert len(blocks) == 2
     colours = dict(re.findall(r"--(\w+): #([0-9a-f]+)", blocks[scheme]))
     shades = [f"{side}{depth}" for side in ("up", "down") for depth in range(1, 5)]

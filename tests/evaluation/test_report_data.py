@@ -59,27 +59,27 @@ def test_answers_with_figures_keep_their_tokens():
     assert without["influence"] == [None] * 4
 
 
-def test_answers_of_one_model_are_text():
+def test_answers_of_a_single_model_are_text():
     given = {"text": "x", "finish_reason": "stop", "n_tokens": 1, "stats": {"drafted": 0, "accepted": 0}}
     expected = {"judged": {}, "length": 1, "n": 1, "text": "x"}
     assert gather.answer_entry(given, {}, None) == expected
 
 
-def test_a_pairs_note_says_what_is_missing():
+def test_note_explains_missing_figures():
     def system(**given):
-        pair = SimpleNamespace(proposal="p", aligner=given.get("aligner", "q"))
-        return SimpleNamespace(pair=pair, params=SimpleNamespace(sample_mode=given.get("mode", "par")))
+        params = SimpleNamespace(sample_mode=given.get("mode", "par"))
+        return SimpleNamespace(is_pair=given.get("is_pair", True), params=params)
 
     new, old, figures = [{"token_ids": [1]}], [{}], {0: {}}
     assert gather.note_on(system(), new, figures, 5) is None
-    assert gather.note_on(system(aligner=None), old, {}, 5) is None
+    assert gather.note_on(system(is_pair=False), old, {}, 5) is None
     assert gather.note_on(system(), old, {}, 0) is None
     assert "generate them again" in gather.note_on(system(), old, {}, 5)
     assert "steps=[influence,report]" in gather.note_on(system(), new, {}, 5)
     assert "no fixed law" in gather.note_on(system(mode="snis"), new, figures, 5)
 
 
-def test_curves_are_the_columns_that_are_drawn(tmp_path):
+def test_curves_have_the_drawn_columns(tmp_path):
     run = tmp_path / "run"
     text = "split,updates,examples,loss,target_logp_per_token\ntrain,1,64,2.5,\nheldout,1,64,nan,-0.5\n"
     write_text(run / run_folder.METRICS, text)
@@ -120,7 +120,7 @@ def test_rebuilt_files_are_the_same_bytes(make, tmp_path):
         assert {name: (tmp_path / "b" / name).read_bytes() for name in MADE} == first
 
 
-def test_what_json_cannot_hold_is_made_plain():
+def test_values_without_a_json_form_are_replaced():
     given = {"a": [float("nan"), float("inf"), 1.5, True, None], "b\ud83d": ("half \ud83d", HOSTILE[9])}
     found = gather.plain(given)
     assert found == {"a": [None, None, 1.5, True, None], "b?": ["half ?", HOSTILE[9]]}
@@ -152,7 +152,7 @@ def damages():
     return {
         cut: "not valid JSON",
         change: "was changed after it was written",
-        bits: "not a text file in UTF-8",
+        bits: "not a UTF-8 text file",
         old: r"not a report of this version \(format 1\)",
         list_: "not a report of this version",
         none: "no report.json there; give the folder",
@@ -161,7 +161,7 @@ def damages():
 
 
 @pytest.mark.parametrize("damage", damages().items(), ids=lambda item: item[0].__name__)
-def test_a_damaged_file_is_one_line(damage, tmp_path):
+def test_damaged_report_is_refused(damage, tmp_path):
     """Nothing is written from a file that is not what was saved."""
     spoil, message = damage
     gather.save(tmp_path, whole(make_report()))
@@ -174,13 +174,13 @@ def test_a_damaged_file_is_one_line(damage, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "x.txt"])
-def test_a_wrong_path_is_one_line(name, tmp_path):
+def test_path_without_a_report_is_refused(name, tmp_path):
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(UserError, match=f"report=.*{name}: no report.json there"):
         gather.rebuild(tmp_path / name)
 
 
-def test_saved_file_says_what_it_holds(tmp_path):
+def test_saved_report_has_format_and_digest(tmp_path):
     found = gather.save(tmp_path, whole(make_report()))
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["format"] == gather.FORMAT and saved["report"] == found
@@ -190,7 +190,7 @@ def test_saved_file_says_what_it_holds(tmp_path):
 # ---- wandb -------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_reaches_wandb_offline(tmp_path, monkeypatch):
+def test_evaluation_is_logged_to_wandb_offline(tmp_path, monkeypatch):
     """A run of wandb's own holds the board, the figures of every answer, the page and the result files."""
     import wandb
 

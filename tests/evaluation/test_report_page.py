@@ -1,4 +1,4 @@
-"""The page in a browser: what its script draws, keys, links, a policy that holds, time and width."""
+"""The report page in a browser: rows, filters, keys, links, the policy, load time and width."""
 
 import pytest
 from sample_report import HOSTILE, make_hostile, make_report, single
@@ -12,17 +12,17 @@ PEEK = "document.getElementById('peek')"
 
 @pytest.fixture
 def visit(browser, tmp_path):
-    """Writes a report and opens it; afterwards the page must have logged and thrown nothing."""
+    """A function that writes a report and opens it; the page must log and throw nothing."""
 
-    def go(given, hash="", **view):
-        write_report(tmp_path / "report.html", given)
-        browser.said.clear()
-        browser.seconds = browser.open((tmp_path / "report.html").as_uri() + hash, **view)
+    def go(report, hash="", **view):
+        write_report(tmp_path / "report.html", report)
+        browser.messages.clear()
+        browser.open((tmp_path / "report.html").as_uri() + hash, **view)
         return browser
 
     yield go
-    browser.run("1")  # whatever is still on its way arrives before the answer
-    assert browser.said == []
+    browser.run("1")  # messages that are on their way arrive before its result
+    assert browser.messages == []
 
 
 def choose(browser, name, value):
@@ -42,12 +42,12 @@ def find(browser, text):
     return browser.run(IDS)
 
 
-def test_everything_hostile_shows_as_text_and_does_nothing(visit):
+def test_hostile_strings_are_shown_as_text(visit):
     page = visit(make_hostile())
     assert page.run("window.hacked === undefined && Object.prototype.hacked === undefined")
     assert page.run("document.images.length + document.querySelectorAll('iframe,object,form').length") == 0
     assert page.run("document.scripts.length") == 2
-    # Page 1 has ten rows; open every judgement and visit the first token of each, too.
+    # The first page has ten rows. Open every judgement, and focus the first token of each row.
     page.run("document.querySelectorAll('details').forEach(details => details.open = true)")
     for place in range(10):
         text = HOSTILE[place]
@@ -63,8 +63,8 @@ def test_everything_hostile_shows_as_text_and_does_nothing(visit):
     assert page.run("window.hacked === undefined")
 
 
-def test_policy_holds_where_markup_gets_in(visit):
-    """Were some string to become markup after all: no script, handler, style or fetch of it works."""
+def test_policy_blocks_injected_markup(visit):
+    """If a string became markup in spite of the escapes, its scripts, handlers and styles would not work."""
     page = visit(make_report())
     page.run(
         """document.body.insertAdjacentHTML("beforeend", '<img src=x onerror="window.hacked=1">'
@@ -79,9 +79,9 @@ def test_policy_holds_where_markup_gets_in(visit):
     )
     assert page.run("window.hacked === undefined")
     assert page.run("getComputedStyle(document.getElementById('p')).color") != "rgb(1, 2, 3)"
-    refused = [entry["entry"]["text"] for entry in page.said if "entry" in entry]
-    assert len(refused) >= 4 and all("Content Security Policy" in text for text in refused)
-    page.said.clear()
+    refusals = page.messages
+    assert len(refusals) >= 4 and all("Content Security Policy" in text for text in refusals)
+    page.messages.clear()
 
 
 def test_rows_are_filtered_and_sorted(visit):
@@ -106,7 +106,7 @@ def test_rows_are_filtered_and_sorted(visit):
     assert choose(page, "sort", "longest")[:2] == ["row-20", "row-22"]  # two digits, in their order
     choose(page, "system", 2)
     assert choose(page, "sort", "worst")[0] == "row-0"
-    assert choose(page, "tokens", "changed") == []  # of a model alone
+    assert choose(page, "tokens", "changed") == []  # a model alone has none
 
 
 def test_pages_turn_and_systems_can_be_hidden(visit):
@@ -120,7 +120,7 @@ def test_pages_turn_and_systems_can_be_hidden(visit):
     assert names == ["Reference", "1\u00a0ours: large + small", "3\u00a0large, sft"]
 
 
-def test_keys_go_from_row_to_row_and_from_token_to_token(visit):
+def test_keys_move_between_rows_and_tokens(visit):
     page = visit(make_report(rows=12))
     focus = "document.activeElement.id"
     for expected in ("row-0", "row-2", "row-4"):
@@ -129,19 +129,19 @@ def test_keys_go_from_row_to_row_and_from_token_to_token(visit):
     page.key("k")
     assert page.run(focus) == "row-2" and page.run("location.hash") == "#row-2"
     for _ in range(9):
-        page.key("j")  # over the end of the page
+        page.key("j")  # beyond the end of the page
     assert page.run(focus) == "row-20" and page.run(IDS) == ["row-20", "row-22"]
     for _ in range(10):
         page.key("k")
     assert page.run(focus) == "row-0"
-    page.key("Tab")  # the row's own link
+    page.key("Tab")  # the link of the row
     assert page.run("document.activeElement.textContent") == "Row 0"
     page.key("Tab")
     assert page.run("document.activeElement.textContent") == "The"
     assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.key("ArrowRight")
     shown = page.run(f"{PEEK}.textContent")
-    assert "␣colour" in shown and "+∞ the proposal's own law excludes this token" in shown
+    assert "␣colour" in shown and "+∞ the proposal gives this token no probability" in shown
     assert "the aligner changed it" in shown and "0.5000.500" not in shown and "<.001" in shown
     assert page.run("document.activeElement.getAttribute('aria-describedby')") == "peek"
     page.key("ArrowRight")
@@ -154,7 +154,7 @@ def test_keys_go_from_row_to_row_and_from_token_to_token(visit):
     assert page.run("document.activeElement.value") == "j"
 
 
-def test_pointing_at_a_token_and_tapping_it_shows_its_figures(visit):
+def test_token_under_the_pointer_or_finger_shows_its_figures(visit):
     page = visit(make_report(), width=400)
     page.run("document.querySelector('.token').scrollIntoView({block: 'center'})")
     page.run(LATER)
@@ -162,14 +162,14 @@ def test_pointing_at_a_token_and_tapping_it_shows_its_figures(visit):
         "(() => { const box = document.querySelector('.token').getBoundingClientRect();"
         " return [box.x + 3, box.y + 3]; })()"
     )
-    page.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    page.page.mouse.move(x, y)
     assert page.run(f"{PEEK}.hidden") is False
     left, right, top, bottom = page.run(
         f"(() => {{ const box = {PEEK}.getBoundingClientRect();"
         " return [box.left, box.right, box.top, box.bottom]; })()"
     )
     assert left >= 0 and right <= 400 and top >= 0 and bottom <= 900
-    page.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=2)
+    page.page.mouse.move(x, 2)
     assert page.run(f"{PEEK}.hidden")
     for kind in ("touchStart", "touchEnd"):
         points = [{"x": x, "y": y}] if kind == "touchStart" else []
@@ -178,7 +178,7 @@ def test_pointing_at_a_token_and_tapping_it_shows_its_figures(visit):
     assert page.run(f"{PEEK}.hidden") is False and "0.750" in page.run(f"{PEEK}.textContent")
 
 
-def test_links_lead_to_a_row_and_to_its_judgement(visit):
+def test_links_open_a_row_and_its_judgement(visit):
     page = visit(make_report(rows=25), hash="#row-44/3")
     assert page.run("document.activeElement.closest('.row').id") == "row-44"
     opened = "document.querySelector('.judgement[open]')"
@@ -189,29 +189,29 @@ def test_links_lead_to_a_row_and_to_its_judgement(visit):
     page.run(LATER)
     assert "judgement failed" in page.run("document.activeElement.textContent")
     assert "failedHTTP 500" in page.run("document.querySelector('#row-2 .judgement[open]').textContent")
-    find(page, "Bado 7?")  # a row that the filter leaves out is shown all the same
+    find(page, "Bado 7?")  # a link also shows a row that the filter hides
     page.run("location.hash = '#row-6'")
     page.run(LATER)
     assert page.run("document.activeElement.id") == "row-6" and len(page.run(IDS)) == 10
 
 
-def test_without_scripts_the_rest_is_there(browser, tmp_path):
+def test_page_without_scripts_has_table_and_charts(browser, tmp_path):
     write_report(tmp_path / "report.html", make_report())
     browser.send("Emulation.setScriptExecutionDisabled", value=True)
     try:
-        browser.load((tmp_path / "report.html").as_uri())
+        browser.page.goto((tmp_path / "report.html").as_uri())
         root = browser.send("DOM.getDocument")["root"]["nodeId"]
         for selector, least in (("figure", 12), ("tbody tr", 3), ("noscript .warning", 1), (".row", 0)):
-            found = browser.send("DOM.querySelectorAll", nodeId=root, selector=selector)["nodeIds"]
-            assert len(found) >= least and (least or not found), selector
+            nodes = browser.send("DOM.querySelectorAll", nodeId=root, selector=selector)["nodeIds"]
+            assert len(nodes) >= least and (least or not nodes), selector
     finally:
         browser.send("Emulation.setScriptExecutionDisabled", value=False)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 400])
-def test_a_large_page_is_there_within_three_seconds(visit, width, scheme):
-    """2,000 rows of eight systems, 11 MB; nothing is wider than the window."""
+def test_large_page_loads_in_three_seconds(visit, width, scheme):
+    """It has 2,000 rows of eight systems, 11 MB; nothing is wider than the window."""
     text = "An answer of some length, as a model gives it. " * 12
     rows = [
         {
@@ -227,7 +227,7 @@ def test_a_large_page_is_there_within_three_seconds(visit, width, scheme):
         for k in range(8)
     ]
     page = visit(make_report(rows=1) | {"rows": rows, "systems": systems}, width=width, scheme=scheme)
-    assert page.seconds < 3
+    assert page.load_seconds < 3
     assert len(page.run(IDS)) == 10
     assert page.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     ground = page.run("getComputedStyle(document.body).backgroundColor")

@@ -4,14 +4,15 @@ import pytest
 
 from ram.errors import UserError
 from ram.evaluation import statistics
-from ram.evaluation.judges import judges
+from ram.evaluation.judges.dummy import DummyJudge
+from ram.evaluation.judges.exact import ExactJudge
 
 
-def test_judges_and_bootstrap():
+def test_simple_judges_and_bootstrap(tmp_path):
     """The dummy prefers length, ties half; the interval holds the mean, is seeded, and is exact for
     constants.
     """
-    found = judges.dummy_judge([{}] * 3, ["aa", "a", "b"], ["a", "aa", "c"])
+    found = DummyJudge().compare([{}] * 3, ["aa", "a", "b"], ["a", "aa", "c"], tmp_path)
     assert [row["preference"] for row in found] == [1.0, 0.0, 0.5]
     values = [0.0, 1.0] * 50
     low, high = statistics.bootstrap_interval(values, 1000, seed=0)
@@ -19,4 +20,4 @@ def test_judges_and_bootstrap():
     assert 0.37 < low < 0.43 and 0.57 < high < 0.63  # 0.5 +- 1.96 * 0.05
     assert statistics.bootstrap_interval([0.25] * 9, 100, seed=1) == (0.25, 0.25)
     with pytest.raises(UserError, match="judge=exact needs the toy world's rows"):
-        judges.exact_judge([{"instruction": "x"}], ["a"], ["b"])
+        ExactJudge().compare([{"instruction": "x"}], ["a"], ["b"], tmp_path)

@@ -4,11 +4,13 @@ import functools
 import threading
 
 import pytest
-from test_generation import BOTH, CASES, LETTERS, pair
+from pairs import BOTH, CASES, LETTERS, pair
 from tiny import tiny_model
 
-from ram.decoding.engine import Done, Engine, Piece, Request
-from ram.decoding.reference import StopWatch, decode_batch
+from ram.decoding.reference import decode_batch
+from ram.decoding.requests import Request
+from ram.decoding.rows import StopWatch
+from ram.serving.loop import Done, EngineThread, Piece
 
 MODELS = {
     "a": tiny_model(len(LETTERS), 100),
@@ -34,7 +36,7 @@ class Listener:
             self.ended.set()
 
     def done(self):
-        assert self.ended.wait(20), "no Done came"
+        assert self.ended.wait(60), "no Done came"
         assert [isinstance(event, Done) for event in self.events].count(True) == 1
         return self.events[-1]
 
@@ -52,7 +54,7 @@ class Listener:
 
 
 def open_engine(proposal=PROPOSAL, tokenizer=LETTERS, aligners=MODELS, **settings):
-    return Engine(proposal, tokenizer, aligners, **SIZES | settings)
+    return EngineThread(proposal, tokenizer, aligners, **SIZES | settings)
 
 
 def ask(text="abcabc", aligner="a", params=PAR, new=16, **rest):
@@ -83,9 +85,11 @@ def assert_alone(request, listener):
 
 def assert_whole(served):
     """No position, line or request is lost or counted twice."""
-    assert not served.running and not served.waiting and len(served.rounds.free) == served.max_rows
-    for member in (served.proposal, *served.aligners.values()):
-        held = [position for hold in member.pool.kept for position in hold.positions.tolist()]
-        free = member.pool.free[: member.pool.count].tolist()
-        assert sorted({*held, *free}) == list(range(member.pool.size))
-        assert len(free) + len(set(held)) == member.pool.size
+    engine = served.engine
+    assert engine.idle and not served.inbox and len(engine.rounds.free) == served.limits.rows
+    for member in (engine.verifier, *served.aligners.values()):
+        pool = member.pool.positions
+        held = [position for allocation in pool.kept for position in allocation.positions.tolist()]
+        free = pool.free[: pool.count].tolist()
+        assert sorted({*held, *free}) == list(range(served.limits.positions))
+        assert len(free) + len(set(held)) == served.limits.positions

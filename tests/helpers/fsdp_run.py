@@ -1,5 +1,6 @@
-"""Run by torchrun in test_processes.py: trains the tests' tiny model with FSDPTrainer, once for each loss,
-and leaves its files in FOLDER/LOSS.
+"""Train the tests' tiny model in float64 with FSDPTrainer, once for each loss; torchrun runs this file.
+
+test_processes.py reads the files that it leaves in FOLDER/LOSS.
 
     fsdp_run.py FOLDER STOP LOSS,LOSS [key=value ...]
 
@@ -10,8 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from test_trainers import TOKENIZER, dataset, settings
 from tiny import tiny_model
+from training_runs import TOKENIZER, dataset, settings
 
 import trainers
 import utils
@@ -44,17 +45,19 @@ def main():
 
 def train(folder, *overrides):
     config = settings("trainer=FSDPTrainer", "model.block_name=LlamaDecoderLayer", *overrides)
-    reference = tiny_model(len(TOKENIZER), seed=7, layers=2) if config.loss.name == "dpo" else None
-    model = tiny_model(len(TOKENIZER), seed=0, layers=2)
-    if processes.is_first():
+    reference = None
+    if config.loss.name == "dpo":
+        reference = tiny_model(len(TOKENIZER), seed=7, layers=2, dtype=torch.float64)
+    model = tiny_model(len(TOKENIZER), seed=0, layers=2, dtype=torch.float64)
+    if processes.is_rank0():
         folder.mkdir(parents=True, exist_ok=True)
-    processes.wait()
+    processes.barrier()
     run = Told(config, model, TOKENIZER, dataset(18), dataset(6, seed=99), folder, {}, reference, {"it": 1})
     try:
         run.train(resume.newest(folder, {"it": 1}))
     except trainers.Preempted:
         assert Told.stop_after
-    processes.wait()
+    processes.barrier()
 
 
 if __name__ == "__main__":

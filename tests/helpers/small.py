@@ -1,8 +1,11 @@
-"""The toy recipe in small, and what a user's command does, in this process."""
+"""Overrides that shrink the toy recipe, and running a command in this process."""
 
 from pathlib import Path
+from types import ModuleType
 
 from ram.settings import compose
+from ram.settings.schema import Settings, settings_of
+from utils import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -25,7 +28,12 @@ SMALL = [
 ]
 
 
-def run(entry, *overrides):
-    """What `python train.py OVERRIDES` does after its command line was read."""
-    overrides = compose.preflight(list(overrides))
-    entry.run(compose.compose(overrides), overrides)
+def run(entry: ModuleType, *overrides: str) -> None:
+    """Run an entry point such as `train` as `python train.py OVERRIDES` does after parsing."""
+    checked = compose.preflight(list(overrides))
+    entry.run(compose.compose(checked), checked)
+
+
+def settings(*overrides: str) -> Settings:
+    """Return the typed settings of a command line."""
+    return settings_of(compose.compose(compose.preflight(list(overrides))), TABLES)

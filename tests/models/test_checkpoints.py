@@ -1,6 +1,4 @@
-"""Models on disk and run folders: damage is named, what is finished is checked, what begins anew is
-cleared.
-"""
+"""Loading models, damaged folders, fingerprints, and the life cycle of run folders."""
 
 import json
 from pathlib import Path
@@ -38,18 +36,17 @@ def saved(path):
 
 
 @pytest.mark.parametrize("keep", [0, 1000, -100])
-def test_cut_weights_name_the_folder(tmp_path, keep):
-    """A download that was cut short is one line, not the traceback of the file format's own error."""
+def test_truncated_weights_error_names_the_folder(tmp_path, keep):
     source = saved(tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=rf"\Acannot load a model from {source} .*cut short"):
+    with pytest.raises(UserError, match=rf"\Acannot load a model from {source} .*truncated"):
         checkpoints.load_model(source)
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "ll', "[]", "5", "", '{"model_type": "nope"}'])
-def test_a_broken_config_names_the_folder(tmp_path, text):
-    """Whatever is in config.json, loading and the check before it say in one line where."""
+def test_malformed_config_error_names_the_folder(tmp_path, text):
+    """Both loading and the earlier check of the context length name the file."""
     source = saved(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(text)
     with pytest.raises(UserError, match=rf"\Acannot load a model from {source} "):
@@ -61,15 +58,15 @@ def test_a_broken_config_names_the_folder(tmp_path, text):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("text", ["[]", '{"a": '])
-def test_a_broken_tokenizer_names_the_folder(tmp_path, name, text):
+def test_malformed_tokenizer_error_names_the_folder(tmp_path, name, text):
     source = saved(tmp_path / "m")
     (tmp_path / "m" / name).write_text(text)
     with pytest.raises(UserError, match=f"no tokenizer in {source}"):
         checkpoints.load_tokenizer(source)
 
 
-def test_a_missing_tokenizer_is_said_to_be_missing(tmp_path):
-    """A folder with the weights alone; transformers' own error is a list of what it tried."""
+def test_missing_tokenizer_error_names_the_file(tmp_path):
+    """transformers' own message does not say that the file is missing."""
     source = saved(tmp_path / "m")
     (tmp_path / "m" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=f"no tokenizer in {source}: expected its tokenizer.json; copy"):
@@ -77,8 +74,8 @@ def test_a_missing_tokenizer_is_said_to_be_missing(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 2), ("hidden_size", 32)])
-def test_weights_of_another_config_are_refused(tmp_path, key, value):
-    """Weights that config.json asks for and the folder lacks are never drawn at random."""
+def test_weights_that_do_not_match_the_config_are_refused(tmp_path, key, value):
+    """Missing weights are never initialised at random."""
     source = saved(tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
@@ -86,30 +83,30 @@ def test_weights_of_another_config_are_refused(tmp_path, key, value):
         checkpoints.load_model(source)
 
 
-# ---- fresh models ------------------------------------------------------------------------------------------
+# ---- new models --------------------------------------------------------------------------------------------
 
 WRONG = [
     ({"model_type": "lama"}, r"unknown model\.architecture\.model_type 'lama': did you mean 'llama'"),
     ({"model_type": None}, r"unknown model\.architecture\.model_type None"),
     ({"hidden_sizes": 16}, r"unknown key model\.architecture\.hidden_sizes: did you mean 'hidden_size'"),
-    ({"hidden_size": 18}, r"model\.architecture cannot .*hidden size \(18\) is not a multiple"),
-    ({"hidden_size": "big"}, r"model\.architecture cannot .*hidden_size.* expected int, got str"),
-    ({"num_attention_heads": 0}, r"model\.architecture cannot be made into a model"),
-    ({"num_key_value_heads": 3}, r"model\.architecture cannot be made into a model"),  # shows when it runs
-    ({"hidden_act": "silly"}, r"model\.architecture cannot be made into a model .*silly"),
-    ({"vocab_size": 5}, r"model\.architecture cannot be made into a model .*vocab_size"),
+    ({"hidden_size": 18}, r"model\.architecture is not a valid .*hidden size \(18\) is not a multiple"),
+    ({"hidden_size": "big"}, r"model\.architecture is not a valid .*hidden_size.* expected int, got str"),
+    ({"num_attention_heads": 0}, r"model\.architecture is not a valid model"),
+    ({"num_key_value_heads": 3}, r"model\.architecture is not a valid model"),  # fails only in a forward pass
+    ({"hidden_act": "silly"}, r"model\.architecture is not a valid model .*silly"),
+    ({"vocab_size": 5}, r"model\.architecture is not a valid model .*vocab_size"),
 ]
 
 
 @pytest.mark.parametrize(("changed", "message"), WRONG)
-def test_an_architecture_that_is_none_is_named(changed, message):
-    """Unknown types and keys, and sizes that do not fit together, end in one line before any training."""
+def test_invalid_architecture_is_refused(changed, message):
+    """Unknown types, unknown keys and inconsistent sizes."""
     with pytest.raises(UserError, match=message):
         checkpoints.new_model(SIZES | changed, TOKENIZER, 0)
 
 
-def test_fresh_weights_depend_on_their_seed_alone():
-    """Whatever was drawn before; and nothing that is drawn afterwards depends on them."""
+def test_new_weights_depend_on_their_seed_only():
+    """Creating a model neither reads nor changes the global random state."""
     torch.manual_seed(5)
     state = torch.get_rng_state()
     one = checkpoints.new_model(SIZES | {"attention_dropout": 0.5}, TOKENIZER, 3).state_dict()
@@ -119,8 +116,8 @@ def test_fresh_weights_depend_on_their_seed_alone():
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
-def test_lengths_are_checked_against_the_positions_of_any_model(tmp_path):
-    """A folder's config, a fresh architecture, GPT-2's name for it; what states no limit has none."""
+def test_max_length_is_checked_against_the_positions_of_a_model(tmp_path):
+    """For a folder, a new architecture and GPT-2's key; a config without the key has no limit."""
     source = saved(tmp_path / "m")
     checkpoints.check_context(source, 256)
     with pytest.raises(UserError, match=f"max_length=257, but {source} holds 256 positions"):
@@ -137,8 +134,8 @@ def test_lengths_are_checked_against_the_positions_of_any_model(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "config.json"])
-def test_a_fingerprint_covers_what_decides_the_text(tmp_path, name):
-    """A change in the tokenizer's own settings is another model; a note beside the weights is not."""
+def test_fingerprint_covers_every_file_that_affects_the_output(tmp_path, name):
+    """A changed tokenizer setting changes the fingerprint; a note beside the weights does not."""
     source = saved(tmp_path / "m")
     before = checkpoints.weights_fingerprint(source)
     (tmp_path / "m" / "README.md").write_text("a note")
@@ -153,19 +150,22 @@ def test_a_fingerprint_covers_what_decides_the_text(tmp_path, name):
 
 @pytest.fixture
 def stage(tmp_path):
-    """Makes the one stage of a tiny run on 12 rows; a fresh model unless weights are named."""
+    """Makes the stage of a tiny run on 12 rows, with a new model unless weights are named."""
     rows = [{"instruction": f"say {i}", "output": f"word {i}", "sampling": f"no {i}"} for i in range(12)]
     write_json(tmp_path / "data" / "train" / "ultrachat_round_one_sampling_m.json", rows)
     TOKENIZER.save_pretrained(tmp_path / "data" / "tokenizer")
 
     def make(*overrides, **sizes):
-        fresh = f"model.architecture={recipes.literal(SIZES | sizes)}"
+        sized = ", ".join(f"{key}: {json.dumps(value)}" for key, value in (SIZES | sizes).items())
+        model = [f"model.architecture={{{sized}}}"]
+        if any("name_or_path" in override for override in overrides):
+            model = []
         overrides = [
             f"data_dir={tmp_path / 'data'}",
             f"output_dir={tmp_path}",
             "exp_name=run",
             "datasets=[uc_m]",
-            *([] if any("name_or_path" in override for override in overrides) else [fresh]),
+            *model,
             f"model.tokenizer_name_or_path={tmp_path / 'data' / 'tokenizer'}",
             "max_length=64",
             "max_prompt_length=40",
@@ -185,8 +185,8 @@ def snapshot(folder):
     }
 
 
-def test_a_finished_run_is_left_alone_and_checked(stage):
-    """done.json describes LATEST: weights that are missing or changed are named."""
+def test_finished_run_is_checked_and_not_trained_again(stage):
+    """If LATEST is missing or has other weights than done.json says, the run is refused."""
     run = stage()
     train.train_stage(run, overwrite=False)
     before = snapshot(run.output)
@@ -205,33 +205,31 @@ def test_a_finished_run_is_left_alone_and_checked(stage):
 
 
 @pytest.mark.parametrize("text", ["", '{"settings": {', "[]", "5", "{}", '{"settings": {}}'])
-def test_an_odd_done_json_is_no_traceback(stage, text):
-    """Cut short, of another kind or without a key: one line with the remedy, which works."""
+def test_malformed_done_json_is_one_line(stage, text):
+    """The remedy in the message works."""
     run = stage()
     run.output.mkdir(parents=True)
     (run.output / "done.json").write_text(text)
-    with pytest.raises(UserError, match=r"done\.json.*overwrite=true trains"):
+    with pytest.raises(UserError, match=r"done\.json.*overwrite=true to train"):
         train.train_stage(run, overwrite=False)
     train.train_stage(run, overwrite=True)
     assert run_folder.finished_run(run.output)
 
 
-def test_what_is_not_finished_has_no_record(tmp_path):
+def test_unfinished_run_has_no_record(tmp_path):
     assert run_folder.finished_run(tmp_path) is None and run_folder.finished_run(tmp_path / "none") is None
 
 
 def leave(folder):
-    """What an earlier attempt at a run leaves behind."""
+    """Create the files of an earlier, unfinished attempt."""
     for name in ("LATEST", "step-900", "step-16", "step-old"):
         saved(folder / name)
     for name in ("metrics.csv", "bad_rows.jsonl"):
         (folder / name).write_text("old")
 
 
-def test_an_attempt_begins_without_the_traces_of_another(stage):
-    """Weights and metrics of an attempt that was not finished are gone before the first update, not counted
-    as good; a folder that is not ours stays.
-    """
+def test_files_of_an_earlier_attempt_are_removed(stage):
+    """Weights and metrics of an unfinished attempt are gone before the first update; other folders stay."""
     run = stage("lr=1e38")
     leave(run.output)
     with pytest.raises(trainers.Diverged, match="no good weights were saved"):
@@ -240,8 +238,8 @@ def test_an_attempt_begins_without_the_traces_of_another(stage):
     assert "old" not in (run.output / "metrics.csv").read_text()
 
 
-def test_a_run_that_cannot_begin_spares_what_is_there(stage):
-    """A model that cannot be made is found out before anything of the finished run is removed."""
+def test_run_that_cannot_start_keeps_the_finished_one(stage):
+    """An invalid model is refused before any file of the finished run is removed."""
     train.train_stage(stage(), overwrite=False)
     before = snapshot(stage().output)
     with pytest.raises(UserError, match=r"model\.architecture"):
@@ -251,8 +249,8 @@ def test_a_run_that_cannot_begin_spares_what_is_there(stage):
     assert snapshot(stage().output) == before
 
 
-def test_a_run_does_not_replace_the_weights_it_starts_from(stage):
-    """Weights out of the run's own folder would be removed before they are read."""
+def test_run_does_not_remove_the_weights_it_starts_from(stage):
+    """Starting from weights in the run's own folder is refused."""
     train.train_stage(stage(), overwrite=False)
     before = snapshot(stage().output)
     source = stage().output / "step-8"
@@ -263,7 +261,7 @@ def test_a_run_does_not_replace_the_weights_it_starts_from(stage):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_debug_never_touches_a_run_folder(stage, overwrite):
-    """A finished run and an unfinished one stay as they are, whatever is trained on top of them."""
+    """Neither a finished nor an unfinished run is changed."""
     run = stage("debug=true")
     leave(run.output)
     before = snapshot(run.output)
@@ -276,18 +274,19 @@ def test_debug_never_touches_a_run_folder(stage, overwrite):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
-def test_reference_of_a_fresh_model_is_that_model(stage, loss, monkeypatch):
-    """dpo and ipo measure a model from nothing against itself as it began, in the type of the reference."""
-    seen, real = {}, trainers.BasicTrainer.train
+def test_reference_of_a_new_model_is_its_initial_state(stage, loss, monkeypatch):
+    """dpo and ipo compare a new model with its initial weights, in the reference's dtype."""
+    seen = {}
+    real = trainers.BasicTrainer.train
 
-    def look(self, state=None):
+    def record(self, state=None):
         seen["policy"] = [p.detach().clone() for p in self.model.parameters()]
         seen["reference"] = [p.detach().clone() for p in self.reference.parameters()]
         metrics = real(self)
         seen["after"] = [p.detach() for p in self.reference.parameters()]
         return metrics
 
-    monkeypatch.setattr(trainers.BasicTrainer, "train", look)
+    monkeypatch.setattr(trainers.BasicTrainer, "train", record)
     run = stage(f"loss={loss}", "lr=1e-3", "warmup_steps=0", "model.reference_dtype=float32")
     train.train_stage(run, overwrite=False)
     trained = list(AutoModelForCausalLM.from_pretrained(run.weights).parameters())
@@ -298,8 +297,8 @@ def test_reference_of_a_fresh_model_is_that_model(stage, loss, monkeypatch):
     assert {weight.dtype for weight in seen["reference"]} == {torch.bfloat16}
 
 
-def test_code_in_a_models_folder_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
-    """A folder may name its own code; it is refused, without a question, until trust_remote_code=true."""
+def test_code_in_a_model_folder_runs_only_if_trusted(tmp_path, monkeypatch):
+    """Without trust_remote_code=true, the code is refused without a prompt on the terminal."""
     folder = Path(save_model_folder(tmp_path / "model", tiny_model(len(TOKENIZER), 0), TOKENIZER))
     code = "from transformers import LlamaConfig, LlamaForCausalLM\nopen({!r}, 'w').close()\n"
     code += "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"

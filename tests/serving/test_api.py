@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client sees it; every answer is what `decoding.generate` gives."""
+"""The server through OpenAI's own client: every answer equals that of `generate`."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,33 +15,32 @@ HELLO = [{"role": "user", "content": "hello"}]
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     save_models(folder)
-    with running(folder) as found:
-        yield found
+    with running(folder) as models_and_url:
+        yield models_and_url
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0) as found:
-        yield found
+    with openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0) as openai_client:
+        yield openai_client
 
 
-def test_models(client):
-    """Each aligner is a model, and so is the proposal alone."""
-    assert [each.id for each in client.models.list()] == ["proposal", "a", "b"]
+def test_proposal_and_every_aligner_are_models(client):
+    assert [model.id for model in client.models.list()] == ["proposal", "a", "b"]
     assert client.models.retrieve("b").id == "b"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("c")
 
 
 @pytest.mark.parametrize("name", ["proposal", "a", "b"])
-def test_chat(server, client, name):
-    """A dialogue of several turns becomes the text that training used; counts are exact."""
-    said = ["hi", "what?", "tell me"]
+def test_chat_uses_the_text_of_training(server, client, name):
+    """A dialogue of several turns is rendered as in training; token counts are exact."""
+    turns = ["hi", "what?", "tell me"]
     messages = [
-        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, said, strict=False)
+        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, turns, strict=False)
     ]
     answer = client.chat.completions.create(model=name, messages=messages, seed=3, max_tokens=20)
-    text = chat_text(*said)
+    text = chat_text(*turns)
     whole = expected(server[0], name, text, 3, 20)
     (choice,) = answer.choices
     assert (choice.message.content, choice.finish_reason) == (whole.text, whole.finish_reason)
@@ -51,28 +50,28 @@ def test_chat(server, client, name):
     protocol.ChatAnswer.model_validate_json(ask(server[1], {"model": name, "messages": messages}).content)
 
 
-def test_system_message_and_parts(server, client):
-    """The template's place for a system message; content may come in parts."""
-    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+def test_system_message_and_content_in_parts(server, client):
+    """The system message goes to its place in the template."""
+    parts = [{"type": "text", "text": "hello "}, {"type": "text", "text": "you"}]
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": parts}]
     answer = client.chat.completions.create(model="a", messages=messages, seed=1, max_tokens=9)
-    text = f"Be kind.{chat_text('hello')}"
+    text = f"Be kind.{chat_text('hello you')}"
     assert answer.choices[0].message.content == expected(server[0], "a", text, 1, 9).text
 
 
-def test_an_answer_is_sent_back_as_it_came(server, client):
-    """The next turn of a dialogue has the answer's own message in it, as an object or as its whole dump."""
+def test_answer_can_be_sent_back_unchanged(server, client):
+    """Clients put the answer's message into the next request, as an object or as its whole dump."""
     request = {"model": "a", "seed": 2, "max_tokens": 8}
     message = client.chat.completions.create(messages=HELLO, **request).choices[0].message
     text = chat_text(HELLO[0]["content"], message.content, "more")
-    for sent in (message, message.model_dump()):
-        turns = [*HELLO, sent, {"role": "user", "content": "more"}]
+    for previous in (message, message.model_dump()):
+        turns = [*HELLO, previous, {"role": "user", "content": "more"}]
         answer = client.chat.completions.create(messages=turns, **request)
         assert answer.choices[0].message.content == expected(server[0], "a", text, 2, 8).text
 
 
-def test_choices_are_rows(server, client):
-    """Choice i is drawn as row i, whatever else is asked for at the same time."""
+def test_choice_equals_the_row_of_its_index(server, client):
+    """Choice i has the random numbers of row i, whatever else is decoded at the same time."""
     answer = client.chat.completions.create(model="a", messages=HELLO, n=3, seed=5, max_tokens=12)
     texts = [choice.message.content for choice in answer.choices]
     assert texts == [expected(server[0], "a", chat_text("hello"), 5, 12, row).text for row in range(3)]
@@ -80,8 +79,8 @@ def test_choices_are_rows(server, client):
 
 
 @pytest.mark.parametrize("extra", [{}, {"n": 2}, {"logprobs": True, "top_logprobs": 2}])
-def test_a_stream_says_what_the_whole_says(server, client, extra):
-    """The same seed: pieces put together are the answer, its log-probabilities and its usage."""
+def test_stream_equals_the_whole_answer(server, client, extra):
+    """With the same seed its pieces add up to the text, the log-probabilities and the usage."""
     request = {"model": "a", "messages": HELLO, "seed": 8, "max_tokens": 24, **extra}
     whole = client.chat.completions.create(**request)
     n = extra.get("n", 1)
@@ -100,12 +99,9 @@ def test_a_stream_says_what_the_whole_says(server, client, extra):
     assert last.usage == whole.usage and not last.choices
     if "logprobs" in extra:
         known = whole.choices[0].logprobs.content
-        assert [(each.token, each.bytes) for each in logprobs[0]] == [
-            (each.token, each.bytes) for each in known
-        ]
-        assert [each.logprob for each in logprobs[0]] == pytest.approx(
-            [each.logprob for each in known], abs=1e-4
-        )
+        for streamed, token in zip(logprobs[0], known, strict=True):
+            assert (streamed.token, streamed.bytes) == (token.token, token.bytes)
+            assert streamed.logprob == pytest.approx(token.logprob, abs=1e-4)
         assert len(logprobs[0]) == whole.usage.completion_tokens
         for token in logprobs[0]:
             assert len(token.top_logprobs) <= 2 and token.logprob <= 0
@@ -115,8 +111,8 @@ def test_a_stream_says_what_the_whole_says(server, client, extra):
             )
 
 
-def test_the_same_answer_in_a_crowd(server, client):
-    """Twelve requests at once, of three models, give what each gives alone."""
+def test_simultaneous_requests_get_their_own_answers(server, client):
+    """Each of twelve requests to three models gets the answer that it gets alone."""
 
     def one(i):
         name = ["proposal", "a", "b"][i % 3]
@@ -128,8 +124,8 @@ def test_the_same_answer_in_a_crowd(server, client):
             assert text == expected(server[0], name, chat_text("hello"), i, 16).text
 
 
-def test_a_seed_is_found_where_none_was_given(client):
-    """It is another one each time, and with it the answer comes again."""
+def test_request_without_a_seed_gets_a_new_one(client):
+    """The answer names the seed, and the seed reproduces the answer."""
     request = {"model": "b", "messages": HELLO, "max_tokens": 10}
     first, second = (client.chat.completions.create(**request) for _ in range(2))
     assert first.seed != second.seed
@@ -137,8 +133,8 @@ def test_a_seed_is_found_where_none_was_given(client):
     assert again.choices[0].message == second.choices[0].message
 
 
-def test_stop_strings(server, client):
-    """A stop string ends an answer and is not shown, streamed or not; several may be given."""
+def test_stop_string_ends_the_answer_and_is_not_shown(server, client):
+    """This holds for whole answers and for streams, with one stop string or several."""
     text, seed = "Q: go A:", 4
     free = expected(server[0], "a", text, seed, 30, stop=())
     assert len(free.text) > 12
@@ -152,8 +148,8 @@ def test_stop_strings(server, client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
 
 
-def test_completion_prompts(server, client):
-    """A text, several, token ids and several rows of them; a prompt's answer does not hang on its place."""
+def test_completion_accepts_texts_and_token_ids(server, client):
+    """One or several; the answer to a prompt does not depend on its position."""
     ids = TOKENIZER("abc").input_ids
     request = {"model": "proposal", "seed": 2, "max_tokens": 8}
     one = client.completions.create(prompt="abc", **request)
@@ -168,21 +164,23 @@ def test_completion_prompts(server, client):
     assert [choice.text for choice in rows.choices] == [choice.text for choice in two.choices]
 
 
-def test_completion_logprobs(server, client):
-    """One entry per token; offsets say where each token's text begins."""
+def test_completion_logprobs_have_one_entry_per_token(server, client):
+    """The offsets are the places in the answer at which the tokens' texts begin."""
     answer = client.completions.create(model="a", prompt="Q:", seed=6, max_tokens=20, logprobs=3)
-    found, whole = answer.choices[0].logprobs, expected(server[0], "a", "Q:", 6, 20)
-    assert found.tokens == [TOKENIZER.decode([token]) for token in whole.token_ids]
-    assert len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset) == len(found.tokens)
-    assert found.text_offset[0] == 0 and found.text_offset == sorted(found.text_offset)
-    for token, start in zip(found.tokens, found.text_offset, strict=True):
+    logprobs, whole = answer.choices[0].logprobs, expected(server[0], "a", "Q:", 6, 20)
+    assert logprobs.tokens == [TOKENIZER.decode([token]) for token in whole.token_ids]
+    for entries in (logprobs.token_logprobs, logprobs.top_logprobs, logprobs.text_offset):
+        assert len(entries) == len(logprobs.tokens)
+    assert logprobs.text_offset[0] == 0 and logprobs.text_offset == sorted(logprobs.text_offset)
+    for token, start in zip(logprobs.tokens, logprobs.text_offset, strict=True):
         if "\ufffd" not in token and token != TOKENIZER.eos_token:
             assert answer.choices[0].text[start : start + len(token)] == token
 
 
-def test_settings_of_a_request_reach_the_law(server, client):
-    """temperature and top_p are the aligner's, and the proposal's where it answers alone; PAR's own are
-    taken by name.
+def test_sampling_settings_of_a_request_are_used(server, client):
+    """`temperature` and `top_p` set the aligner's distribution, or the proposal's if it answers alone.
+
+    PAR's own settings are accepted by their names.
     """
     request = {"prompt": "abc", "seed": 7, "max_tokens": 12}
     models = server[0]
@@ -190,9 +188,9 @@ def test_settings_of_a_request_reach_the_law(server, client):
     assert hot.choices[0].text == expected(models, "a", "abc", 7, 12, temperature=1.7, top_p=0.8).text
     alone = client.completions.create(model="proposal", temperature=0.3, **request)
     assert alone.choices[0].text == expected(models, None, "abc", 7, 12, base_temperature=0.3).text
-    ours = {"sample_mode": "par_kl", "div_threshold": 0.7, "base_top_k": 4}
-    own = client.completions.create(model="a", extra_body=ours, **request)
-    assert own.choices[0].text == expected(models, "a", "abc", 7, 12, **ours).text
+    par_settings = {"sample_mode": "par_kl", "div_threshold": 0.7, "base_top_k": 4}
+    own = client.completions.create(model="a", extra_body=par_settings, **request)
+    assert own.choices[0].text == expected(models, "a", "abc", 7, 12, **par_settings).text
     greedy = {"temperature": 0.00001, "extra_body": {"base_temperature": 0}}
     texts = {
         client.completions.create(model="a", prompt="abc", max_tokens=9, **greedy).choices[0].text
@@ -201,20 +199,20 @@ def test_settings_of_a_request_reach_the_law(server, client):
     assert len(texts) == 1
 
 
-def test_long_dialogues_are_cut_as_in_training(server, client):
-    """The oldest turns go first, so that the answer has room."""
-    said = ["x" * 90, "y" * 60, "z" * 30, "w" * 20, "end"]
+def test_long_dialogue_is_cut_as_in_training(server, client):
+    """The oldest turns are dropped, so that the answer fits."""
+    turns = ["x" * 90, "y" * 60, "z" * 30, "w" * 20, "end"]
     roles = ["user", "assistant"] * 3
-    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
     answer = client.chat.completions.create(model="a", messages=messages, seed=1, max_tokens=100)
-    kept = chat_text(*said[2:])
-    assert len(kept) <= 156 < len(chat_text(*said))
+    kept = chat_text(*turns[2:])
+    assert len(kept) <= 156 < len(chat_text(*turns))
     assert answer.usage.prompt_tokens == len(kept)
     assert answer.choices[0].message.content == expected(server[0], "a", kept, 1, 100).text
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "param", "said"),
+    ("path", "body", "status", "param", "message"),
     [
         ("chat", {"model": "c", "messages": HELLO}, 404, "model", "there are: a, b, proposal"),
         ("chat", {"model": "a", "messages": []}, 400, "messages", "at least 1"),
@@ -238,9 +236,9 @@ def test_long_dialogues_are_cut_as_in_training(server, client):
         ),
         (
             "chat",
-            {"model": "a", "messages": HELLO, "tempature": 1},
+            {"model": "a", "messages": HELLO, "temprature": 1},
             400,
-            "tempature",
+            "temprature",
             "did you mean 'temperature'",
         ),
         (
@@ -301,15 +299,15 @@ def test_long_dialogues_are_cut_as_in_training(server, client):
         ("text", {"model": "a", "prompt": "x", "stop": [""]}, 400, "stop", "at least 1"),
     ],
 )
-def test_refusals(server, path, body, status, param, said):
-    """Each names what is wrong, in OpenAI's shape."""
+def test_wrong_request_is_refused_with_the_key_at_fault(server, path, body, status, param, message):
+    """Every error has OpenAI's shape."""
     answer = ask(server[1], body, {"chat": "chat/completions", "text": "completions"}[path])
     assert answer.status_code == status, answer.text
     error = protocol.ErrorBody.model_validate_json(answer.content).error
-    assert error.param == param and said in error.message
+    assert error.param == param and message in error.message
 
 
-def test_the_client_meets_its_own_errors(client):
+def test_client_raises_its_own_exceptions(client):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model="a", messages=HELLO, temperature=-1)
     with pytest.raises(openai.NotFoundError, match="there are"):

@@ -1,4 +1,4 @@
-"""FastChat's protocol: the worker's answers, its registering, and FastChat's own servers in front of it."""
+"""The FastChat worker: its answers, its registration, and FastChat's own servers in front of it."""
 
 import contextlib
 import json
@@ -21,22 +21,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextlib.contextmanager
 def working(folder, *arguments):
-    """(models, url) of a worker that registers and stops when the context is left."""
+    """The models and URL of a registered worker that stops when the context is left."""
     models, listener, url = opened(folder, *arguments)
     with fastchat_worker.registered(models, url) as app, listening(models, app, listener):
         yield models, url
 
 
 class Controller(BaseHTTPRequestHandler):
-    """Stands in for FastChat's: notes what it is told, forgets a worker when `known` is cleared."""
+    """A stand-in for FastChat's controller that records requests; clear `known` to make it forget workers."""
 
-    told, known = [], True
+    requests, known = [], True
 
     def log_message(self, *args):
         pass
 
     def do_POST(self):
-        self.told.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        self.requests.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
         body = json.dumps({"exist": Controller.known}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -46,8 +46,8 @@ class Controller(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def worker(folder):
-    with working(folder, "seed=5", "worker.controller=http://127.0.0.1:1") as found:
-        yield found
+    with working(folder, "seed=5", "worker.controller=http://127.0.0.1:1") as models_and_url:
+        yield models_and_url
 
 
 def post(worker, path, **body):
@@ -55,28 +55,28 @@ def post(worker, path, **body):
 
 
 def items(answer):
-    return [json.loads(each) for each in answer.content.split(b"\0") if each]
+    return [json.loads(item) for item in answer.content.split(b"\0") if item]
 
 
 @pytest.mark.parametrize("name", ["proposal", "a"])
-def test_stream_grows_into_the_generated_text(worker, name):
-    """Each item has the whole text so far; counts are exact; `echo` repeats the prompt."""
+def test_stream_ends_with_the_text_of_generate(worker, name):
+    """Each item has the whole text so far; token counts are exact; `echo` repeats the prompt."""
     text = chat_text("hi")
-    found = items(
+    stream = items(
         post(worker, "worker_generate_stream", model=name, prompt=text, max_new_tokens=20, echo=False)
     )
     whole = expected(worker[0], name, text, 5, 20, stop=())
-    assert found[-1]["text"] == whole.text and found[-1]["finish_reason"] == whole.finish_reason
+    assert stream[-1]["text"] == whole.text and stream[-1]["finish_reason"] == whole.finish_reason
     counts = {"prompt_tokens": len(text), "completion_tokens": len(whole.token_ids)}
-    assert found[-1]["usage"] == counts | {"total_tokens": sum(counts.values())}
-    assert all(b["text"].startswith(a["text"]) for a, b in zip(found, found[1:], strict=False))
-    assert {item["error_code"] for item in found} == {0} and len(found) > 2
+    assert stream[-1]["usage"] == counts | {"total_tokens": sum(counts.values())}
+    assert all(b["text"].startswith(a["text"]) for a, b in zip(stream, stream[1:], strict=False))
+    assert {item["error_code"] for item in stream} == {0} and len(stream) > 2
     echoed = post(worker, "worker_generate", model=name, prompt=text, max_new_tokens=20).json()
     assert echoed["text"] == text + whole.text
 
 
-def test_settings_of_a_request(worker):
-    """FastChat's temperature is the aligner's, and the proposal's where that answers alone; stops cut."""
+def test_settings_of_a_request_are_used(worker):
+    """FastChat's temperature is the aligner's, or the proposal's if it answers alone; stop strings cut."""
     law = {"temperature": 0.4, "top_p": 0.9, "repetition_penalty": 1.1, "top_k": -1}
     text = "Q: A:"
     request = {"prompt": text, "max_new_tokens": 20, "echo": False, "stop": None, "seed": 3, **law}
@@ -87,7 +87,7 @@ def test_settings_of_a_request(worker):
     assert alone == expected(worker[0], None, text, 3, 20, stop=(), **base).text
     stopped = post(worker, "worker_generate", model="a", **{**request, "stop": pair[5]}).json()
     assert stopped["text"] == pair[: pair.index(pair[5])] and stopped["finish_reason"] == "stop"
-    letter = next(each for each in pair[1:] if each.isascii())
+    letter = next(character for character in pair[1:] if character.isascii())
     ends = worker[0].encode_text(letter, False)
     by_id = post(worker, "worker_generate", model="a", **request, stop_token_ids=ends).json()
     assert (by_id["text"], by_id["finish_reason"]) == (pair[: pair.index(letter)], "stop")
@@ -105,25 +105,25 @@ def test_settings_of_a_request(worker):
         ({"model": "a", "prompt": "x" * 9000}, 40303),
     ],
 )
-def test_failures_have_fastchats_codes(worker, body, code):
-    """Whole or streamed; the worker lives on."""
+def test_failure_has_fastchats_error_code(worker, body, code):
+    """This holds for whole and streamed answers, and the worker continues."""
     for path in ("worker_generate", "worker_generate_stream"):
-        (found,) = items(post(worker, path, **body))
-        assert found["error_code"] == code and found["text"]
+        (item,) = items(post(worker, path, **body))
+        assert item["error_code"] == code and item["text"]
     assert httpx.post(f"{worker[1]}/worker_generate", content=b"[").status_code == 400
     assert post(worker, "worker_get_embeddings", input=["x"]).json()["error_code"] == 40302
 
 
 @pytest.mark.parametrize("key", ["max_new_tokens", "seed"])
-def test_numbers_beyond_all_numbers(worker, key):
-    """1e400 is infinite to a parser of JSON, and no count."""
+def test_infinite_number_is_out_of_range(worker, key):
+    """A JSON parser reads 1e400 as infinity."""
     for path in ("worker_generate", "worker_generate_stream"):
         body = f'{{"model": "a", "prompt": "hi", "{key}": 1e400}}'
-        (found,) = items(httpx.post(f"{worker[1]}/{path}", content=body))
-        assert found["error_code"] == 40302 and "infinity" in found["text"]
+        (item,) = items(httpx.post(f"{worker[1]}/{path}", content=body))
+        assert item["error_code"] == 40302 and "infinity" in item["text"]
 
 
-def test_what_a_controller_asks(worker):
+def test_controller_gets_status_template_and_counts(worker):
     assert httpx.post(f"{worker[1]}/worker_get_status").json() == {
         "model_names": ["proposal", "a", "b"],
         "speed": 1,
@@ -135,38 +135,39 @@ def test_what_a_controller_asks(worker):
     assert conversation["name"] == "ram" and conversation["stop_str"] == "\n\nHuman"
 
 
-def test_registers_again_where_it_was_forgotten(folder, monkeypatch):
-    """A controller that comes late or forgets is told; the address is the one that the settings give."""
+def test_worker_registers_again_if_forgotten(folder, monkeypatch):
+    """It also registers at a controller that starts later, with the address of the settings."""
     monkeypatch.setattr(fastchat_worker, "HEART_BEAT", 0.1)
     monkeypatch.setattr(fastchat_worker, "RETRY", 0.1)
-    monkeypatch.setattr(Controller, "told", told := [])
+    monkeypatch.setattr(Controller, "requests", requests := [])
     monkeypatch.setattr(Controller, "known", True)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    given = [f"worker.controller=http://127.0.0.1:{port}", "worker.address=http://worker:9"]
-    with working(folder, *given):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    arguments = [f"worker.controller=http://127.0.0.1:{port}", "worker.address=http://worker:9"]
+    with working(folder, *arguments):
         server = ThreadingHTTPServer(("127.0.0.1", port), Controller)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        eventually(lambda: len(told) >= 2)
-        assert told[0][0] == "/register_worker" and told[0][1]["worker_name"] == "http://worker:9"
-        assert told[0][1]["worker_status"]["model_names"] == ["proposal", "a", "b"]
-        assert told[1] == ("/receive_heart_beat", {"worker_name": "http://worker:9", "queue_length": 0})
+        eventually(lambda: len(requests) >= 2)
+        path, body = requests[0]
+        assert path == "/register_worker" and body["worker_name"] == "http://worker:9"
+        assert body["worker_status"]["model_names"] == ["proposal", "a", "b"]
+        assert requests[1] == ("/receive_heart_beat", {"worker_name": "http://worker:9", "queue_length": 0})
         Controller.known = False
-        eventually(lambda: sum(path == "/register_worker" for path, _ in told) >= 2)
+        eventually(lambda: sum(path == "/register_worker" for path, _ in requests) >= 2)
         server.shutdown()
         server.server_close()
 
 
 @pytest.mark.slow
-def test_fastchats_own_servers(folder, tmp_path):
-    """Its controller and its OpenAI server in front of a worker: models, answers whole and streamed."""
+def test_fastchats_own_servers_work_with_the_worker(folder, tmp_path):
+    """Its controller and its OpenAI server list the models, and give whole and streamed answers."""
     openai = pytest.importorskip("openai")
     ports = []
     for _ in range(2):
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            ports.append(found.getsockname()[1])
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            ports.append(listener.getsockname()[1])
     controller, front = (f"http://127.0.0.1:{port}" for port in ports)
     env = os.environ | {"LOGDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     commands = [
@@ -184,7 +185,7 @@ def test_fastchats_own_servers(folder, tmp_path):
     with open(tmp_path / "log", "w") as log:
         process = {"cwd": ROOT, "env": env, "stdout": log, "stderr": log}
         script = [sys.executable, "serve.py", "fastchat"]
-        started = [subprocess.Popen([*script, *each], **process) for each in commands]
+        started = [subprocess.Popen([*script, *command], **process) for command in commands]
     try:
         with working(folder, "seed=5", f"worker.controller={controller}") as (models, _):
             client = openai.OpenAI(base_url=f"{front}/v1", api_key="none", max_retries=0)

@@ -1,4 +1,4 @@
-"""The OpenAPI document: it is complete, and what schemathesis makes of it finds no fault in the server."""
+"""The OpenAPI document is complete, and requests that schemathesis generates from it find no fault."""
 
 import httpx
 import pytest
@@ -11,12 +11,12 @@ def server(tmp_path_factory):
     save_models(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAM_ADMIN_KEY", "admin")
-        with running(folder, "max_new_tokens=4") as found:
-            yield found
+        with running(folder, "max_new_tokens=4") as models_and_url:
+            yield models_and_url
 
 
-def test_document(server):
-    """Every endpoint with its body and its answers; failures have one shape."""
+def test_document_describes_every_endpoint(server):
+    """It has each endpoint's body and answers; all errors have one shape."""
     document = httpx.get(f"{server[1]}/openapi.json").json()
     assert set(document["paths"]) == {
         "/health",
@@ -29,8 +29,8 @@ def test_document(server):
         "/admin/aligners/{name}",
     }
     chat = document["paths"]["/v1/chat/completions"]["post"]
-    (kind,) = chat["requestBody"]["content"]
-    assert kind == "application/json" and chat["requestBody"]["required"]
+    (media_type,) = chat["requestBody"]["content"]
+    assert media_type == "application/json" and chat["requestBody"]["required"]
     assert set(chat["responses"]) == {"200", "4XX", "5XX"}
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     schemas = document["components"]["schemas"]
@@ -39,13 +39,13 @@ def test_document(server):
 
 
 @pytest.mark.slow
-def test_schemathesis(server):
-    """Generated requests, right and wrong, get the answers that the document states, and never a 500."""
+def test_generated_requests_get_documented_answers(server):
+    """This holds for valid and invalid requests; no answer is a 500."""
     schemathesis = pytest.importorskip("schemathesis")
     hypothesis = pytest.importorskip("hypothesis")
     schema = schemathesis.openapi.from_url(f"{server[1]}/openapi.json")
     excluded = [schemathesis.checks.positive_data_acceptance, schemathesis.checks.ignored_auth]
-    checked = [0]
+    n_checked = 0
     for operation in schema.get_all_operations():
         operation = operation.ok()
         strategies = [operation.as_strategy(generation_mode=mode) for mode in schemathesis.GenerationMode]
@@ -57,17 +57,18 @@ def test_schemathesis(server):
             derandomize=True,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
-        def holds(case):
+        def check(case):
+            nonlocal n_checked
             body = case.body
             name = body.get("model") if isinstance(body, dict) else None
             if isinstance(name, str) and 0 < len(name) <= 256:
-                body["model"] = "a"  # or every request would ask for a model that is not there
+                body["model"] = "a"  # otherwise every request would name an unknown model
             headers = {"Authorization": "Bearer admin"} if case.path.startswith("/admin") else {}
             answer = case.call(headers=headers)
-            # A schema says nothing of a prompt's length, or whose turn is the last: 400 may be right.
+            # The schema limits neither a prompt's length nor the order of turns, so 400 can be correct.
             case.validate_response(answer, excluded_checks=excluded)
-            checked[0] += 1
+            n_checked += 1
 
-        holds()
-    assert checked[0] > 300
+        check()
+    assert n_checked > 300
     assert httpx.get(f"{server[1]}/health").status_code == 200

@@ -1,34 +1,29 @@
-"""The command: what it refuses, a shutdown that finishes what runs."""
+"""The command `serve.py`: refused settings, and a shutdown that finishes running requests."""
 
-import asyncio
-import contextlib
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
-from served import PLAIN, eventually, get
+from served import PLAIN, eventually, healthy
 
 import serve
 from ram.errors import UserError
 from ram.settings import serving
 
 ROOT = Path(__file__).resolve().parents[2]
-LARGE = 16 << 20  # bytes
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "no proposal"),
         (["proposl=x"], "did you mean 'proposal'"),
@@ -54,152 +49,63 @@ LARGE = 16 << 20  # bytes
         (["fastchat", "contoller"], "did you mean 'controller'"),
     ],
 )
-def test_mistakes_are_one_line(folder, arguments, said):
-    """Found before a port is opened; the nearest key is named."""
-    arguments = [each.replace("=P", f"={folder}/p").replace("OTHER", f"{folder}/other") for each in arguments]
-    with pytest.raises(UserError) as caught:
+def test_wrong_command_line_is_refused_in_one_line(folder, arguments, message):
+    """It is refused before a port is opened; the message names the nearest key."""
+    paths = {"=P": f"={folder}/p", "OTHER": f"{folder}/other"}
+    for short, path in paths.items():
+        arguments = [argument.replace(short, path) for argument in arguments]
+    with pytest.raises(UserError) as error:
         serve.main(arguments if arguments else ["port=1"])
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_chat_needs_something_to_read(folder, monkeypatch):
-    """As where a script runs it with standard input closed; said before the models load."""
+def test_chat_with_closed_input_is_refused_before_models_load(folder, monkeypatch):
+    """A script may run it with standard input closed."""
     monkeypatch.setattr(sys, "stdin", None)
     monkeypatch.setattr(serve, "Models", None)
     with pytest.raises(UserError, match="input or output is closed"):
         serve.main(["chat", f"proposal={folder}/p"])
 
 
-def test_keys_are_not_shown(monkeypatch):
+def test_keys_are_hidden_and_must_differ(monkeypatch):
     monkeypatch.setenv("RAM_API_KEY", "open sesame")
-    found = serving.read_settings(["proposal=x", "host=0.0.0.0"])
-    serving.check_exposure(found)
-    assert found.key == "open sesame" and "sesame" not in repr(found)
+    settings = serving.read_settings(["proposal=x", "host=0.0.0.0"])
+    serving.check_exposure(settings)
+    assert settings.key == "open sesame" and "sesame" not in repr(settings)
     monkeypatch.setenv("RAM_ADMIN_KEY", "open sesame")
     with pytest.raises(UserError, match="the same key"):
         serving.read_settings(["proposal=x"])
 
 
-def test_help_is_the_configuration(capsys):
+def test_help_prints_the_configuration(capsys):
+    """Every key is printed with its comment, including the keys of an included file."""
     serve.main(["--help"])
-    assert (ROOT / "config" / "serve.yaml").read_text() in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (ROOT / "config" / "serve.yaml").read_text() in printed
+    assert (ROOT / "config" / "decoding" / "par.yaml").read_text() in printed
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def streamed_over(url, tell):
-    """Streams answers from a server that is told to stop after the first event; they come whole."""
+def assert_stream_survives(url: str, stop_server: Callable[[], None]) -> None:
+    """Stream answers from a server that is stopped after the first event; all of them must be complete."""
     body = {"model": "proposal", "prompt": "x", "max_tokens": 250, "stream": True, "seed": 2, "n": 16}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, **PLAIN) as stream:
         lines = stream.iter_lines()
         next(lines)
-        tell()
+        stop_server()
         events = [line.removeprefix("data: ") for line in lines if line]
     assert events[-1] == "[DONE]"
-    reasons = [json.loads(each)["choices"][0]["finish_reason"] for each in events[:-1]]
+    reasons = [json.loads(event)["choices"][0]["finish_reason"] for event in events[:-1]]
     assert sum(reason in ("stop", "length") for reason in reasons) == 16
 
 
-def healthy(url):
-    try:
-        return get(f"{url}/health").status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-@contextlib.contextmanager
-def bare(**settings):
-    """The address of a server of nothing, which may open 40 files."""
-
-    async def app(scope, receive, send):
-        await asyncio.sleep(0.6 if scope["path"] == "/slow" else 0)
-        body = b"ok" if scope["path"] != "/large" else bytes(LARGE)
-        headers = [(b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resource, "getrlimit", lambda kind: (40, 40))
-        server = serve.make_server(app, 1, **settings)
-    limits = SimpleNamespace(seconds=1)
-    found = serve.listen(SimpleNamespace(config=SimpleNamespace(host="127.0.0.1", port=0, limits=limits)))
-    thread = threading.Thread(target=serve.run_server, args=(server, found))
-    thread.start()
-    try:
-        eventually(lambda: server.started)
-        yield found.getsockname()
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        found.close()
-
-
-def closed(connection):
-    """Whether the other side ends a connection, without any word or after an answer."""
-    with contextlib.suppress(ConnectionError):
-        while connection.recv(1000):
-            pass
-    return True
-
-
-@pytest.mark.parametrize("said", ["", "GET / HT", "GET / HTTP/1.1\r\nHost:", "POST"])
-def test_who_says_nothing_is_not_waited_for(said):
-    """Nor who stops in the middle, at first or later, or goes on with a body after the answer; one that is
-    being answered is.
-    """
-    whole = "GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
-    if said == "POST":
-        said, whole = "", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n"
-    with contextlib.ExitStack() as stack:
-        place = stack.enter_context(bare(arrival=0.3))
-        silent, other = (stack.enter_context(socket.create_connection(place, 5)) for _ in range(2))
-        silent.sendall(said.encode())
-        other.sendall(whole.encode())
-        assert closed(silent)
-        assert b"200 OK" in other.recv(1000)
-        deadline = time.monotonic() + 3  # before uvicorn's own five seconds
-        with pytest.raises(ConnectionError):
-            while time.monotonic() < deadline:
-                other.sendall(b"G")
-                time.sleep(0.05)
-
-
-def test_who_does_not_read_is_not_waited_for():
-    """Some of a large answer lies in the machine's buffers, the rest is given up."""
-    with contextlib.ExitStack() as stack:
-        place, reader = stack.enter_context(bare()), stack.enter_context(socket.socket())
-        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        reader.settimeout(5)
-        reader.connect(place)
-        reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
-        time.sleep(2.5)
-        read = 0
-        with pytest.raises(ConnectionError):
-            while more := len(reader.recv(1 << 20)):
-                read += more
-        assert 0 < read < LARGE
-
-
-def test_one_connection_too_many():
-    """It is closed at once; where another one goes there is room again."""
-    with contextlib.ExitStack() as stack:
-        place = stack.enter_context(bare())
-        others = []
-        for _ in range(20):
-            others.append(stack.enter_context(socket.create_connection(place, 5)))
-            time.sleep(0.01)
-        with socket.create_connection(place, 5) as one_more:
-            assert closed(one_more)
-        others[0].close()
-        eventually(lambda: healthy("http://{}:{}".format(*place)))
-
-
-def test_sigterm_finishes_what_is_streamed(folder, tmp_path):
-    """A stream that has begun goes on to its end; new requests are not taken; the exit code is 0."""
+def test_sigterm_finishes_running_streams(folder, tmp_path):
+    """A running stream continues to its end, new requests are rejected, and the exit code is 0."""
     port, log = free_port(), tmp_path / "log"
     command = ["bash", "bin/serve.sh", f"proposal={folder}/p", f"aligners={{a: {folder}/a}}", f"port={port}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
@@ -209,9 +115,9 @@ def test_sigterm_finishes_what_is_streamed(folder, tmp_path):
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        eventually(lambda: process.poll() is not None or healthy(url), 60)
+        eventually(lambda: process.poll() is not None or healthy(url), 200)
         assert process.poll() is None, log.read_text()
-        streamed_over(url, process.terminate)
+        assert_stream_survives(url, process.terminate)
         assert process.wait(20) == 0, log.read_text()
         assert not healthy(url) and "Traceback" not in log.read_text()
     finally:
@@ -219,31 +125,31 @@ def test_sigterm_finishes_what_is_streamed(folder, tmp_path):
         process.wait()
 
 
-def test_ctrl_c_finishes_what_is_streamed(folder):
-    """The same in this process, where the server's own handler of SIGINT hears it and then gives way.
+def test_ctrl_c_finishes_running_streams(folder):
+    """The same in this process: the server's own handler of SIGINT runs and is removed afterwards.
 
-    No aligner is loaded: once, several answers at once failed there, for their order was asked of None.
+    No aligner is loaded. This once failed with several answers at once, because they were ordered by aligner.
     """
-    port, serving = free_port(), threading.Event()
-    url, before = f"http://127.0.0.1:{port}", signal.getsignal(signal.SIGINT)
+    port, serving_flag = free_port(), threading.Event()
+    url, handler = f"http://127.0.0.1:{port}", signal.getsignal(signal.SIGINT)
 
-    def interrupt():
-        if serving.is_set():
+    def interrupt() -> None:
+        if serving_flag.is_set():
             os.kill(os.getpid(), signal.SIGINT)
 
-    def client():
+    def client() -> None:
         try:
             eventually(lambda: healthy(url), 60)
-            streamed_over(url, interrupt)
+            assert_stream_survives(url, interrupt)
         except BaseException:
-            interrupt()  # or the server would wait for it
+            interrupt()  # otherwise the server would run on
             raise
 
-    serving.set()
+    serving_flag.set()
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(client)
+        done = pool.submit(client)
         serve.main([f"proposal={folder}/p", f"port={port}", "sampling.base_top_p=1.0"])
-        serving.clear()
-        found.result()
+        serving_flag.clear()
+        done.result()
     assert not healthy(url)
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, handler)

@@ -1,10 +1,11 @@
-"""The server's page in a browser: keys, answers that grow, stop and fail, two side by side, widths."""
+"""The server's page in a browser: keys, streams, errors, two answers side by side, widths."""
 
 import pytest
 from sample_report import HOSTILE
 from served import TOKENIZER, ask, chat_text, eventually, get, running
 
-from ram.decoding.requests import Busy, Closed, Done, Piece, TokenLogprobs
+from ram.decoding.requests import TokenLogprobs
+from ram.serving.loop import Busy, Closed, Done, Piece
 
 LAST = "document.querySelector('.answers:last-child')"
 IDLE = f"{LAST}?.getAttribute('aria-busy') === 'false'"
@@ -15,73 +16,72 @@ FOCUS = "document.activeElement.id"
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with running(folder, "max_new_tokens=30") as found:
-        yield found
+    with running(folder, "max_new_tokens=30") as models_and_url:
+        yield models_and_url
 
 
 @pytest.fixture
 def visit(browser):
-    """Opens the page of a server; afterwards it must have thrown nothing and been refused nothing by its
-    policy.
-    """
+    """A function that opens the page of a server; the page must log and throw nothing."""
 
     def go(url, ready=True, **view):
-        browser.said.clear()
+        browser.messages.clear()
         browser.open(url, **view)
         browser.until(f"{FIELD}.disabled === {'false' if ready else 'true'}")
         return browser
 
     yield go
-    browser.run("1")  # whatever is still on its way arrives before the answer
-    # The network's own entries are statuses like 401, which the tests bring about.
-    assert [each for each in browser.said if each.get("entry", {}).get("source") != "network"] == []
+    browser.run("1")  # messages that are on their way arrive before its result
+    # Chromium logs statuses like 401, which the tests cause.
+    assert [text for text in browser.messages if not text.startswith("Failed to load resource")] == []
 
 
-class Told:
-    """In the engine's place: answers say what a test has them say, when it says so."""
+class ScriptedEngine:
+    """A stand-in for the engine whose answers a test writes piece by piece."""
 
     def __init__(self):
-        self.asked, self.left, self.refusal = [], [], None
+        self.requests, self.cancelled, self.refusal = [], [], None
 
     def submit(self, request, listener):
         if self.refusal is not None:
             raise self.refusal
-        self.asked.append((request, listener))
-        return len(self.asked) - 1
+        self.requests.append((request, listener))
+        return len(self.requests) - 1
 
     def cancel(self, ticket):
-        self.left.append(ticket)
+        self.cancelled.append(ticket)
 
     def say(self, text, which=-1):
-        request, hear = self.asked[which]
+        request, listen = self.requests[which]
         ids = tuple(TOKENIZER(text).input_ids)
-        hear(Piece(ids, text, None if request.logprobs is None else (TokenLogprobs(-1.0, ()),) * len(ids)))
+        logprobs = None if request.logprobs is None else (TokenLogprobs(-1.0, ()),) * len(ids)
+        listen(Piece(ids, text, logprobs))
 
     def end(self, text="", which=-1):
         self.say(text, which)
         stats = {"fallback_fraction": 0.25, "changed_fraction": 0.12, "mean_kl": float("inf")}
-        self.asked[which][1](Done("stop", 5, 7, stats))
+        self.requests[which][1](Done("stop", 5, 7, stats))
 
     def prompt(self, which=-1):
-        """(aligner, text) that an answer was asked of."""
-        request = self.asked[which][0]
+        """The aligner and the text of a request."""
+        request = self.requests[which][0]
         return request.aligner, TOKENIZER.decode(request.prompt_ids)
 
 
 @pytest.fixture
-def told(server, monkeypatch):
-    found = Told()
+def scripted(server, monkeypatch):
+    engine = ScriptedEngine()
     for name in ("submit", "cancel"):
-        monkeypatch.setattr(server[0].engine, name, getattr(found, name))
-    return found
+        monkeypatch.setattr(server[0].engine, name, getattr(engine, name))
+    return engine
 
 
-def send(page, told, text, answers=1):
-    """Types a message and sends it; the answers have begun."""
-    before = len(told.asked)
+def send(page, scripted, text, answers=1):
+    """Type a message and send it; returns once the server has submitted the answers."""
+    before = len(scripted.requests)
     page.type(text)
     page.key("Enter")
-    eventually(lambda: len(told.asked) == before + answers)
+    eventually(lambda: len(scripted.requests) == before + answers)
 
 
 def shown(page, place=0):
@@ -89,12 +89,12 @@ def shown(page, place=0):
 
 
 def fact(page, place=0):
-    found = page.run(f"{LAST}.querySelectorAll('.facts')[{place}].textContent")
-    return found.replace("\u00a0", " ")
+    text = page.run(f"{LAST}.querySelectorAll('.facts')[{place}].textContent")
+    return text.replace("\u00a0", " ")
 
 
 def test_page_is_self_contained(server):
-    """A strict policy, nothing from elsewhere, and no way to write HTML into it."""
+    """It has a strict policy, fetches nothing from elsewhere, and never writes HTML."""
     url = server[1]
     page = get(url)
     policy = page.headers["content-security-policy"]
@@ -106,24 +106,23 @@ def test_page_is_self_contained(server):
     )
 
 
-def test_with_a_key(folder, visit, monkeypatch):
-    """The key is asked for; the answer is the server's own; two are compared.
+def test_page_asks_for_the_key(folder, visit, monkeypatch):
+    """With the right key the answer is the server's own, and two answers can be compared.
 
-    A wrong key's refusal once took away the right key when it came after it: the lists were there, the first
-    question went without a key and its answer stayed empty.
+    The late refusal of a wrong key once removed the right key: the first question was sent without one.
     """
     monkeypatch.setenv("RAM_API_KEY", "sesame")
     with running(folder, "max_new_tokens=30") as (_, url):
         page = visit(url, ready=False, width=400)
-        wanted = "document.getElementById('wanted').textContent"
-        page.until(f"{wanted} === 'This server wants a key:' && {FOCUS} === 'key'")
+        label = "document.getElementById('key-label').textContent"
+        page.until(f"{label} === 'This server needs a key:' && {FOCUS} === 'key'")
         page.type("wrong")
         page.key("Enter")
-        page.until(f"{wanted}.startsWith(\"This key is not the server's\") && {FOCUS} === 'key'")
+        page.until(f"{label}.startsWith(\"This key is not the server's\") && {FOCUS} === 'key'")
         assert page.run(STATUS) == ""
-        page.run("""const plain = window.fetch; window.fetch = async (...given) => {
-            const answer = await plain(...given);
-            if (given[1].headers.Authorization === "Bearer late")
+        page.run("""const plain = window.fetch; window.fetch = async (...options) => {
+            const answer = await plain(...options);
+            if (options[1].headers.Authorization === "Bearer late")
                 await new Promise((go) => { window.letGo = go; });
             return answer; }; 1""")
         page.type("late")
@@ -171,71 +170,72 @@ def test_with_a_key(folder, visit, monkeypatch):
         assert page.run("document.querySelectorAll('.failed').length") == 0
 
 
-def test_an_answer_that_grows_and_is_stopped(server, told, visit):
-    """What is typed meanwhile waits; the part that came is remembered; another aligner goes on with it."""
+def test_stopped_answer_keeps_its_text(server, scripted, visit):
+    """Text typed meanwhile stays in the field; another aligner can continue the dialogue."""
     page = visit(server[1])
-    send(page, told, "one")
-    told.say("The first")
+    send(page, scripted, "one")
+    scripted.say("The first")
     page.until(f"{LAST}.textContent.includes('The first')")
     page.type("two")
     page.key("Enter")
     assert "still being written" in page.run(STATUS) and page.run(f"{FIELD}.value") == "two"
-    assert len(told.asked) == 1 and page.run(f"{LAST}.getAttribute('aria-busy')") == "true"
+    assert len(scripted.requests) == 1 and page.run(f"{LAST}.getAttribute('aria-busy')") == "true"
     page.run("document.getElementById('model').value = 'b'; document.getElementById('model').focus()")
-    told.say(" part")
+    scripted.say(" part")
     page.until(f"{LAST}.textContent.includes('part')")
     assert page.run(FOCUS) == "model"
     page.run("document.getElementById('stop').click()")
     page.until(IDLE)
-    eventually(lambda: told.left)  # the engine was told, which had not ended the answer
+    eventually(lambda: scripted.cancelled)  # the running answer is cancelled
     assert (shown(page), fact(page), page.run(FOCUS)) == ("The first part", "stopped", "model")
     assert page.run(f"{LAST}.querySelector('h2').textContent") == "a"
     page.run(f"{FIELD}.focus()")
     page.key("Enter")
-    eventually(lambda: len(told.asked) == 2)
-    assert told.prompt() == ("b", chat_text("one", "The first part", "two"))
-    told.end("whole")
+    eventually(lambda: len(scripted.requests) == 2)
+    assert scripted.prompt() == ("b", chat_text("one", "The first part", "two"))
+    scripted.end("whole")
     page.until(IDLE)
     assert fact(page).startswith("7 tokens · ended by itself · fell back 25 % · changed 12 % · seed ")
-    send(page, told, "three")
-    page.key("Escape")  # before anything came: as if it had not been asked
+    send(page, scripted, "three")
+    page.key("Escape")  # nothing of the answer has arrived: the question is forgotten
     page.until(IDLE)
     assert page.run(f"{FIELD}.value") == "three" and page.run(FOCUS) == "text"
     page.key("Enter")
-    eventually(lambda: len(told.asked) == 4)
-    assert told.prompt()[1] == chat_text("one", "The first part", "two", "whole", "three")
+    eventually(lambda: len(scripted.requests) == 4)
+    assert scripted.prompt()[1] == chat_text("one", "The first part", "two", "whole", "three")
     assert page.run("document.querySelectorAll('.said').length") == 3
     page.run("document.getElementById('reset').click()")
     assert page.run(STATUS) == "the dialogue is forgotten" and page.run("!document.querySelector('.said')")
-    send(page, told, "four")
-    assert told.prompt()[1] == chat_text("four")
-    told.end()
+    send(page, scripted, "four")
+    assert scripted.prompt()[1] == chat_text("four")
+    scripted.end()
     page.until(IDLE)
 
 
 @pytest.mark.parametrize("error", [Busy("9 requests wait already"), Closed("the server is shutting down")])
-def test_a_refusal_is_shown_and_nothing_is_lost(server, told, visit, error):
-    """429 and 503: the reason in red below the question, which stands in the field again."""
-    page, told.refusal = visit(server[1], width=400, scheme="dark"), error
+def test_refused_question_returns_to_the_field(server, scripted, visit, error):
+    """The reason is shown in red below the question."""
+    page, scripted.refusal = visit(server[1], width=400, scheme="dark"), error
     page.type("one")
     page.key("Enter")
     page.until(IDLE)
     assert (fact(page), page.run(f"{FIELD}.value")) == (str(error), "one")
     colour = "getComputedStyle(document.querySelector('.facts.failed')).color"
     assert page.run(colour) == "rgb(255, 154, 145)"
-    told.refusal = None
+    scripted.refusal = None
     page.key("Enter")
-    eventually(lambda: told.asked)
-    told.say("part")
-    told.asked[-1][1](Done("error", 1, 1, {}, "decoding failed"))
+    eventually(lambda: scripted.requests)
+    scripted.say("part")
+    scripted.requests[-1][1](Done("error", 1, 1, {}, "decoding failed"))
     page.until(f"document.querySelectorAll('.said').length === 1 && {IDLE}")
     assert (shown(page), fact(page)) == ("part", "decoding failed")
-    assert told.prompt()[1] == chat_text("one")
+    assert scripted.prompt()[1] == chat_text("one")
 
 
-def test_two_answers_side_by_side(server, told, visit):
-    """Tokens that the other has not are marked, bytes of a character together; the proposal alone gets none
-    of the aligner's settings.
+def test_two_answers_side_by_side(server, scripted, visit):
+    """Tokens that the other answer does not have are marked, whole characters at a time.
+
+    The proposal alone gets none of the aligner's settings.
     """
     page = visit(server[1])
     for name, value in (("base_temperature", "0.5"), ("temperature", "2"), ("mode", "product")):
@@ -243,10 +243,10 @@ def test_two_answers_side_by_side(server, told, visit):
     page.run("document.getElementById('compare').click()")
 
     def compare(question, left, right):
-        before = len(told.asked)
-        send(page, told, question, 2)
+        before = len(scripted.requests)
+        send(page, scripted, question, 2)
         for place in (before, before + 1):
-            told.end(right if told.prompt(place)[0] else left, place)
+            scripted.end(right if scripted.prompt(place)[0] else left, place)
         page.until(IDLE)
         marks = "Array.from({}.children[{}].querySelectorAll('mark'), (mark) => mark.textContent).join('|')"
         return [page.run(marks.format(LAST, side)) for side in (0, 1)]
@@ -255,27 +255,27 @@ def test_two_answers_side_by_side(server, told, visit):
     assert (shown(page), shown(page, 1)) == ("It is teal.\nNot  red", "It's teal!\nNot red")
     tops = [page.run(f"{LAST}.children[{place}].getBoundingClientRect().top") for place in (0, 1)]
     assert tops[0] == tops[1] and "marked" in page.run(STATUS)
-    laws = {request.aligner: request.params for request, _ in told.asked}
+    laws = {request.aligner: request.params for request, _ in scripted.requests}
     assert (laws["a"].temperature, laws["a"].base_temperature, laws["a"].sample_mode) == (2, 0.5, "product")
-    assert laws[None].base_temperature == 0.5 and len({r.seed for r, _ in told.asked}) == 1
+    assert laws[None].base_temperature == 0.5 and len({r.seed for r, _ in scripted.requests}) == 1
     assert compare("2", "我喜欢红色", "我喜欢蓝色") == ["红", "蓝"]
-    assert told.prompt()[1] == chat_text("1", "It's teal!\nNot red", "2")
+    assert scripted.prompt()[1] == chat_text("1", "It's teal!\nNot red", "2")
     assert compare("2", "a🙂b", "a🙃b") == ["🙂", "🙃"]
     assert compare("3", "same", "same") == ["", ""] and page.run(STATUS) == "both answers are the same"
     page.run("document.getElementById('other').value = 'a'")
-    send(page, told, "4")
-    told.end("alone")
+    send(page, scripted, "4")
+    scripted.end("alone")
     page.until(IDLE)
     assert "not compared with itself" in page.run(STATUS)
 
 
-def test_text_that_looks_like_a_program_is_text(server, told, visit):
+def test_hostile_text_is_shown_as_text(server, scripted, visit):
     page = visit(server[1])
     page.run("document.getElementById('compare').click()")
     for text in [text for text in HOSTILE if "\ud83d" not in text]:
-        send(page, told, text, 2)
-        told.end(text, -1)
-        told.end(f"{text} {text}", -2)
+        send(page, scripted, text, 2)
+        scripted.end(text, -1)
+        scripted.end(f"{text} {text}", -2)
         page.until(IDLE)
         assert {shown(page), shown(page, 1)} == {text, f"{text} {text}"}
         assert page.run("[...document.querySelectorAll('.said')].at(-1).textContent") == text.strip()
@@ -285,18 +285,18 @@ def test_text_that_looks_like_a_program_is_text(server, told, visit):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 400])
-def test_long_dialogues_fit(server, told, visit, width, scheme):
-    """Nothing is wider than the window; the end stays in sight unless the reader has scrolled up."""
+def test_long_dialogues_fit(server, scripted, visit, width, scheme):
+    """Nothing is wider than the window; the end stays visible unless the reader has scrolled up."""
     page = visit(server[1], width=width, height=750, scheme=scheme)
     page.run("document.getElementById('compare').click(); document.querySelector('details').open = true")
     box = "document.getElementById('dialogue')"
     end = f"{box}.scrollHeight - {box}.scrollTop - {box}.clientHeight"
     for number in range(2):
-        send(page, told, f"{number} {'word ' * 30}{'x' * 150}", 2)
+        send(page, scripted, f"{number} {'word ' * 30}{'x' * 150}", 2)
         for which in (-1, -2):
             for part in range(4):
-                told.say(f"{part} {'an answer ' * 15}{'y' * 120}\n", which)
-            told.end("z", which)
+                scripted.say(f"{part} {'an answer ' * 15}{'y' * 120}\n", which)
+            scripted.end("z", which)
         page.until(IDLE)
         assert page.run(end) < 2
     assert page.run("document.documentElement.scrollWidth <= innerWidth")
@@ -305,16 +305,16 @@ def test_long_dialogues_fit(server, told, visit, width, scheme):
     assert page.run(f"{ask}.bottom <= innerHeight && {box}.clientHeight >= 128")
     ground = page.run("getComputedStyle(document.body).backgroundColor")
     assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[scheme]
-    send(page, told, "last", 2)
+    send(page, scripted, "last", 2)
     page.run(f"{box}.scrollTop = 0")
     for which in (-1, -2):
-        told.end("late " * 50, which)
+        scripted.end("late " * 50, which)
     page.until(IDLE)
     assert page.run(f"{box}.scrollTop") == 0
 
 
-def test_by_keys_alone(server, told, visit):
-    """Every control is reached in the order of the page, the focus shows, and is not taken away."""
+def test_page_can_be_used_with_the_keyboard(server, scripted, visit):
+    """Tab reaches every control in order; the focus is visible and is not moved by answers."""
     page = visit(server[1])
     reached = []
     for _ in range(8):
@@ -330,8 +330,8 @@ def test_by_keys_alone(server, told, visit):
     page.key(" ")
     for _ in range(4):
         page.key("Tab")
-    send(page, told, "one", 2)
-    assert sorted(filter(None, (told.prompt(place)[0] for place in (0, 1)))) == ["b"]
+    send(page, scripted, "one", 2)
+    assert sorted(filter(None, (scripted.prompt(place)[0] for place in (0, 1)))) == ["b"]
     page.key("Tab")
     assert page.run(FOCUS) == "stop"
     page.key("Enter")
@@ -342,8 +342,8 @@ def test_by_keys_alone(server, told, visit):
     assert page.run(f"{FIELD}.value") == "one\ntwo"
 
 
-def test_an_aligner_that_is_gone(server, visit):
-    """The lists follow what is served when somebody looks at them; whose aligner is gone is told."""
+def test_removed_aligner_disappears_from_the_list(server, visit):
+    """The list is updated when it gets the focus, and the user is informed."""
     models, url = server
     page = visit(url)
     page.run("document.getElementById('model').value = 'b'")

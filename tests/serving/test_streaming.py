@@ -1,6 +1,4 @@
-"""FastChat's protocol: the stream grows into the text that `decoding.generate` gives, and its tools can
-drive it.
-"""
+"""FastChat's in-process stream: it ends with the text of `generate`, and FastChat's own loop can use it."""
 
 import pytest
 from tiny import Scripted, byte_tokenizer, tiny_model
@@ -23,10 +21,8 @@ def stream(pair, prompt="Q: hello A:", **request):
     return list(generate_stream(pair, TOKENIZER, request, "cpu", 200, stream_interval=1))
 
 
-def test_stream_grows_into_the_generated_text(pair):
-    """Each item's text continues the one before; the last equals the plain call with the same seed, counts
-    exact.
-    """
+def test_stream_ends_with_the_text_of_generate(pair):
+    """Each item's text extends the previous one; the token counts are exact."""
     items = stream(pair, seed=3)
     (whole,) = generation.generate(
         pair.proposal, pair.aligner, TOKENIZER, ["Q: hello A:"], PARAMS, max_new_tokens=30, seed=3
@@ -42,8 +38,8 @@ def test_stream_grows_into_the_generated_text(pair):
     assert stream(pair, seed=4)[-1]["text"] != whole.text
 
 
-def test_request_settings_reach_the_law(pair):
-    """A request's temperature near 0 is argmax, and PAR's own keys are taken too."""
+def test_sampling_settings_of_a_request_are_used(pair):
+    """A temperature near 0 means argmax; PAR's own keys are accepted too."""
     assert request_params(PARAMS, {"temperature": 1e-6, "top_k": 3}) == PARParams(
         sample_mode="par", temperature=0.0, top_k=3, base_temperature=1.0
     )
@@ -62,15 +58,15 @@ def scripted(text):
     )
 
 
-def test_the_beginning_of_a_stop_string_is_held_back():
-    """Nothing of a stop string is ever shown, and text that only begins like one is shown in the end."""
+def test_start_of_a_stop_string_is_held_back():
+    """No part of a stop string is shown; text that only begins like one is shown at the end."""
     texts = [item["text"] for item in stream(scripted("one\n\nHumans"), prompt="Q:", stop="\n\nHuman")]
     assert texts[-1] == "one" and all("one".startswith(text) for text in texts)
     texts = [item["text"] for item in stream(scripted("one\n\nHum."), prompt="Q:", stop=["\n\nHuman"])]
     assert texts[-1] == "one\n\nHum." and "one\n\nHum" not in texts
 
 
-def test_split_characters_are_not_shown_half():
+def test_incomplete_characters_are_not_shown():
     texts = [item["text"] for item in stream(scripted("aé日!"), prompt="Q:")]
     assert texts[-1] == "aé日!" and not any("\ufffd" in text for text in texts)
 
@@ -81,8 +77,8 @@ def test_stop_token_ids_end_the_answer():
     assert (last["text"], last["finish_reason"]) == ("ab", "stop")
 
 
-def test_a_prompt_at_the_limit_loses_no_token(pair):
-    """The published decoder lost a token here: prompt + answer may fill the context exactly."""
+def test_prompt_and_answer_may_fill_the_context_exactly(pair):
+    """The published decoder cut one token too many here."""
     prompt = "x" * 170
     assert stream(pair, prompt=prompt)[-1]["usage"]["prompt_tokens"] == 170
     assert stream(pair, prompt=prompt + "y")[-1]["usage"]["prompt_tokens"] == 170
@@ -91,26 +87,26 @@ def test_a_prompt_at_the_limit_loses_no_token(pair):
 
 
 def test_fastchat_loop_drives_a_pair(pair, monkeypatch):
-    """FastChat's own command-line loop holds a conversation with a pair in the project's template."""
+    """FastChat's own command-line chat works with a pair, in the project's template."""
     inference = pytest.importorskip("fastchat.serve.inference")
     from ram.data.prompts import conversation_template
 
-    said, heard = iter(["hello", "!!exit"]), []
+    questions, outputs = iter(["hello", "!!exit"]), []
 
     class ChatIO:
         def prompt_for_input(self, role):
-            return next(said)
+            return next(questions)
 
         def prompt_for_output(self, role):
             pass
 
         def stream_output(self, output_stream):
             items = list(output_stream)
-            heard.append(items[-1])
+            outputs.append(items[-1])
             return items[-1]["text"]
 
         def print_output(self, text):
-            heard.append(text)
+            outputs.append(text)
 
     conversation_template()
     monkeypatch.setattr(inference, "load_model", lambda *args, **kwargs: (pair, TOKENIZER))
@@ -119,5 +115,5 @@ def test_fastchat_loop_drives_a_pair(pair, monkeypatch):
     inference.chat_loop(
         "pair", "cpu", 1, None, None, False, False, "ram", None, 0.7, 1.0, 20, ChatIO(), debug=False
     )
-    assert heard[0]["finish_reason"] in ("stop", "length")
-    assert heard[0]["usage"]["prompt_tokens"] == len("\n\nHuman: hello\n\nAssistant: ")
+    assert outputs[0]["finish_reason"] in ("stop", "length")
+    assert outputs[0]["usage"]["prompt_tokens"] == len("\n\nHuman: hello\n\nAssistant: ")

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from ram.errors import UserError
+from ram.evaluation.systems import resolve_systems
 from ram.settings import compose, recipes
+from ram.settings.schema import settings_of
 from utils import TABLES
 
 CONFIG = Path(compose.CONFIG_DIR)
@@ -104,10 +106,10 @@ def test_the_eight_published_evaluations():
 
     found = {}
     for name in PUBLISHED:
-        config = compose.compose([f"experiment={name}"])
+        config = settings_of(compose.compose([f"experiment={name}"]), TABLES)
         stages = {stage.name: stage for stage in recipes.resolve([f"experiment={name}"], TABLES)}
         for task in config.evaluation.tasks:
-            system = pipeline.resolve_systems(config, task, stages, set())["proposal+aligner[par_kl]"]
+            system = resolve_systems(config, task, stages, set())["proposal+aligner[par_kl]"]
             found[name, task] = (system.params.temperature, system.params.base_temperature)
             assert system.params.sample_mode == "par_kl" and system.params.div_threshold == 0.1
             assert system.pair.aligner == str(stages["aligner"].weights)
@@ -234,7 +236,7 @@ REFUSED = {
         ["model=llama1b", "datasets=uc"],
         r"datasets='uc': expected list, e.g. datasets=\[uc\]",
     ),
-    "null section": ([*TRAIN, "sampling=null"], r"sampling=None: expected keys below it, e.g. sampling."),
+    "null section": ([*TRAIN, "sampling=null"], r"sampling=null: expected keys below it, e.g. sampling."),
     "not finite": ([*TRAIN, "lr=nan"], r"lr=nan: expected a finite number"),
     "no examples": ([*TRAIN, "n_examples=0"], r"n_examples=0: expected a number in \[1, inf\)"),
     "no epochs": ([*TRAIN, "n_epochs=-1"], r"n_epochs=-1: expected a number in \[1, inf\)"),
@@ -259,7 +261,7 @@ REFUSED = {
         [*TRAIN, "sample_during_eval=true", "sampling.sample_mode=snis"],
         r"n_candidates",
     ),
-    "alpha": ([*TRAIN, "loss=ours_sft", "loss.alpha=2"], r"loss.alpha=2: expected a number in \[0, 1\]"),
+    "alpha": ([*TRAIN, "loss=ours_sft", "loss.alpha=2"], r"\Aloss.alpha=2: expected a number in \[0, 1\]"),
     "share": (
         [*TRAIN, "loss=ours_sft", "loss.sampled_fraction=0"],
         r"loss.sampled_fraction=0: expected a number in \(0, 1\]",
@@ -298,12 +300,23 @@ def test_refused_in_one_line(case):
 
 
 def test_settings_of_a_stages_loss():
-    """`stage.NAME.loss.key=` reaches the one stage; text with quotes and backslashes arrives as it was."""
+    """`stage.NAME.loss.key=` reaches the one stage."""
     overrides = compose.preflight(["experiment=demo", "stage.aligner.loss.alpha=0.5"])
     stages = {stage.name: stage for stage in recipes.resolve(overrides, TABLES)}
     assert stages["aligner"].config.loss.alpha == 0.5
-    for text in ("\n\nHuman", "\\n", "it's", "a\\'b", "x\\"):
-        assert compose.compose([f"sampling.stop_str={recipes.literal(text)}"]).sampling.stop_str == text
+    assert not hasattr(stages["proposal"].config.loss, "alpha")
+
+
+@pytest.mark.parametrize("text", ["\n\nHuman", "\\n", "it's", "a\\'b", "x\\", "null", "1", "{a: 1}"])
+def test_text_of_a_stage_is_taken_as_it_is(text):
+    config = recipes.stage_config({"kind": "sample", "sampling": {"stop_str": text}}, "sample", [])
+    assert config.sampling.stop_str == text
+
+
+def test_references_follow_a_stages_values():
+    spec = {"kind": "train", "max_length": 100, "eval_every": 7, "lr": 1}
+    config = recipes.stage_config(spec, "x", ["seed=3", "exp_flag=seed${seed}", "eval_every=9"])
+    assert (config.sampling.max_length, config.save_every, config.exp_flag) == (100, 9, "seed3")
 
 
 def test_missing_inputs_name_who_makes_them(tmp_path):
@@ -311,7 +324,7 @@ def test_missing_inputs_name_who_makes_them(tmp_path):
     stages = recipes.resolve(
         ["experiment=llama_uc", f"data_dir={tmp_path}", f"output_dir={tmp_path}"], TABLES
     )
-    with pytest.raises(UserError, match="ultrachat_round_one.json, which is not there: .*prepare_data.sh"):
+    with pytest.raises(UserError, match="ultrachat_round_one.json, which does not exist: .*prepare_data.sh"):
         recipes.check_inputs(stages, stages)
     with pytest.raises(UserError, match=r"run stage 'sample' first"):
         recipes.check_inputs(stages, stages[2:])

@@ -152,7 +152,8 @@ def test_packed_is_as_exact_as_padded_under_autocast():
         packed_error, padded_error = (
             (part(result) - truth).norm() / truth.norm() for result in (packed, padded)
         )
-        assert 1e-5 < packed_error < 1.5 * padded_error < 0.2
+        assert 1e-5 < packed_error < 1.5 * padded_error
+        assert padded_error < 0.5  # measured: 0.13 for the gradient; unrelated vectors have 1 or more
 
 
 def test_prepared_model_decodes_the_same_tokens():

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_trainers import TOKENIZER, dataset, path_of, settings, trainer
 from tiny import tiny_model
+from training_runs import TOKENIZER, assert_same_path, dataset, path_of, settings, trainer
 
 import trainers
 from ram.training import packing
@@ -18,12 +18,13 @@ def test_packed_training_equals_padded_training(tmp_path, loss):
     """packed=true and packed=false give the same losses and gradient norms."""
     runs = {}
     for packed in ("true", "false"):
-        reference = tiny_model(len(TOKENIZER), seed=5, layers=2) if loss in ("dpo", "ipo") else None
+        reference = None
+        if loss in ("dpo", "ipo"):
+            reference = tiny_model(len(TOKENIZER), seed=5, layers=2, dtype=torch.float64)
         overrides = [f"loss={loss}", f"packed={packed}", "gradient_accumulation_steps=2", "lr=1e-4"]
-        runs[packed] = trainer(tmp_path / packed, *overrides, reference=reference)
+        runs[packed] = trainer(tmp_path / packed, *overrides, reference=reference, dtype=torch.float64)
         runs[packed].train()
-    paths = [torch.tensor(path_of(run)) for run in runs.values()]
-    torch.testing.assert_close(*paths, rtol=1e-5, atol=0)
+    assert_same_path(path_of(runs["true"]), path_of(runs["false"]))
 
 
 def test_unpackable_model_is_trained_with_padding(tmp_path, caplog):
@@ -54,7 +55,7 @@ def test_fraction_of_negatives_is_unbiased(tmp_path, packed):
     """The expectation over all 16 choices of negatives equals the loss with all of them."""
     fraction, rows = 0.3, np.array([3, 1, 7, 2])
     overrides = ["loss=ours_sft", "loss.alpha=0.5", f"packed={packed}"]
-    run = trainer(tmp_path, *overrides, f"loss.sampled_fraction={fraction}")
+    run = trainer(tmp_path, *overrides, f"loss.sampled_fraction={fraction}", dtype=torch.float64)
     full = losses_and_gradient(run, rows, None)
     means = [torch.zeros_like(part) for part in full]
     for drawn in itertools.product([False, True], repeat=4):
@@ -72,16 +73,18 @@ def test_chosen_negatives_do_not_depend_on_micro_batches(tmp_path):
     paths = []
     for pieces in (1, 4):
         overrides = ["loss=ours_sft", "loss.alpha=0.5", "loss.sampled_fraction=0.5", "lr=1e-3", "n_epochs=2"]
-        run = trainer(tmp_path / str(pieces), *overrides, f"gradient_accumulation_steps={pieces}")
+        overrides.append(f"gradient_accumulation_steps={pieces}")
+        run = trainer(tmp_path / str(pieces), *overrides, dtype=torch.float64)
         run.train()
-        paths.append(torch.tensor(path_of(run)))
-    torch.testing.assert_close(*paths, rtol=2e-5, atol=0)
+        paths.append(path_of(run))
+    assert_same_path(*paths)
 
 
 def test_sampled_metrics_are_means_over_computed_negatives(tmp_path):
     """Training leaves the metrics out if no negative was computed. Evaluation computes all negatives."""
     overrides = ["loss=ours_sft", "loss.alpha=0.5", "loss.sampled_fraction=0.25", "lr=1e-12", "batch_size=4"]
-    run, whole = trainer(tmp_path / "a", *overrides, n=16), trainer(tmp_path / "b", "loss=ours_sft", n=16)
+    run = trainer(tmp_path / "a", *overrides, n=16, dtype=torch.float64)
+    whole = trainer(tmp_path / "b", "loss=ours_sft", n=16, dtype=torch.float64)
     rows, log = np.array([4, 2, 9, 11]), trainers.MetricsLog(tmp_path, run.settings)
     _, sums = zip(*(whole.losses(run.train_data, rows[i : i + 1]) for i in range(4)), strict=True)
     empty = full = 0

@@ -1,8 +1,8 @@
-"""Charts as SVG text: curves, points with intervals, boxes, histograms.
+"""Charts as SVG: curves, points with intervals, boxes, histograms.
 
-Each function gives a <figure> with its own legend and a sentence for who cannot see it. Its looks come from
-report_page/charts.css (`STYLE`), whose colours the page's own style sheet names (--ink, --blue and so on), so
-that it has both schemes; nothing here is fetched or scripted.
+Each function returns a <figure> with its legend and a text alternative. Its style is assets/charts.css.
+The style sheet of the page defines the colours used there (--ink, --blue and so on), for the light and the
+dark scheme. Nothing is fetched or scripted.
 """
 
 import html
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 STYLE = (Path(__file__).parent / "assets" / "charts.css").read_text(encoding="utf-8")
-WIDTH = 340  # of every drawing, in units that are pixels where the figure is as wide as that
-# What a control character, and what would turn a line's direction, is shown as: a sign that it was there.
+WIDTH = 340  # of every drawing, in pixels if the figure has its natural size
+# Visible replacements for control characters and for characters that change the direction of a line.
 VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n\r"} | {127: "\u2421"}
 VISIBLE |= dict.fromkeys(
     [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)], "\ufffd"
@@ -22,7 +24,7 @@ VISIBLE |= dict.fromkeys(
 
 
 class Point(NamedTuple):
-    """One system in a plot; low and high are the ends of y's interval, mark a second value of y."""
+    """One system in a plot; `low` and `high` are the ends of y's interval, `mark` is a second value of y."""
 
     label: str
     x: float
@@ -33,21 +35,26 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One line of a chart. colour: 0 to 5. style: train (thin), sampled (thin, dashed) or heldout (dots)."""
+    """One line of a chart."""
 
     label: str
     points: Sequence[tuple[float, float]]
-    colour: int = 0
-    style: str = "train"
+    colour: int = 0  # to 5
+    style: str = "train"  # train (thin), sampled (thin, dashed) or heldout (with dots)
+
+
+def visible(value: Any) -> str:
+    """A value as text, with control characters replaced by visible ones."""
+    return str(value).translate(VISIBLE)
 
 
 def text(value: Any) -> str:
-    """A value as HTML text or the value of an attribute; what would not be visible there is."""
-    return html.escape(str(value).translate(VISIBLE), quote=True)
+    """A value as HTML text, or for an attribute."""
+    return html.escape(visible(value), quote=True)
 
 
 def finite(value: Any) -> float | None:
-    """The number in a float or in a field of a CSV file; None for what is missing, empty, NaN or infinite."""
+    """The number in a float or in a CSV field; None if it is missing, empty, NaN or infinite."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -56,7 +63,7 @@ def finite(value: Any) -> float | None:
 
 
 def ticks(low: float, high: float, at_most: int = 5) -> list[float]:
-    """Two or more round values between low and high."""
+    """Two or more round values between `low` and `high`."""
     raw = (high - low) / at_most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -69,17 +76,28 @@ def short(value: float) -> str:
     return f"{value / size:.6g}{suffix}".replace("-", "−")
 
 
-def figure(title: str, label: str, height: float, shapes: str, legend: str = "", width: float = WIDTH) -> str:
-    """A drawing with its title above and its legend below. label: the drawing in words."""
+def figure(
+    title: str, label: str, height: float, shapes: str, legend: str = "", width: float = WIDTH
+) -> Markup:
+    """A drawing with its title above and its legend below.
+
+    Args:
+        title: Plain text.
+        label: Plain text that describes the drawing for screen readers.
+        height: In the units of the drawing.
+        shapes: The SVG elements.
+        legend: HTML, or empty.
+        width: In the units of the drawing.
+    """
     key = f'<p class="key">{legend}</p>' if legend else ""
-    return f"""<figure><figcaption>{text(title)}</figcaption>
+    return Markup(f"""<figure><figcaption>{text(title)}</figcaption>
 <svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{text(label)}">{shapes}</svg>
 {key}</figure>
-"""
+""")
 
 
 def spread(values: Sequence[float], least: float = 1e-6) -> tuple[float, float]:
-    """The values' range with a margin, so that a flat curve still gets an axis whose ticks all differ."""
+    """The range of the values with a margin, so that the ticks of a flat curve still differ."""
     low, high = min(values), max(values)
     pad = max(0.05 * (high - low), 1e-3 * max(abs(low), abs(high)), least)
     return low - pad, high + pad
@@ -87,7 +105,7 @@ def spread(values: Sequence[float], least: float = 1e-6) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where data lies in a drawing: the pixels of its edges and the values there."""
+    """The plot area of a drawing: the coordinates of its edges, and the values at them."""
 
     x_low: float
     x_high: float
@@ -99,14 +117,17 @@ class Frame:
     bottom: float = 176
 
     def x(self, value: float) -> str:
+        """The horizontal coordinate of a value."""
         share = (value - self.x_low) / (self.x_high - self.x_low)
         return f"{self.left + (self.right - self.left) * share:.1f}"
 
     def y(self, value: float) -> str:
+        """The vertical coordinate of a value."""
         share = (value - self.y_low) / (self.y_high - self.y_low)
         return f"{self.bottom - (self.bottom - self.top) * share:.1f}"
 
     def x_axis(self, unit: str = "", grid: bool = False, at_most: int = 5) -> str:
+        """Ticks and unit below the plot area; `grid` draws lines through it."""
         shapes = ""
         for tick in ticks(self.x_low, self.x_high, at_most):
             x, line = self.x(tick), f"{self.top:g}V{self.bottom:g}" if grid else f"{self.bottom:g}v4"
@@ -118,6 +139,7 @@ class Frame:
         return shapes
 
     def y_axis(self, unit: str) -> str:
+        """Lines through the plot area, with their values, and the unit above."""
         shapes = f'<text x="0" y="11">{text(unit)}</text>'
         for tick in ticks(self.y_low, self.y_high):
             y = self.y(tick)
@@ -129,8 +151,8 @@ class Frame:
 # ---- kinds of charts ---------------------------------------------------------------------------------------
 
 
-def lines(title: str, label: str, unit: str, x_unit: str, curves: Sequence[Curve]) -> str:
-    """Curves over one axis; those of style heldout show their points and, in the legend, first and last."""
+def lines(title: str, label: str, unit: str, x_unit: str, curves: Sequence[Curve]) -> Markup:
+    """Curves over one axis; those of style heldout show their points, and first and last in the legend."""
     values = [y for curve in curves for _, y in curve.points]
     x_high = max(x for curve in curves for x, _ in curve.points) or 1.0
     frame = Frame(0.0, x_high, *spread(values))
@@ -138,7 +160,7 @@ def lines(title: str, label: str, unit: str, x_unit: str, curves: Sequence[Curve
     for curve in curves:
         style, words, dots = f"c{curve.colour} {curve.style}", curve.label, ""
         line = "L".join(f"{frame.x(x)} {frame.y(y)}" for x, y in curve.points)
-        shapes += f'<path class="{style}" d="M{line}h0"/>'  # h0: a point alone shows too
+        shapes += f'<path class="{style}" d="M{line}h0"/>'  # h0 makes a single point visible
         if curve.style == "heldout":
             (_, first), (_, last) = curve.points[0], curve.points[-1]
             words, dots = f"{words}, {first:.4g} → {last:.4g}".replace("-", "−"), dot(style, "13", "6")
@@ -150,15 +172,17 @@ def lines(title: str, label: str, unit: str, x_unit: str, curves: Sequence[Curve
 
 
 def dot(style: str, x: str, y: str, title: str = "") -> str:
+    """A point of a curve, with a tooltip."""
     return f'<circle class="{style}" cx="{x}" cy="{y}" r="2.5"><title>{text(title)}</title></circle>'
 
 
 def cut(label: str, width: int) -> str:
+    """The first `width` characters of a label."""
     return label if len(label) <= width else f"{label[: width - 1]}…"
 
 
 def row_label(number: int, y: float, label: str, value: str) -> str:
-    """A line of text above a bar: which one it is, its value at the right."""
+    """The line of text above a bar: number and label at the left, the value at the right."""
     name = (
         f'<tspan class="number">{number}</tspan> {text(cut(label, 40))}' if number else text(cut(label, 42))
     )
@@ -166,10 +190,12 @@ def row_label(number: int, y: float, label: str, value: str) -> str:
     return f'<text x="4" y="{y:g}">{name}<title>{text(label)}</title></text>{right}'
 
 
-def intervals(title: str, points: Sequence[Point], unit: str, half: float | None, mark: str) -> str:
-    """Every point's y with its interval on one scale, a line each; mark: what a point's second value is.
+def intervals(title: str, points: Sequence[Point], unit: str, half: float | None, mark: str) -> Markup:
+    """The y of every point with its interval, one line per point, on one scale.
 
-    half: where a dotted line stands.
+    Args:
+        half: Value at which a dotted line is drawn, or None.
+        mark: Name of the points' second value, for the legend.
     """
     ends = [end for p in points for end in (p.y, p.low, p.high, p.mark, half) if end is not None]
     frame = Frame(*spread(ends), left=8, right=332, top=4, bottom=8 + 34 * len(points))
@@ -193,14 +219,14 @@ def intervals(title: str, points: Sequence[Point], unit: str, half: float | None
     if any(point.mark is not None for point in points):
         diamond = '<path class="mark" d="M13 1l5 5l-5 5l-5 -5z"/>'
         legend += f'<span><svg viewBox="0 0 26 12" aria-hidden="true">{diamond}</svg>{text(mark)}</span>'
-    said = "; ".join(f"{point.label} {point.y:.3f}" for point in points)
-    return figure(title, f"{title}: {said}", frame.bottom + 36, shapes, legend)
+    values = "; ".join(f"{point.label} {point.y:.3f}" for point in points)
+    return figure(title, f"{title}: {values}", frame.bottom + 36, shapes, legend)
 
 
 def scatter(
     title: str, points: Sequence[Point], units: tuple[str, str], lines_at: tuple[float | None, float]
-):
-    """Points with intervals, numbered in their order. lines_at: dotted lines at an x (or None) and a y."""
+) -> Markup:
+    """Points with intervals, numbered in order; `lines_at` draws dotted lines at an x (or None) and a y."""
     xs = [p.x for p in points] + [x for x in lines_at[:1] if x is not None]
     ends = [end for p in points for end in (p.y, p.low, p.high) if end is not None]
     frame = Frame(*spread(xs), *spread([*ends, lines_at[1]]), bottom=216, top=22)
@@ -221,8 +247,10 @@ def scatter(
 
 
 def _numbers(places: Sequence[tuple[float, float]], frame: Frame) -> str:
-    """The numbers of points beside them: one text for those that lie too close together to have their own,
-    on the side where there is room, above those there already.
+    """The numbers of points, beside them.
+
+    Points that are too close together share one text. It is on the side with more room, above any text that
+    it would overlap.
     """
     shapes, taken = "", []
     for cluster in clusters(places):
@@ -239,17 +267,17 @@ def _numbers(places: Sequence[tuple[float, float]], frame: Frame) -> str:
 
 
 def clusters(places: Sequence[tuple[float, float]], near: float = 11.0) -> list[list[int]]:
-    """Which points belong together: each lies within `near` pixels, both ways, of another one of its own."""
-    found: list[list[int]] = []
+    """Group the indices of points that are within `near` pixels of another one, in both directions."""
+    groups: list[list[int]] = []
     for i, (x, y) in enumerate(places):
-        beside = [
-            cluster
-            for cluster in found
-            if any(abs(x - places[j][0]) < near and abs(y - places[j][1]) < near for j in cluster)
+        neighbours = [
+            group
+            for group in groups
+            if any(abs(x - places[j][0]) < near and abs(y - places[j][1]) < near for j in group)
         ]
-        found = [cluster for cluster in found if cluster not in beside]
-        found.append(sorted([i, *(j for cluster in beside for j in cluster)]))
-    return found
+        groups = [group for group in groups if group not in neighbours]
+        groups.append(sorted([i, *(j for group in neighbours for j in group)]))
+    return groups
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -264,16 +292,18 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def quantile(ranked: Sequence[float], share: float) -> float:
-    """Of sorted values, linear between neighbours."""
+    """A quantile of sorted values, linear between neighbours."""
     place = share * (len(ranked) - 1)
     low = math.floor(place)
     high = min(low + 1, len(ranked) - 1)
     return ranked[low] + (place - low) * (ranked[high] - ranked[low])
 
 
-def boxes(title: str, rows: Sequence[tuple[int, str, Sequence[float]]], unit: str) -> str:
-    """Quartiles, median, mean and the middle 90 % of each row's values. rows: number (0: none), label,
-    values.
+def boxes(title: str, rows: Sequence[tuple[int, str, Sequence[float]]], unit: str) -> Markup:
+    """Quartiles, median, mean and the middle 90 % of the values of each row.
+
+    Args:
+        rows: Number (0 for none), label and values of each row.
     """
     ranked = [sorted(values) for _, _, values in rows]
     frame = Frame(
@@ -295,14 +325,16 @@ def boxes(title: str, rows: Sequence[tuple[int, str, Sequence[float]]], unit: st
     legend = '<span><svg viewBox="0 0 26 12" aria-hidden="true"><path class="whisker" d="M1 6H7M19 6H25"/>'
     legend += '<rect class="box" x="7" y="1" width="12" height="10"/><path class="median" d="M12 1v10"/>'
     legend += '<circle class="point" cx="15" cy="6" r="2.5"/></svg>middle half and 90 %, median, mean</span>'
-    said = "; ".join(
+    medians = "; ".join(
         f"{label} {quantile(v, 0.5):,.0f}" for (_, label, _), v in zip(rows, ranked, strict=True)
     )
-    return figure(title, f"{title}, medians: {said}", frame.bottom + 36, shapes, legend)
+    return figure(title, f"{title}, medians: {medians}", frame.bottom + 36, shapes, legend)
 
 
-def histogram(title: str, label: str, values: Sequence[float], high: float, unit: str, bins: int = 20) -> str:
-    """How many values lie in each of `bins` equal parts of [0, high]; the mean as a line."""
+def histogram(
+    title: str, label: str, values: Sequence[float], high: float, unit: str, bins: int = 20
+) -> Markup:
+    """The number of values in each of `bins` equal parts of [0, high], and the mean as a line."""
     counts = [0] * bins
     for value in values:
         counts[min(int(bins * value / high), bins - 1)] += 1
@@ -322,5 +354,5 @@ def histogram(title: str, label: str, values: Sequence[float], high: float, unit
     )
     shapes += f'<path class="median" d="M{x} {frame.top:g}V{frame.bottom:g}"/>'
     legend = f"<span>mean of the rows {mean:.3f}, most {max(values):.3g} {text(unit)}</span>"
-    said = f"{label}: {title}, mean {mean:.3f} over {len(values):,} rows"
-    return figure(title, said, 84, shapes, legend, width=220)
+    description = f"{label}: {title}, mean {mean:.3f} over {len(values):,} rows"
+    return figure(title, description, 84, shapes, legend, width=220)

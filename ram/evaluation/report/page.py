@@ -1,9 +1,10 @@
 """One self-contained HTML page per evaluation: leaderboard, plots, training curves, a browser of all answers.
 
-Nothing is fetched. What can be seen without a script is HTML and SVG drawn here; the browser of answers is
-assets/report.js, with answers.js for what a row looks like, over the answers embedded as JSON. A model
-may write markup, so whatever comes from data passes `charts.text` or a number format, or is JSON that the
-script puts into text nodes only; the page's policy lets no other style, script or address in.
+The page fetches nothing. assets/report.html.j2 is its template; charts.py draws the charts. The browser of
+answers is assets/report.js, with answers.js for the look of a row, over the answers embedded as JSON.
+
+A model may write markup. The template therefore escapes every value, the script puts strings into text nodes
+only, and the page's policy allows no other style, script or address.
 """
 
 import base64
@@ -12,236 +13,266 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
 
 from ram.evaluation.report import charts
-from ram.evaluation.report.charts import Curve, Point, finite, text
+from ram.evaluation.report.charts import Curve, Point, finite, text, visible
 from ram.storage.files import write_text
 
 PAGE = Path(__file__).parent / "assets"
 STYLE = (PAGE / "report.css").read_text(encoding="utf-8") + charts.STYLE
 SCRIPT = "".join((PAGE / name).read_text(encoding="utf-8") for name in ("answers.js", "report.js"))
 
-# Columns of the leaderboard: heading, number format (none for text), meaning. Shown where a row has a value.
-COLUMNS: dict[str, tuple[str, str, str]] = {
-    "system": ("System", "", "what answered: one model alone, or a proposal with an aligner"),
-    "n": ("n", ",.0f", "prompts judged"),
-    "win_rate": (
+SHARES = ("win_rate", "both")  # columns with an interval, which get a bar
+
+
+class Column(NamedTuple):
+    """A column of the leaderboard, which is shown if any row has a value for it."""
+
+    heading: str
+    number_format: str  # empty for text
+    meaning: str
+
+    @property
+    def style(self) -> str:
+        """The column's class in the style sheet."""
+        if self in (COLUMNS[key] for key in SHARES):
+            return "share"
+        return "number" if self.number_format else "name"
+
+
+COLUMNS = {
+    "system": Column("System", "", "one model alone, or a proposal with an aligner"),
+    "n": Column("n", ",.0f", "prompts judged"),
+    "win_rate": Column(
         "Win rate",
         ".3f",
-        "share of prompts won against the reference, ties half; "
-        "dotted line at 0.5; range and whisker: 95 % percentile bootstrap over prompts",
+        "share of prompts won against the reference; a tie counts half; dotted line at 0.5; "
+        "range and whisker: 95 % percentile bootstrap over prompts",
     ),
-    "failed": ("Failed", ",.0f", "prompts whose judgement failed; left out of all rates"),
-    "length_controlled": (
+    "failed": Column("Failed", ",.0f", "prompts whose judgement failed; excluded from all rates"),
+    "length_controlled": Column(
         "At equal length",
         ".3f",
-        "win rate with length taken out by a logistic model; not AlpacaEval's, which knows each prompt",
+        "win rate with the effect of length removed by a logistic model; unlike AlpacaEval's, it has no "
+        "difficulty for each prompt",
     ),
-    "lc_win_rate": (
+    "lc_win_rate": Column(
         "AlpacaEval LC",
         ".3f",
-        "AlpacaEval's length-controlled win rate of its 805 questions: the share that would be won at equal "
+        "AlpacaEval's length-controlled win rate on its 805 questions: the share that would be won at equal "
         "lengths, by its logistic model with each question's difficulty",
     ),
-    "lc_standard_error": (
-        "LC error",
-        ".3f",
-        "its standard error as AlpacaEval gives it, of the mean over questions alone",
+    "lc_standard_error": Column(
+        "LC error", ".3f", "its standard error as AlpacaEval computes it, over questions only"
     ),
-    "p_value": (
-        "p",
-        ".4f",
-        "two-sided sign-flip test of the win rate against the first system's, row by row",
+    "p_value": Column(
+        "p", ".4f", "two-sided sign-flip test of the win rate against the first system's, row by row"
     ),
-    "first_shown_wins": ("First wins", ".3f", "how often the judge preferred the answer it was shown first"),
-    "both": ("Both", ".3f", "share of answers that are correct and aligned; range and whisker as before"),
-    "correct": ("Correct", ".3f", "share of answers that name the right value and no other"),
-    "aligned": ("Aligned", ".3f", "share of answers in the wanted style"),
-    "average_length": ("Length", ",.0f", "characters per answer, mean over prompts"),
-    "changed_fraction": (
-        "Changed",
-        ".3f",
-        "share of tokens that the proposal alone would have drawn otherwise",
+    "first_shown_wins": Column(
+        "First wins", ".3f", "how often the judge preferred the answer that it was shown first"
     ),
-    "fallback_fraction": ("Fell back", ".3f", "share of tokens where KL(P_M||Q) was above div_threshold"),
-    "mean_kl": ("Mean KL", ".3f", "KL(P_M||Q) in nats, mean over tokens"),
-    "acceptance": (
+    "both": Column(
+        "Both", ".3f", "share of answers that are correct and aligned; range and whisker as before"
+    ),
+    "correct": Column("Correct", ".3f", "share of answers that name the right value and no other"),
+    "aligned": Column("Aligned", ".3f", "share of answers in the target style"),
+    "average_length": Column("Length", ",.0f", "characters per answer, mean over prompts"),
+    "changed_fraction": Column(
+        "Changed", ".3f", "share of tokens that differ from those the proposal alone would have drawn"
+    ),
+    "fallback_fraction": Column("Fell back", ".3f", "share of tokens with KL(P_M||Q) above div_threshold"),
+    "mean_kl": Column("Mean KL", ".3f", "KL(P_M||Q) in nats, mean over tokens"),
+    "acceptance": Column(
         "Acceptance",
         ".3f",
-        "share of tokens the aligner alone would have drawn with the same "
-        "noise, as confirmed by the pair's law",
+        "share of tokens that the aligner alone would also have drawn with the same random numbers "
+        "(the draft acceptance rate)",
     ),
-    "judge": ("Judge", "", "what compared the answers"),
-    "judge_settings": ("Judge's settings", "", "its model, and what it was asked to judge"),
-    "reference": ("Reference", "", "the answers compared against"),
-    "commit": ("Commit", "", "of the checkout that made the table; +changes: files differ from it"),
+    "judge": Column("Judge", "", "the method that compared the answers"),
+    "judge_settings": Column("Judge's settings", "", "its model, and the question it was asked"),
+    "reference": Column("Reference", "", "the answers compared against"),
+    "commit": Column("Commit", "", "of the checkout that made the table; +changes: files differ from it"),
 }
-SHARES = ("win_rate", "both")  # these come with an interval and get a bar
-LENGTH_CONTROLLED = (  # the second mark of a win rate: key, what it is
+LENGTH_CONTROLLED = (  # the second mark of a win rate: key, meaning
     ("length_controlled", "at equal length"),
     ("lc_win_rate", "AlpacaEval's length-controlled"),
 )
-MOSTLY_FELL_BACK = "the pair mostly fell back to the proposal, for more than half of its tokens"
-MAX_POINTS = 300  # of a train curve; more only cost file size at this width
+MOSTLY_FELL_BACK = "the pair fell back to the proposal for more than half of its tokens"
+MAX_POINTS = 300  # of a train curve; more points only make the file larger at this width
 DASH = "–"
 
 
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Writes the page to `path`, whole or not at all; the same report gives the same bytes.
+class Cell(NamedTuple):
+    """A cell of the leaderboard."""
 
-    report: what `report_data.gather` makes. title; notes, paragraphs of plain text, one that starts with
-    "warning:" is set off; board, the leaderboard's rows in the order to show, with "system" and any of
-    COLUMNS, win_rate and both with _low and _high; curves, stage -> records of its metrics.csv; reference,
-    "output" or the system that answers are compared with; systems; rows, with the answers of all systems.
+    style: str
+    text: str
+    number: int | None = None  # of the system, in its first cell
+    interval: str = ""
+    bar: Markup | None = None
+    alert: str = ""  # the reason why a value stands out
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write the page; the same report gives the same bytes.
+
     Values that are missing, empty or not finite are left out or shown as a dash.
+
+    Args:
+        path: The file to write, completely or not at all.
+        report: The result of `gather`, with the keys
+            title: a text;
+            notes: paragraphs of plain text; one that begins with "warning:" is highlighted;
+            board: the leaderboard's rows in order, each with "system" and any of COLUMNS; win_rate and both
+            come with _low and _high;
+            curves: stage -> records of its metrics.csv;
+            reference: "output", or the system that answers are compared with;
+            systems, rows: the systems, and the answers of all systems to each prompt.
     """
-    paragraphs = ""
-    for note in report["notes"]:
-        kind = ' class="warning"' if note.lower().startswith("warning:") else ""
-        paragraphs += f"<p{kind}>{text(note)}</p>\n"
     policy = f"default-src 'none'; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; "
     policy += "base-uri 'none'; form-action 'none'"
-    sections = {
-        "Leaderboard": _leaderboard(report["board"]),
-        "Plots": _plots(report),
-        "Training": _stages(report["curves"]),
-        "Answers": _answers(report),
-    }
-    links = body = ""
-    for name, section in sections.items():
-        if section:
-            links += f'<a href="#{name.lower()}">{name}</a>\n'
-            body += (
-                f'<section aria-labelledby="{name.lower()}"><h2 id="{name.lower()}">{name}</h2>\n{section}'
-            )
-            body += "</section>\n"
-    write_text(
-        path,
-        f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{text(report["title"])}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{STYLE}</style></head>
-<body><main><header><h1>{text(report["title"])}</h1>
-<nav aria-label="Sections">{links}</nav></header>
-{paragraphs}{body}</main>
-</body></html>
-""",
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=report["title"],
+            policy=policy,
+            style=Markup(STYLE),
+            script=Markup(SCRIPT),
+            notes=report["notes"],
+            board=_leaderboard(report["board"]),
+            plots=_plots(report),
+            stages=_stages(report["curves"]),
+            answers=_answers(report),
+        )
     )
+    write_text(path, page)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["breakable"] = breakable
+    return environment
+
+
+def breakable(name: str) -> Markup:
+    """The name of a system, which may be broken into lines between its parts."""
+    return Markup(text(name).replace("+", "+<wbr>").replace("[", "<wbr>["))
 
 
 def _hash(inline: str) -> str:
-    """What a policy calls an inline style sheet or script by."""
+    """The source expression of a policy that allows one inline style sheet or script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
 
 
-def embedded(value: Any) -> str:
-    """JSON that can stand in a script element whatever its strings hold; JSON.parse gives the same value."""
-    found = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return re.sub(
-        "[<>&\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", found
-    )
+def embedded(value: Any) -> Markup:
+    """JSON for a script element. No string can end the element; JSON.parse gives the same value."""
+    encoded = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    special = "[<>&\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]"
+    return Markup(re.sub(special, lambda match: f"\\u{ord(match[0]):04x}", encoded))
 
 
 # ---- leaderboard -------------------------------------------------------------------------------------------
 
 
-def _leaderboard(rows: list[dict]) -> str:
+def _leaderboard(rows: list[dict]) -> dict[str, Any] | None:
+    """The columns and cells of the table, and the values that all rows have in common."""
     if not rows:
-        return "<p>No system was evaluated.</p>"
-    shown = [key for key in COLUMNS if any(row.get(key) not in (None, "") for row in rows)]
+        return None
+    keys = [key for key in COLUMNS if any(row.get(key) not in (None, "") for row in rows)]
     if not any(row.get("failed") for row in rows):
-        shown = [key for key in shown if key != "failed"]
+        keys = [key for key in keys if key != "failed"]
     common = []
     for key in ("judge", "judge_settings", "reference", "commit"):
-        # One value for the whole table is said once: the width is better spent on numbers.
-        if key in shown and len({row.get(key) for row in rows}) == 1:
-            shown.remove(key)
-            common.append(f"{COLUMNS[key][0]}: {text(rows[0][key])}")
-    header = meanings = ""
-    for key in shown:
-        heading, _, meaning = COLUMNS[key]
-        header += f'<th scope="col" class="{_style(key)}" title="{text(meaning)}">{heading}</th>'
-        meanings += f"<dt>{heading}</dt><dd>{text(meaning)}</dd>"
-    lines = "\n".join(
-        f"<tr>{''.join(_cell(number, row, key) for key in shown)}</tr>" for number, row in enumerate(rows, 1)
-    )
-    return f"""<div class="scroll" role="region" aria-labelledby="leaderboard" tabindex="0"><table>
-<caption><span>One system a line, its number that of the plots; shares run from 0 to 1</span></caption>
-<thead><tr>{header}</tr></thead><tbody>
-{lines}
-</tbody></table></div>
-<p class="small">{" · ".join(common)}</p>
-<details class="small"><summary>What the columns mean</summary><dl>{meanings}</dl></details>"""
+        # A value that is the same in the whole table is stated once below it, to save width.
+        if key in keys and len({row.get(key) for row in rows}) == 1:
+            keys.remove(key)
+            common.append((COLUMNS[key].heading, rows[0][key]))
+    cells = [[_cell(number, row, key) for key in keys] for number, row in enumerate(rows, start=1)]
+    return {"columns": [COLUMNS[key] for key in keys], "rows": cells, "common": common}
 
 
-def _style(key: str) -> str:
-    return "share" if key in SHARES else "number" if COLUMNS[key][1] else "name"
-
-
-def _cell(number: int, row: dict, key: str) -> str:
-    spec, value = COLUMNS[key][1], row.get(key)
+def _cell(number: int, row: dict[str, Any], key: str) -> Cell:
+    column, value = COLUMNS[key], row.get(key)
+    spec = column.number_format
     value = finite(value) if spec else value
-    shown = DASH if value in (None, "") else text(format(value, spec))
+    shown = DASH if value in (None, "") else format(value, spec)
     if key == "system":
-        # A long name breaks where its parts meet.
-        name = shown.replace("+", "+<wbr>").replace("[", "<wbr>[")
-        return f'<th scope="row"><span class="small">{number}</span>&nbsp;{name}</th>'
-    if key in SHARES and value is not None:
+        return Cell(column.style, shown, number=number)
+    if key in SHARES and isinstance(value, float):
         low, high = finite(row.get(f"{key}_low")), finite(row.get(f"{key}_high"))
         interval = "" if low is None or high is None else f" {low:{spec}}{DASH}{high:{spec}}"
-        bar = _bar(value, low, high, halved=key == "win_rate")
-        shown = f'<b>{shown}</b><span class="small">{interval}</span>{bar}'
-    if key == "fallback_fraction" and (value or 0) > 0.5:
-        shown = f'<span class="alert" title="{MOSTLY_FELL_BACK}">{shown}</span>'
-    return f'<td class="{_style(key)}">{shown}</td>'
+        return Cell(column.style, shown, interval=interval, bar=_bar(value, low, high, key == "win_rate"))
+    alert = MOSTLY_FELL_BACK if key == "fallback_fraction" and (value or 0) > 0.5 else ""
+    return Cell(column.style, shown, alert=alert)
 
 
-def _bar(value: float, low: float | None, high: float | None, halved: bool) -> str:
-    """A share from 0 to 1 with its interval; for the eye only, the numbers stand beside it."""
+def _bar(value: float, low: float | None, high: float | None, half: bool) -> Markup:
+    """A drawing of a share from 0 to 1 with its interval; the numbers are beside it.
+
+    Args:
+        value: The share.
+        low: Lower end of its interval, or None.
+        high: Upper end of its interval, or None.
+        half: Draw a line at 0.5.
+    """
     shapes = '<rect class="track" y="5" width="132" height="6"/>'
     shapes += f'<rect class="value" y="5" width="{132 * value:.1f}" height="6"/>'
-    if halved:
+    if half:
         shapes += '<path class="half" d="M66 1V15"/>'
     if low is not None and high is not None:
         left, right = f"{132 * low:.1f}", f"{132 * high:.1f}"
         shapes += f'<path class="whisker" d="M{left} 4V12M{left} 8H{right}M{right} 4V12"/>'
-    return f'<svg viewBox="-2 0 136 16" aria-hidden="true">{shapes}</svg>'
+    return Markup(f'<svg viewBox="-2 0 136 16" aria-hidden="true">{shapes}</svg>')
 
 
 # ---- plots -------------------------------------------------------------------------------------------------
 
 
-def _plots(report: dict[str, Any]) -> str:
-    """Win rates, lengths, and of every pair how its answers' figures are spread over the rows."""
+def _plots(report: dict[str, Any]) -> dict[str, Any] | None:
+    """Charts of win rates and lengths, and for each pair the distribution of its figures over the rows."""
     board = {row["system"]: row for row in report["board"] if finite(row.get("win_rate")) is not None}
     if not board or not report["rows"]:
-        return ""
-    # AlpacaEval's own figure where there is one; never both, which are not to be compared.
+        return None
+    # AlpacaEval's own figure if there is one. The two kinds are not comparable, so never both.
     by_alpaca = any(finite(row.get("lc_win_rate")) is not None for row in board.values())
     controlled, mark = LENGTH_CONTROLLED[by_alpaca]
     points = []
     for name, row in board.items():
         ends = [finite(row.get(key)) for key in ("win_rate_low", "win_rate_high", controlled)]
         points.append(Point(name, finite(row.get("average_length")) or 0.0, float(row["win_rate"]), *ends))
-    compared = report["reference"]
-    against = "the test file's answers" if compared == "output" else compared
-    found = charts.intervals("Win rate", points, f"against {against}", 0.5, mark)
-    references = [len(row["reference"]) for row in report["rows"] if row["reference"] is not None]
-    average = sum(references) / len(references) if compared == "output" and references else None
-    units = "characters per answer, mean", "win rate"
-    found += charts.scatter("Win rate by length", points, units, (average, 0.5))
-    lengths = [(0, "in the test file", references)] if references else []
+    reference = report["reference"]
+    against = "the test file's answers" if reference == "output" else reference
+    reference_lengths = [len(row["reference"]) for row in report["rows"] if row["reference"] is not None]
+    average = None
+    if reference == "output" and reference_lengths:
+        average = sum(reference_lengths) / len(reference_lengths)
+    lengths = [(0, "in the test file", reference_lengths)] if reference_lengths else []
     for place, system in enumerate(report["systems"]):
         of_system = [row["answers"][place]["length"] for row in report["rows"]]
         lengths.append((place + 1, system["name"], of_system))
-    found += charts.boxes("Lengths of answers", lengths, "characters")
-    return f'<div class="charts">{found}</div>\n{_histograms(report)}'
+    units = ("characters per answer, mean", "win rate")
+    drawings = [
+        charts.intervals("Win rate", points, f"against {against}", 0.5, mark),
+        charts.scatter("Win rate by length", points, units, (average, 0.5)),
+        charts.boxes("Lengths of answers", lengths, "characters"),
+    ]
+    return {"charts": drawings, "pairs": _histograms(report)}
 
 
-# Of every answer of a pair: key of its figures, title, unit.
+# Figures of a pair's answers that get a histogram: key, title, unit.
 BY_ROW = (
     ("fallback", "Fell back", "of its tokens"),
     ("kl", "Mean KL(P_M‖Q)", "nats a token"),
@@ -249,86 +280,83 @@ BY_ROW = (
 )
 
 
-def _histograms(report: dict[str, Any]) -> str:
-    """Histograms of every pair over ranges that are the same in all of them; none where all rows have 0."""
+def _histograms(report: dict[str, Any]) -> list[tuple[int, str, list[Markup]]]:
+    """For each pair its number, name and histograms; figures that are 0 in every row have none.
+
+    A figure has the same range in all pairs.
+    """
     values: dict[tuple[int, str], list[float]] = {}
     for place in range(len(report["systems"])):
         for key, *_ in BY_ROW:
-            given = [finite(row["answers"][place].get("stats", {}).get(key)) for row in report["rows"]]
-            values[place, key] = [value for value in given if value is not None]
+            figures = [finite(row["answers"][place].get("stats", {}).get(key)) for row in report["rows"]]
+            values[place, key] = [value for value in figures if value is not None]
     highs = dict.fromkeys((key for key, *_ in BY_ROW), 1.0)
     highs["kl"] = max((max(v) for (_, key), v in values.items() if key == "kl" and v), default=0.0) or 1.0
-    found = ""
+    pairs = []
     for place, system in enumerate(report["systems"]):
-        drawn = "".join(
+        drawings = [
             charts.histogram(title, system["name"], values[place, key], highs[key], unit)
             for key, title, unit in BY_ROW
             if any(values[place, key])
-        )
-        if drawn:
-            name = f'<span class="small">{place + 1}</span> {text(system["name"])}'
-            found += f'<div><h4>{name}</h4><div class="charts three">{drawn}</div></div>\n'
-    return f'<h3>Rows of each pair</h3>\n<div class="pairs">{found}</div>' if found else ""
+        ]
+        if drawings:
+            pairs.append((place + 1, system["name"], drawings))
+    return pairs
 
 
 # ---- training curves ---------------------------------------------------------------------------------------
 
 
-def _stages(curves: dict[str, list[dict]]) -> str:
-    sections = "".join(_stage(stage, records) for stage, records in curves.items())
-    return f'<div class="stages">{sections}</div>\n' if sections else ""
+def _stages(curves: dict[str, list[dict]]) -> list[tuple[str, list[Markup]]]:
+    """Each stage that has records, with its charts."""
+    stages = [(stage, _stage(stage, records)) for stage, records in curves.items()]
+    return [(stage, drawings) for stage, drawings in stages if drawings]
 
 
-def _stage(stage: str, records: list[dict]) -> str:
-    """A chart of the loss and, where there is a sampled term to compare with, one of the two terms."""
-    drawn = [_chart(stage, "loss", "nats per example", records, {"": "loss"})]
+def _stage(stage: str, records: list[dict]) -> list[Markup]:
+    """A chart of the loss and, if the loss has a sampled term, one of its two terms."""
+    drawings = [_chart(stage, "loss", "nats per example", records, {"": "loss"})]
     terms = {term: f"{term}_logp_per_token" for term in ("target", "sampled")}
     if any(finite(record.get(terms["sampled"])) is not None for record in records):
-        drawn.append(_chart(stage, "log-probability by term", "nats per token", records, terms))
-    drawn = [chart for chart in drawn if chart]
-    width = ' class="two"' if len(drawn) > 1 else ""
-    body = f'<h3>{text(stage)}</h3><div class="charts">{"".join(drawn)}</div>'
-    return f"<div{width}>{body}</div>\n" if drawn else ""
+        drawings.append(_chart(stage, "log-probability by term", "nats per token", records, terms))
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def points_of(records: list[dict], split: str, column: str) -> list[tuple[float, float]]:
-    """(examples, value) of one split, the train points averaged in equal runs down to MAX_POINTS."""
+    """The (examples, value) points of one split; train points are averaged in groups down to MAX_POINTS."""
     pairs = [(finite(r.get("examples")), finite(r.get(column))) for r in records if r.get("split") == split]
     points = sorted((x, y) for x, y in pairs if x is not None and y is not None)
     size = math.ceil(len(points) / MAX_POINTS) if split == "train" and points else 1
-    runs = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [
+        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups
+    ]
 
 
-def _chart(stage: str, what: str, unit: str, records: list[dict], columns: dict[str, str]) -> str:
-    """A figure with the train and held-out curves of columns, given as name (or "") -> column."""
+def _chart(
+    stage: str, quantity: str, unit: str, records: list[dict], columns: dict[str, str]
+) -> Markup | None:
+    """A chart with the train and held-out curves of some columns, or None if there are no points.
+
+    Args:
+        columns: Name of each curve (empty if there is one) -> column of the records.
+    """
     curves = []
     for colour, (term, column) in enumerate(columns.items()):
         for split, words in (("train", "train"), ("heldout", "held out")):
             style = "sampled" if split == "train" and colour else split
             if points := points_of(records, split, column):
                 curves.append(Curve(f"{term}, {words}" if term else words, points, colour, style))
-    label = f"{stage}: {what} in {unit} over examples"
-    return charts.lines(what.capitalize(), label, unit, "examples", curves) if curves else ""
+    label = f"{stage}: {quantity} in {unit} over examples"
+    return charts.lines(quantity.capitalize(), label, unit, "examples", curves) if curves else None
 
 
 # ---- answers -----------------------------------------------------------------------------------------------
 
 
-def _answers(report: dict[str, Any]) -> str:
-    """What the script needs, and what is said where it cannot run."""
-    systems, rows = report["systems"], report["rows"]
-    if not rows:
-        return ""
-    files = "".join(
-        f"<li>{text(system['name'])}: {text(system['folder'])}/output.json</li>" for system in systems
-    )
+def _answers(report: dict[str, Any]) -> dict[str, Any] | None:
+    """The data of the script, and the figures for readers without scripts."""
+    if not report["rows"]:
+        return None
     data = embedded({key: report[key] for key in ("reference", "systems", "rows")})
-    return f"""<noscript><p class="warning">Here stands a browser of all {len(rows):,} prompts with the
-answers of {len(systems)} systems, their judgements and, token by token, what the aligner changed. It needs
-scripts, which are off; the answers themselves lie beside this page.</p>
-<ul class="small">{files}</ul></noscript>
-<div id="browser"></div>
-<script type="application/json" id="data">{data}</script>
-<script>{SCRIPT}</script>
-"""
+    return {"data": data, "systems": report["systems"], "rows": f"{len(report['rows']):,}"}

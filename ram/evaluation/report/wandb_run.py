@@ -1,24 +1,25 @@
-"""An evaluation as a run of wandb: its tables, its page and its files."""
+"""An evaluation as a wandb run: its tables, its page and its files."""
 
 import re
 from pathlib import Path
 from typing import Any
 
-ARTIFACTS = (
-    "leaderboard.csv",
-    "leaderboard.md",
-    "leaderboard.tex",
-    "results.json",
-    "report.json",
-    "report.html",
-)
+TABLES = ("leaderboard.csv", "leaderboard.md", "leaderboard.tex")
+ARTIFACTS = (*TABLES, "results.json", "report.json", "report.html")
+COLUMNS: list[Any] = ["row", "system", "length", "preference", "fallback_fraction", "mean_kl", "acceptance"]
 
 
-def log_evaluation(settings, name: str, folder: Path, report: dict[str, Any]) -> None:
-    """Sends an evaluation to wandb as a run of its own: as tables the leaderboard and the figures of every
-    answer, which the report's plots are made of; the page; the result files in `folder` as an artifact.
+def log_evaluation(settings: Any, name: str, folder: Path, report: dict[str, Any]) -> None:
+    """Send an evaluation to wandb as a run of its own.
 
-    settings: the `wandb` keys. report: what `report_data.save` returned.
+    The run has the leaderboard and the figures of every answer as tables, the page, and the result files as
+    an artifact.
+
+    Args:
+        settings: the `wandb` keys.
+        name: name of the run.
+        folder: folder of the result files.
+        report: the return value of `gather.save`.
     """
     import wandb
 
@@ -30,9 +31,9 @@ def log_evaluation(settings, name: str, folder: Path, report: dict[str, Any]) ->
         job_type="evaluation",
         dir=str(folder),
     )
-    columns = list(dict.fromkeys(key for row in report["board"] for key in row))
-    board = [[row.get(key) for key in columns] for row in report["board"]]
-    figures = [
+    columns: list[Any] = list(dict.fromkeys(key for row in report["board"] for key in row))
+    board: list[Any] = [[row.get(key) for key in columns] for row in report["board"]]
+    figures: list[Any] = [
         [
             row["id"],
             system["name"],
@@ -43,11 +44,10 @@ def log_evaluation(settings, name: str, folder: Path, report: dict[str, Any]) ->
         for row in report["rows"]
         for system, answer in zip(report["systems"], row["answers"], strict=True)
     ]
-    keys = ["row", "system", "length", "preference", "fallback_fraction", "mean_kl", "acceptance"]
     run.log(
         {
             "leaderboard": wandb.Table(columns=columns, data=board, allow_mixed_types=True),
-            "answers": wandb.Table(columns=keys, data=figures),
+            "answers": wandb.Table(columns=COLUMNS, data=figures),
             "report": wandb.Html(str(folder / "report.html"), inject=False),
         }
     )

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ram.data.tokenization import encode_prompts
-from ram.decoding import reference, speculation
+from ram.decoding.generation import decode_rows
 from ram.decoding.par import PARParams
-from ram.decoding.slots import has_slots
+from ram.decoding.rows import ShownText, StopWatch
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ def generate_stream(
     stop = [stop] if isinstance(stop, str) else list(stop)
     prompt, echo = params["prompt"], bool(params.get("echo", True))
     (ids,), _ = encode_prompts(tokenizer, [prompt], context_len - new, model.add_bos)
-    models = [each for each in (model.proposal, model.aligner) if each is not None]
-    loop = speculation.decode_rows if has_slots(*models) else reference.decode_batch
-    rounds = loop(
+    rows = decode_rows(
         model.proposal,
         model.aligner,
         tokenizer,
@@ -80,12 +78,11 @@ def generate_stream(
         law,
         max_new_tokens=new,
         seed=int(params.get("seed") or 0),
-        row_ids=[0],
         stop=stop,
         stop_token_ids=params.get("stop_token_ids") or (),
     )
-    shown, told, sent = reference.ShownText(reference.StopWatch(tokenizer, stop)), "", 0
-    for (row,) in rounds:
+    shown, told, sent = ShownText(StopWatch(tokenizer, stop)), "", 0
+    for row in rows:
         shown.more(row.shown_ids, row.finish is not None)
         text, new = shown.shown, len(row.ids) - sent
         if row.finish is None and (text == told or new < stream_interval):

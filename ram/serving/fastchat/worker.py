@@ -1,12 +1,13 @@
-"""A worker of FastChat's controller over the engine, so that FastChat's own web page and OpenAI server work
-with pairs: each aligner is a model there, and so is the proposal alone.
+"""A worker for FastChat's controller, so that FastChat's web page and OpenAI server work with pairs.
+
+Each aligner is a model there, and so is the proposal alone.
 
     python -m fastchat.serve.controller
     python serve.py worker proposal=FOLDER aligner=FOLDER
-    python serve.py fastchat openai_api_server         FastChat's servers, repaired for today's packages
+    python serve.py fastchat openai_api_server         FastChat's servers, patched for current packages
 
-Protocol: FastChat 0.2.36, serve/base_model_worker.py. It has no keys, so a worker listens on loopback unless
-`worker.exposed` says that the network is trusted.
+Protocol: FastChat 0.2.36, serve/base_model_worker.py. It has no keys, so a worker listens only on loopback
+unless `worker.exposed` is set.
 """
 
 import asyncio
@@ -26,14 +27,16 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from ram.data import prompts
-from ram.decoding import engine
-from ram.decoding.engine import Busy, Done, EngineError, TooLong, UnknownAligner
+from ram.decoding import requests as decoding
 from ram.decoding.par import PARParams
+from ram.decoding.requests import EngineError, TooLong, UnknownAligner
 from ram.errors import UserError, nearest
 from ram.log import log
 from ram.serving.guard import HUNG_UP, Guard
+from ram.serving.loop import Busy, Done
 from ram.serving.metrics import Metrics
 from ram.serving.protocol import LAW_OF_ONE, ApiError
 from ram.serving.registry import Models, Served
@@ -49,17 +52,17 @@ SERVERS = ("controller", "openai_api_server", "gradio_web_server", "gradio_web_s
 
 
 def check_exposure(settings: Settings) -> None:
-    """Raises UserError for a worker that others would reach, unless the settings say that they may."""
+    """Raise UserError if other machines could reach the worker and the settings do not allow it."""
     if not is_loopback(settings.config.host) and not settings.config.worker.exposed:
         raise UserError(
-            f"host={settings.config.host} is reached from elsewhere, and FastChat's protocol knows no keys: "
-            "set worker.exposed=true where all who reach it may use it"
+            f"host={settings.config.host} can be reached by other machines, and FastChat's protocol has no "
+            "keys; set worker.exposed=true if every machine that can reach it may use it"
         )
 
 
 @contextlib.contextmanager
 def registered(models: Models, url: str) -> Iterator[Guard]:
-    """The worker's application; while the context lasts, the controller knows of it once it listens."""
+    """Make the worker's application, and keep it registered at the controller until the context is left."""
     stop = threading.Event()
     address = models.settings.config.worker.address or url
     thread = threading.Thread(target=_keep_registered, args=(models, address, stop), daemon=True)
@@ -73,8 +76,8 @@ def registered(models: Models, url: str) -> Iterator[Guard]:
 
 def _keep_registered(models: Models, address: str, stop: threading.Event) -> None:
     controller = models.settings.config.worker.controller.rstrip("/")
-    known = told = False
-    wait = 0.2  # until the worker listens itself
+    known = reported = False
+    wait = 0.2  # seconds; the worker itself is not listening yet
     with httpx.Client(timeout=5) as client:
         while not stop.wait(wait):
             try:
@@ -86,18 +89,20 @@ def _keep_registered(models: Models, address: str, stop: threading.Event) -> Non
                     body["worker_status"] = status(models)
                     client.post(f"{controller}/register_worker", json=body).raise_for_status()
                     log.info(f"registered at {controller} as {address}")
-                known, told, wait = True, False, HEART_BEAT
+                known, reported, wait = True, False, HEART_BEAT
             except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
-                if not told:
-                    log.warning(f"no controller at {controller} ({type(error).__name__}); trying on")
-                told, wait = True, RETRY
+                if not reported:
+                    log.warning(f"no controller at {controller} ({type(error).__name__}); retrying")
+                reported, wait = True, RETRY
 
 
 def status(models: Models) -> dict[str, Any]:
+    """The worker's status, as the controller asks for it."""
     return {"model_names": list(models.served), "speed": 1, "queue_length": queue_length(models)}
 
 
 def queue_length(models: Models) -> int:
+    """Answers that are being decoded or wait."""
     figures = models.engine.figures()
     return figures["waiting"] + figures["rows"]
 
@@ -106,52 +111,57 @@ def queue_length(models: Models) -> int:
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """What FastChat shows of a request that failed."""
+    """FastChat's form of an error."""
     from fastchat.constants import ErrorCode
 
     code = ErrorCode.INTERNAL_ERROR
-    for kind, found in (
+    for kind, kind_code in (
         (Busy, ErrorCode.ENGINE_OVERLOADED),
         (UnknownAligner, ErrorCode.INVALID_MODEL),
         (TooLong, ErrorCode.CONTEXT_OVERFLOW),
         ((EngineError, ValueError, OverflowError), ErrorCode.PARAM_OUT_OF_RANGE),
     ):
         if isinstance(error, kind):
-            code = found
+            code = kind_code
             break
     return {"text": str(error), "error_code": int(code)}
 
 
-def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[list[engine.Request], str]:
-    """FastChat's request as the engine takes it, and what is shown before its answer (the prompt, with
-    `echo`). Raises EngineError, ValueError, TypeError or OverflowError for one that cannot be answered.
+def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[list[decoding.Request], str]:
+    """Turn a request of FastChat's protocol into requests for the engine.
+
+    Returns:
+        The requests, and the text that precedes the answer: the prompt if `echo` is set.
+
+    Raises:
+        EngineError, ValueError, TypeError, OverflowError: If the request cannot be answered.
     """
     prompt = params.get("prompt")
     if not isinstance(prompt, str):
         raise ValueError("prompt: expected a text")
-    given = {key: params[key] for key in PARParams.field_names() if params.get(key) is not None}
+    law = {key: params[key] for key in PARParams.field_names() if params.get(key) is not None}
     if served.aligner is None:
-        given |= {f"base_{key}": given.pop(key) for key in LAW_OF_ONE if key in given}
+        law |= {f"base_{key}": law.pop(key) for key in LAW_OF_ONE if key in law}
     stop = params.get("stop") or []
-    stop = [each for each in ([stop] if isinstance(stop, str) else stop) if each]
-    if not all(isinstance(each, str) for each in stop):
+    stop = [text for text in ([stop] if isinstance(stop, str) else stop) if text]
+    if not all(isinstance(text, str) for text in stop):
         raise ValueError("stop: expected texts")
-    ends = params.get("stop_token_ids") or []
-    if not (isinstance(ends, list) and all(type(each) is int for each in ends)):
+    stop_ids = params.get("stop_token_ids") or []
+    if not (isinstance(stop_ids, list) and all(type(token) is int for token in stop_ids)):
         raise ValueError("stop_token_ids: expected a list of token ids")
-    wanted = params.get("max_new_tokens")
-    wanted = models.usual if wanted is None else int(wanted)
+    limit = params.get("max_new_tokens")
+    limit = models.usual if limit is None else int(limit)
     room = models.max_length - len(models.encode_text(prompt, served.add_bos))
-    new = min(wanted, max(room, models.usual))  # FastChat asks for more than there is
+    new = min(limit, max(room, models.usual))  # FastChat asks for more tokens than fit
     ids = models.encode_cut(prompt, new, served.add_bos)
     seed = params.get("seed", models.settings.config.seed)
     seed = secrets.randbits(32) if seed is None else int(seed)
-    requests = models.requests(served, [ids], models.law(given), new, seed, stop, stop_token_ids=ends)
+    requests = models.requests(served, [ids], models.law(law), new, seed, stop, stop_token_ids=stop_ids)
     return requests, prompt if params.get("echo", True) else ""
 
 
 async def growing(running: Running, shown: str) -> AsyncIterator[dict[str, Any]]:
-    """FastChat's items: the whole text so far; the last one has the counts and how it ended."""
+    """FastChat's items: each has the whole text so far; the last has the counts and the finish reason."""
     common = {"error_code": 0, "logprobs": None}
     with running:
         async for _, event in running:
@@ -165,15 +175,15 @@ async def growing(running: Running, shown: str) -> AsyncIterator[dict[str, Any]]
 
 
 class Items(Response):
-    """Items as JSON texts that end with a zero byte, as long as the client stays."""
+    """A stream of JSON items, each followed by a zero byte, until the client disconnects."""
 
     def __init__(self, items: AsyncIterator[dict[str, Any]], seconds: float) -> None:
         super().__init__()
         del self.headers["content-length"]
         self.items, self.seconds = items, seconds
 
-    async def __call__(self, scope, receive, send) -> None:
-        async def sent() -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_items() -> None:
             async for item in self.items:
                 body = to_json(item).encode() + b"\0"
                 await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -182,11 +192,11 @@ class Items(Response):
         with contextlib.suppress(Gone, OSError, TimeoutError):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with asyncio.timeout(self.seconds):
-                await while_connected(receive, sent())
+                await while_connected(receive, send_items())
 
 
 def create_worker(models: Models) -> Guard:
-    """The worker as an ASGI application."""
+    """Make the worker's ASGI application."""
     config = models.settings.config
 
     async def items(params: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -223,8 +233,8 @@ def create_worker(models: Models) -> Guard:
         return answer_json({"count": len(ids), "error_code": 0})
 
     async def conversation(request: Request) -> Response:
-        found = dataclasses.asdict(prompts.conversation_template(config.template))
-        return answer_json({"conv": found | {"sep_style": int(found["sep_style"])}})
+        template = dataclasses.asdict(prompts.conversation_template(config.template))
+        return answer_json({"conv": template | {"sep_style": int(template["sep_style"])}})
 
     async def details(request: Request) -> Response:
         return answer_json({"context_length": models.max_length})
@@ -242,7 +252,8 @@ def create_worker(models: Models) -> Guard:
         "model_details": details,
     }
 
-    async def refused(request: Request, error: ApiError) -> Response:
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
         return answer_json(error.body(), error.status)
 
     routes = [Route(f"/{name}", handler, methods=["POST"]) for name, handler in endpoints.items()]
@@ -252,39 +263,41 @@ def create_worker(models: Models) -> Guard:
 
 
 async def read(request: Request) -> dict[str, Any]:
+    """Read the JSON object in a request's body; raise ApiError if it is not one."""
     try:
-        found = from_json(await request.body(), allow_inf_nan=False)
+        body = from_json(await request.body(), allow_inf_nan=False)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        body = None
+    if not isinstance(body, dict):
         raise ApiError(400, "expected a JSON object", "invalid_body")
-    return found
+    return body
 
 
 # ---- FastChat's own servers --------------------------------------------------------------------------------
 
 
 def run_fastchat(arguments: Sequence[str]) -> None:
-    """Runs one of FastChat's servers in this process, with the arguments that it takes."""
+    """Run one of FastChat's servers in this process, with its own arguments."""
     if not arguments or arguments[0] not in SERVERS:
-        wanted = nearest(arguments[0] if arguments else "", SERVERS)
-        raise UserError(f"fastchat {' '.join(arguments[:1])}: expected one of its servers. {wanted}")
-    repair()
+        hint = nearest(arguments[0] if arguments else "", SERVERS)
+        raise UserError(f"fastchat {' '.join(arguments[:1])}: expected one of its servers. {hint}")
+    patch_fastchat()
     name = f"fastchat.serve.{arguments[0]}"
     sys.argv = [name, *arguments[1:]]
     runpy.run_module(name, run_name="__main__")
 
 
-def repair() -> None:
-    """Gives FastChat's answers pydantic 1's `json`, which its server writes its streams with: with pydantic 2
-    every stream is empty.
+def patch_fastchat() -> None:
+    """Give FastChat's answer classes the `json` method of pydantic 1.
+
+    FastChat's server writes its streams with it; with pydantic 2 every stream is empty.
     """
     import fastchat.protocol.openai_api_protocol as answers
     import pydantic
 
-    def as_json(self, ensure_ascii: bool = True, **chosen: Any) -> str:
-        return json.dumps(self.model_dump(**chosen), ensure_ascii=ensure_ascii)
+    def to_json_text(self: pydantic.BaseModel, ensure_ascii: bool = True, **options: Any) -> str:
+        return json.dumps(self.model_dump(**options), ensure_ascii=ensure_ascii)
 
     for kind in vars(answers).values():
         if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
-            kind.json = as_json
+            kind.json = to_json_text  # type: ignore[method-assign]

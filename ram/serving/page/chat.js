@@ -1,18 +1,18 @@
-// A dialogue with one of the server's models, or with two side by side. Text reaches the page as text alone.
+// A dialogue with one of the server's models, or with two side by side. All text goes into text nodes.
 "use strict";
 
 const PROPOSAL = "proposal";
-const MOST_TOKENS = 3000; // beyond that answers are shown without marks: comparing takes the product of both
+const MOST_TOKENS = 3000; // longer answers are not compared: the time grows with the product of both lengths
 const $ = (id) => document.getElementById(id);
-let key = ""; // in this page's memory only
-let turns = []; // {role, content}, as the next request sends them
-let running = null; // the AbortController of what is being answered
+let key = ""; // kept only in this page's memory
+let turns = []; // messages of the next request: {role, content}
+let running = null; // AbortController of the running answer
 
 function element(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
 }
 
 function say(text, failed = false) {
@@ -20,10 +20,10 @@ function say(text, failed = false) {
   $("status").classList.toggle("failed", failed);
 }
 
-class WantsKey extends Error {} // which the form for it says already
+class KeyNeeded extends Error {} // not shown: the form for the key already says so
 
-function complain(error) {
-  if (!(error instanceof WantsKey)) say(error.message, true);
+function showError(error) {
+  if (!(error instanceof KeyNeeded)) say(error.message, true);
 }
 
 // ---- the server ---------------------------------------------------------------------------------------------
@@ -40,18 +40,18 @@ async function request(path, options = {}) {
   }
   if (response.ok) return response;
   if (response.status === 401) {
-    if (sent === key) askForKey(); // else another one was given meanwhile, which this says nothing of
-    throw new WantsKey(sent ? "this key is not the server's" : "this server wants a key");
+    if (sent === key) askForKey(); // otherwise the user has entered another key since
+    throw new KeyNeeded(sent ? "this key is not the server's" : "this server needs a key");
   }
-  let message = `the server answers ${response.status}`;
+  let message = `the server answered with status ${response.status}`;
   try {
     message = (await response.json()).error.message;
-  } catch { /* no JSON: the status says enough */ }
+  } catch { /* not JSON: show the status */ }
   throw new Error(message);
 }
 
 function askForKey() {
-  $("wanted").textContent = key ? "This key is not the server's. Another one:" : "This server wants a key:";
+  $("key-label").textContent = key ? "This key is not the server's. Another one:" : "This server needs a key:";
   key = "";
   $("key-form").hidden = false;
   $("key").focus();
@@ -61,14 +61,14 @@ async function loadModels() {
   const listed = (await (await request("v1/models")).json()).data;
   $("key-form").hidden = true;
   const gone = [];
-  for (const [id, first] of [["model", (each) => each.pair], ["other", (each) => !each.pair]]) {
+  for (const [id, first] of [["model", (model) => model.pair], ["other", (model) => !model.pair]]) {
     const select = $(id), before = select.value;
-    select.replaceChildren(...listed.map((each) => {
-      const option = element("option", "", each.id);
-      option.value = each.id;
+    select.replaceChildren(...listed.map((model) => {
+      const option = element("option", "", model.id);
+      option.value = model.id;
       return option;
     }));
-    const kept = listed.find((each) => each.id === before);
+    const kept = listed.find((model) => model.id === before);
     if (before && !kept) gone.push(before);
     select.value = (kept || listed.find(first) || listed[0]).id;
     select.disabled = false;
@@ -78,33 +78,33 @@ async function loadModels() {
   say(gone.length ? `${gone[0]} is not served any more` : "");
 }
 
-// Aligners come and go: the lists are read again when somebody looks.
+// Aligners can be added and removed at any time: update the lists when they get the focus.
 async function loadAgain() {
   if (running) return;
   try {
-    const listed = (await (await request("v1/models")).json()).data.map((each) => each.id);
+    const listed = (await (await request("v1/models")).json()).data.map((model) => model.id);
     const shown = Array.from($("model").options, (option) => option.value);
     if (listed.join("\n") !== shown.join("\n")) await loadModels();
   } catch (error) {
-    complain(error);
+    showError(error);
   }
 }
 
-// What a request says beside the dialogue. The proposal alone knows no aligner's settings: so two answers part
-// only where the aligner changes something.
+// The settings of a request. The proposal alone gets none of the aligner's, so that two answers differ only
+// because of the aligner.
 function settings(model) {
-  const found = {}, pair = model !== PROPOSAL;
+  const values = {}, pair = model !== PROPOSAL;
   const fields = { tokens: "max_tokens", base_temperature: "base_temperature" };
   if (pair) Object.assign(fields, { temperature: "temperature", div_threshold: "div_threshold" });
   for (const [id, name] of Object.entries(fields)) {
-    if ($(id).value !== "") found[name] = Number($(id).value);
+    if ($(id).value !== "") values[name] = Number($(id).value);
   }
-  if (pair && $("mode").value) found.sample_mode = $("mode").value;
-  return found;
+  if (pair && $("mode").value) values.sample_mode = $("mode").value;
+  return values;
 }
 
-// Calls `hear` with every event of a stream; raises for one that tells an error, or where the end is missing.
-async function stream(body, signal, hear) {
+// Calls `listen` with every chunk of a stream; throws if a chunk is an error, or the end is missing.
+async function stream(body, signal, listen) {
   const response = await request("v1/chat/completions", {
     method: "POST", signal, headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
@@ -113,9 +113,9 @@ async function stream(body, signal, hear) {
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : new Error("the connection broke off");
+      throw error.name === "AbortError" ? error : new Error("the connection was lost");
     });
-    if (done) throw new Error("the answer broke off");
+    if (done) throw new Error("the answer is incomplete");
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
@@ -123,7 +123,7 @@ async function stream(body, signal, hear) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
       if (chunk.error) throw new Error(chunk.error.message);
-      hear(chunk);
+      listen(chunk);
     }
   }
 }
@@ -131,63 +131,63 @@ async function stream(body, signal, hear) {
 // ---- answers ------------------------------------------------------------------------------------------------
 
 function facts(answer) {
-  const told = [];
-  if (answer.usage) told.push(`${answer.usage.completion_tokens} tokens`);
-  if (answer.finish) told.push(answer.finish === "length" ? "cut at the limit" : "ended by itself");
+  const parts = [];
+  if (answer.usage) parts.push(`${answer.usage.completion_tokens} tokens`);
+  if (answer.finish) parts.push(answer.finish === "length" ? "cut at the limit" : "ended by itself");
   if (answer.pair && answer.stats) {
-    told.push(`fell back ${Math.round(100 * answer.stats.fallback_fraction)} %`);
-    told.push(`changed ${Math.round(100 * answer.stats.changed_fraction)} %`);
-    if ("mean_kl" in answer.stats) told.push(`mean KL ${answer.stats.mean_kl.toPrecision(2)} nats`);
+    parts.push(`fell back ${Math.round(100 * answer.stats.fallback_fraction)} %`);
+    parts.push(`changed ${Math.round(100 * answer.stats.changed_fraction)} %`);
+    if ("mean_kl" in answer.stats) parts.push(`mean KL ${answer.stats.mean_kl.toPrecision(2)} nats`);
   }
-  if (answer.seed !== undefined) told.push(`seed ${answer.seed}`);
-  return told.map((each) => each.replaceAll(" ", "\u00a0")).join(" · "); // lines break between them
+  if (answer.seed !== undefined) parts.push(`seed ${answer.seed}`);
+  return parts.map((part) => part.replaceAll(" ", "\u00a0")).join(" · "); // lines break only between parts
 }
 
-// One answer, shown while it grows; one that is to be compared comes with where its tokens begin.
+// Shows one answer while it arrives. If it will be compared, the offsets of its tokens are requested too.
 async function answer(model, seed, box, signal, compared) {
   const card = element("section", "answer"), shown = element("p"), below = element("p", "facts");
-  const grown = document.createTextNode(""); // grows by what is new: what a reader selected stays selected
-  shown.append(grown);
+  const arrived = document.createTextNode(""); // only appended to, so that a selection stays
+  shown.append(arrived);
   shown.dir = "auto";
   card.append(element("h2", "", model), shown, below);
   atEnd(() => box.append(card));
-  const found = { text: "", starts: new Set(), shown, pair: model !== PROPOSAL };
+  const result = { text: "", starts: new Set(), shown, pair: model !== PROPOSAL };
   try {
     await stream({ model, messages: turns, seed, logprobs: compared, ...settings(model) }, signal, (chunk) => {
-      found.seed = chunk.seed;
-      if (chunk.usage) found.usage = chunk.usage;
+      result.seed = chunk.seed;
+      if (chunk.usage) result.usage = chunk.usage;
       for (const choice of chunk.choices) {
         const more = choice.delta.content || "";
-        found.text += more;
-        for (const token of choice.logprobs ? choice.logprobs.content : []) found.starts.add(token.text_offset);
-        atEnd(() => grown.appendData(more));
-        if (choice.finish_reason) [found.finish, found.stats] = [choice.finish_reason, choice.stats];
+        result.text += more;
+        for (const token of choice.logprobs ? choice.logprobs.content : []) result.starts.add(token.text_offset);
+        atEnd(() => arrived.appendData(more));
+        if (choice.finish_reason) [result.finish, result.stats] = [choice.finish_reason, choice.stats];
       }
     });
-    atEnd(() => below.textContent = facts(found));
+    atEnd(() => below.textContent = facts(result));
   } catch (error) {
-    found.failed = true;
+    result.failed = true;
     const stopped = error.name === "AbortError";
     below.classList.toggle("failed", !stopped);
     atEnd(() => below.textContent = stopped ? "stopped" : error.message);
   }
-  return found;
+  return result;
 }
 
-// Lets the dialogue grow; who reads its end goes on reading there, who has scrolled up stays.
+// Runs a change that makes the dialogue longer, and keeps its end in view unless the user has scrolled up.
 function atEnd(grow) {
   const box = $("dialogue"), low = box.scrollHeight - box.scrollTop - box.clientHeight < 48;
   grow();
   if (low) box.scrollTop = box.scrollHeight;
 }
 
-// The texts of an answer's tokens; those that only together make a character are one.
+// The texts of an answer's tokens; tokens that make up one character count as one.
 function tokens(answer) {
   const letters = Array.from(answer.text), starts = [...answer.starts].filter((at) => at < letters.length);
   return starts.map((at, i) => letters.slice(at, starts[i + 1]).join(""));
 }
 
-// Which tokens of two answers belong to no longest common subsequence: two arrays of [token, differs].
+// Two arrays of [token, differs], by the longest common subsequence of two answers; null if they are too long.
 function differences(a, b) {
   if (a.length > MOST_TOKENS || b.length > MOST_TOKENS) return null;
   const best = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
@@ -205,14 +205,14 @@ function differences(a, b) {
   return [left, right];
 }
 
-// Marks what two answers do not share; gives a line that says what the marks mean.
+// Marks the tokens that two answers do not share; returns a line that explains the marks.
 function markChanges(answers) {
   if (answers[0].text === answers[1].text) return "both answers are the same";
   const sides = differences(...answers.map(tokens));
   if (!sides) return "these answers are too long to be compared token by token";
-  answers.forEach((found, side) => found.shown.replaceChildren(...sides[side].map(([token, differs]) =>
+  answers.forEach((answer, side) => answer.shown.replaceChildren(...sides[side].map(([token, differs]) =>
     differs && token.trim() ? element("mark", "", token) : document.createTextNode(token))));
-  return "marked: the tokens that the other answer has not";
+  return "marked: tokens that the other answer does not have";
 }
 
 // ---- the dialogue -------------------------------------------------------------------------------------------
@@ -223,46 +223,46 @@ function setRunning(controller) {
   $("stop").disabled = controller === null;
 }
 
-// Whether the focus is nowhere, or on a button that is about to be disabled: then it may be put elsewhere.
+// Whether the focus may be moved: it is on nothing, or on a button that is about to be disabled.
 const unfocused = () => [document.body, $("send"), $("stop")].includes(document.activeElement);
 
 async function ask(text) {
   const models = [$("model").value], compared = $("compare").checked;
   if (compared && $("other").value !== models[0]) models.unshift($("other").value);
-  // Two answers share their noise, so that they part only where the models do.
+  // Both answers get the same random numbers, so that they differ only if the models do.
   const seed = $("seed").value !== "" ? Number($("seed").value) : crypto.getRandomValues(new Uint32Array(1))[0];
-  document.querySelectorAll(".unanswered").forEach((each) => each.remove());
-  const asked = turns, mine = new AbortController();
+  document.querySelectorAll(".unanswered").forEach((node) => node.remove());
+  const dialogue = turns, controller = new AbortController();
   turns.push({ role: "user", content: text });
-  const said = element("div", "said", text), box = element("div", "answers");
-  said.dir = "auto";
+  const question = element("div", "said", text), box = element("div", "answers");
+  question.dir = "auto";
   box.setAttribute("aria-live", "polite");
   box.setAttribute("aria-busy", "true");
   $("hint").hidden = true;
-  $("dialogue").append(said, box);
+  $("dialogue").append(question, box);
   $("dialogue").scrollTop = $("dialogue").scrollHeight;
   if (unfocused()) $("text").focus();
-  setRunning(mine);
+  setRunning(controller);
   say("answering …");
-  const answers = await Promise.all(models.map((model) => answer(model, seed, box, mine.signal, models.length > 1)));
-  if (asked !== turns) return; // forgotten meanwhile
-  const last = answers[answers.length - 1]; // the chosen model's answer goes on in the dialogue
+  const answers = await Promise.all(models.map((model) => answer(model, seed, box, controller.signal, models.length > 1)));
+  if (dialogue !== turns) return; // the user has reset the dialogue
+  const last = answers[answers.length - 1]; // the chosen model's answer becomes part of the dialogue
   if (last.failed && !last.text) {
     turns.pop();
-    [said, box].forEach((each) => each.classList.add("unanswered"));
-    if (!$("text").value) $("text").value = text; // to be sent again, or mended
+    [question, box].forEach((node) => node.classList.add("unanswered"));
+    if (!$("text").value) $("text").value = text; // to be corrected and sent again
   } else {
     turns.push({ role: "assistant", content: last.text });
   }
   atEnd(() => {
-    if (answers.some((each) => each.failed)) say("");
+    if (answers.some((answer) => answer.failed)) say("");
     else if (answers.length === 2) say(markChanges(answers));
     else say(compared ? `${models[0]} is not compared with itself: choose another model` : "");
   });
   box.setAttribute("aria-busy", "false");
-  const free = unfocused();
+  const movable = unfocused();
   setRunning(null);
-  if (free) $("text").focus();
+  if (movable) $("text").focus();
 }
 
 $("ask").addEventListener("submit", (event) => {
@@ -274,7 +274,7 @@ $("ask").addEventListener("submit", (event) => {
   ask(text);
 });
 $("text").addEventListener("keydown", (event) => {
-  // 229: a method of input has the key, as when Enter takes one of its suggestions (Safari says only this).
+  // 229: an input method handles the key, for example Enter for one of its suggestions (all that Safari reports).
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
   if (!event.repeat) $("ask").requestSubmit();
@@ -299,7 +299,7 @@ $("key-form").addEventListener("submit", (event) => {
   if (!$("key").value.trim()) return;
   key = $("key").value.trim();
   $("key").value = "";
-  loadModels().then(() => $("text").focus()).catch(complain);
+  loadModels().then(() => $("text").focus()).catch(showError);
 });
 for (const id of ["model", "other"]) $(id).addEventListener("focus", loadAgain);
-loadModels().then(() => $("text").focus()).catch(complain);
+loadModels().then(() => $("text").focus()).catch(showError);

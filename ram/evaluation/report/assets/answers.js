@@ -1,5 +1,5 @@
-// What is drawn of a row: prompt, answers, judgements, a token's figures. The data are what models wrote: they go
-// into text nodes and nowhere else.
+// Draws a row: prompt, answers, judgements, the figures of a token. Models wrote the data, so strings go into text
+// nodes only.
 const drawing = (() => {
   "use strict";
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -14,7 +14,7 @@ const drawing = (() => {
 
   // ---- small helpers ----------------------------------------------------------------------------------------
 
-  // Control characters and what turns a line's direction, as signs; all else is text as it stands.
+  // Replaces control characters, and characters that change the direction of a line, by visible ones.
   const visible = (text) =>
     text
       .replace(/[\0-\x08\x0b-\x1f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
@@ -32,7 +32,7 @@ const drawing = (() => {
     return element;
   }
 
-  // A long name breaks where its parts meet.
+  // A long name may be broken between its parts.
   const breakable = (name) => name.split(/(?<=\+)|(?=\[)/).flatMap((part) => [make("wbr"), part]).slice(1);
   const number = (value, digits = 3) => (value == null ? "–" : value.toFixed(digits).replace("-", "−"));
   const share = (value) => (value === 0 ? "0" : value < 0.001 ? "<.001" : value.toFixed(3));
@@ -48,7 +48,7 @@ const drawing = (() => {
     answer.text ?? (answer.tokens ? answer.tokens.join("") : answer.runs.map((run) => run[1]).join(""));
   // ---- cards ------------------------------------------------------------------------------------------------
 
-  const STEPS = [0.1, 0.5, 1.5, 3]; // nats of influence from which on a colour is deeper
+  const STEPS = [0.1, 0.5, 1.5, 3]; // nats of influence at which the colour becomes deeper
 
   function shade(influence) {
     if (influence === "outside") return "up4";
@@ -93,13 +93,13 @@ const drawing = (() => {
   }
 
   function facts(answer) {
-    const found = [plural(answer.n, "token")];
-    if (answer.cut) found.push("cut at the limit");
+    const parts = [plural(answer.n, "token")];
+    if (answer.cut) parts.push("cut at the limit");
     if (answer.stats) {
-      found.push(`${answer.events.c} changed`, `${answer.events.f} fell back`, `KL ${number(answer.stats.kl, 2)}`);
-      found.push(`accepted ${number(answer.stats.acceptance, 2)}`);
+      parts.push(`${answer.events.c} changed`, `${answer.events.f} fell back`, `KL ${number(answer.stats.kl, 2)}`);
+      parts.push(`accepted ${number(answer.stats.acceptance, 2)}`);
     }
-    return make("p", { class: "small" }, found.join(" · "));
+    return make("p", { class: "small" }, parts.join(" · "));
   }
 
   function judgement(answer, place, at) {
@@ -107,9 +107,9 @@ const drawing = (() => {
     const { judged } = answer;
     const list = make("dl");
     for (const [key, value] of Object.entries(judged)) {
-      const label = key === "first" ? "first (what the answer shown first got)" : key;
-      const said = typeof value === "number" ? number(value, 4) : String(value);
-      list.append(make("dt", {}, label), make("dd", {}, said));
+      const label = key === "first" ? "first (preference for the answer shown first)" : key;
+      const text = typeof value === "number" ? number(value, 4) : String(value);
+      list.append(make("dt", {}, label), make("dd", {}, text));
     }
     const path = systems[at].judgements;
     const address = path.split("/").map(encodeURIComponent).join("/");
@@ -164,11 +164,11 @@ const drawing = (() => {
   let shownFor = null;
 
   function influenceLine(value) {
-    if (value === "outside") return ["+∞", "the proposal's own law excludes this token"];
+    if (value === "outside") return ["+∞", "the proposal gives this token no probability"];
     const times = Math.exp(Math.abs(value));
     const more = value > 0 ? "more" : "less";
-    const said = times < 1.005 ? "as likely as by the proposal alone" : `${times.toPrecision(3)} times ${more} likely than by the proposal alone`;
-    return [`${value > 0 ? "+" : ""}${number(value, 2)} nats`, said];
+    const meaning = times < 1.005 ? "as likely as by the proposal alone" : `${times.toPrecision(3)} times ${more} likely than by the proposal alone`;
+    return [`${value > 0 ? "+" : ""}${number(value, 2)} nats`, meaning];
   }
 
   function show(span) {
@@ -209,7 +209,7 @@ const drawing = (() => {
     peek.style.top = `${below ? box.bottom + 6 : Math.max(8, box.top - size.height - 6)}px`;
   }
 
-  // White space in a candidate is drawn, or two of them could look alike.
+  // Makes white space visible, because two candidates may differ only in it.
   const spelled = (word) => word.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥");
 
   function hide() {
@@ -228,7 +228,7 @@ const drawing = (() => {
 
   const tokenAt = (target) => target.closest?.(".token") ?? null;
 
-  // Shows the figures of tokens in an element: under the pointer, where somebody taps, or as the focus walks.
+  // Shows the figures of the token under the pointer, of a tapped token, and of the token with the focus.
   function watch(rows) {
     const showAt = (event) => {
       const span = tokenAt(event.target);

@@ -1,4 +1,4 @@
-// The browser of answers: which rows are shown, in which order; how one goes from one to another.
+// The browser of answers: filters, order and pages of the rows, and moving between them.
 (() => {
   "use strict";
   const { data, EVENTS, make, plural, outcome, written, rowElement, watch, hide } = drawing; // of answers.js
@@ -13,7 +13,7 @@
   let order = data.rows.map((_, place) => place);
   let page = 0;
 
-  // ---- which rows, in which order ---------------------------------------------------------------------------
+  // ---- filters and order ------------------------------------------------------------------------------------
 
   function haystack(place) {
     const row = data.rows[place];
@@ -56,11 +56,11 @@
     });
     const [, value, sign] = SORTS[state.sort];
     if (value) {
-      // Of several systems the one that comes first decides; rows without a value stand at the end.
+      // Of several systems the one with the first place counts; rows without a value come last.
       const keys = new Map();
       for (const place of order) {
-        const found = of(data.rows[place]).map(value).filter((x) => Number.isFinite(x));
-        keys.set(place, found.length ? Math.min(...found.map((x) => sign * x)) : Infinity);
+        const values = of(data.rows[place]).map(value).filter((x) => Number.isFinite(x));
+        keys.set(place, values.length ? Math.min(...values.map((x) => sign * x)) : Infinity);
       }
       order.sort((a, b) => (keys.get(a) === keys.get(b) ? a - b : keys.get(a) < keys.get(b) ? -1 : 1));
     }
@@ -138,8 +138,8 @@
       const swatches = steps.map(([mark, words]) => make("span", { class: `swatch ${mark}` }, words));
       scale.append(make("span", { class: "swatches" }, ...swatches));
       const meant =
-        `p is the pair's law, P_M the proposal's own at its settings. ${detailed} of ${plural(data.rows.length, "row")} ` +
-        "have such figures: point at a token, tap it, or walk with ← and →.";
+        `p is the pair's distribution, P_M the proposal's at its own settings. ${detailed} of ${plural(data.rows.length, "row")} ` +
+        "have such figures: point at a token, tap it, or use ← and →.";
       found.append(scale, make("p", {}, meant));
     }
     for (const system of systems) {
@@ -188,7 +188,7 @@
     browser.scrollIntoView();
   }
 
-  // ---- going from row to row --------------------------------------------------------------------------------
+  // ---- moving between rows ----------------------------------------------------------------------------------
 
   function goTo(place, at = 0) {
     let position = order.indexOf(place);
@@ -258,7 +258,7 @@
   });
 
   browser.append(
-    make("p", { class: "small keys" }, "Keys: j and k go from row to row, / to the search, ← and → from token to token, Esc closes."),
+    make("p", { class: "small keys" }, "Keys: j and k move between rows, ← and → between tokens, / goes to the search, Esc closes."),
     controls(), shownSystems(), make("div", { class: "bar" }, status, pager()), legend(), rows,
     make("div", { class: "bar" }, make("span"), pager()),
   );

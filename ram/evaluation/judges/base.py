@@ -1,0 +1,90 @@
+"""The interface of a judge, the cache of its answers, and the table of all judges.
+
+Each other module here defines one judge and names it `JUDGE`; its settings are in config/judge/NAME.yaml.
+"""
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from ram.evaluation import judges
+from ram.storage.files import path_in_errors
+
+# `preference` in [0, 1] for the system's answer (1/2 is a tie) and other values that a judge reports. If a
+# judgement failed it has `failed`, the reason, instead of a preference.
+Judgement = dict[str, Any]
+Rows = Sequence[dict[str, Any]]
+Texts = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Compares two answers to the same instruction. Its fields are the keys of its YAML file."""
+
+    name: str
+
+    def for_task(self, task: str) -> Self:
+        """Return the judge with settings that depend on the task's name filled in."""
+        return self
+
+    def check(self) -> None:
+        """Raise UserError if the judge cannot work with its settings."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that decides a judgement. It is hashed into the keys of saved judgements."""
+        return {"name": self.name}
+
+    def describe(self) -> str:
+        """Return model and criterion for the leaderboard, empty if the judge has neither."""
+        return ""
+
+    def compare(self, rows: Rows, answers: Texts, references: Texts, cache: Path) -> list[Judgement]:
+        """Return a judgement for each row.
+
+        Args:
+            rows: records of the test file.
+            answers: the system's answers, in the order of the rows.
+            references: the texts to compare them with.
+            cache: file of the answers that this judge gave before; it may not exist yet.
+        """
+        raise NotImplementedError
+
+
+def load_judges() -> dict[str, type[Judge]]:
+    """Return all judges by name: the class `JUDGE` of each module in this folder."""
+    names = [module.name for module in pkgutil.iter_modules(judges.__path__, f"{judges.__name__}.")]
+    modules = map(importlib.import_module, names)
+    return {module.JUDGE.name: module.JUDGE for module in modules if hasattr(module, "JUDGE")}
+
+
+class Cache:
+    """Answers of a judge by content, in an append-only file with one JSON value per line.
+
+    A line that was cut short by a kill is ignored.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, Any] = {}
+        self.separator = ""
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            self.separator = "" if text.endswith("\n") else "\n"  # ends a line that was cut short
+            for line in text.splitlines():
+                try:
+                    value = json.loads(line)
+                    self.known[value["key"]] = value["value"]
+                except (ValueError, KeyError, TypeError):
+                    continue
+
+    def add(self, key: str, value: Any) -> None:
+        self.known[key] = value
+        with path_in_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self.separator + json.dumps({"key": key, "value": value}) + "\n")
+            self.separator = ""

@@ -1,0 +1,166 @@
+"""The steps of an evaluation, each a function of one `EvaluationContext`.
+
+    generate -> influence -> judge -> verify -> leaderboard -> report
+
+`generate` and `influence` run on all processes, the others on the first. Finished work is reused.
+"""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ram.answers import answer_files, influence
+from ram.evaluation import ablations, statistics, tables
+from ram.evaluation.context import EvaluationContext
+from ram.evaluation.judges.base import Judgement
+from ram.evaluation.report import gather, wandb_run
+from ram.evaluation.systems import System, job_of
+from ram.log import log
+from ram.storage import provenance
+from ram.storage.files import fingerprint, read_rows, write_json, write_jsonl
+
+
+def generate(context: EvaluationContext) -> None:
+    """Make every system's file of answers."""
+    for name, system in context.systems.items():
+        answer_files.answer_file(system.output, context.job(name), context.config.overwrite)
+
+
+def compute_influence(context: EvaluationContext) -> None:
+    """Compute token-level figures of some answers of each pair."""
+    config = context.config
+    for system in context.pairs:
+        job = context.job(system.name)
+        influence.figures_file(system.output, job, config.evaluation.examples, config.overwrite)
+
+
+# ---- judging -----------------------------------------------------------------------------------------------
+
+
+def judge(context: EvaluationContext) -> None:
+    """Judge every system's answers; judgements of the same inputs are read back."""
+    for name, system in context.systems.items():
+        context.judgements[name] = _judgements_of(context, system)
+
+
+def _judgements_of(context: EvaluationContext, system: System) -> list[Judgement]:
+    records = [row for _, row in context.rows]
+    texts = [answer["text"] for answer in context.answers[system.name]]
+    inputs = fingerprint([context.judge.identity(), records, texts, context.references])
+    path = context.judgements_path(system)
+    if not context.config.overwrite and provenance.is_made_from(path, inputs):
+        return [row for _, row in read_rows(path)]
+    cache = Path(context.config.output_dir) / f"judgements_{context.judge.name}.jsonl"
+    judgements = context.judge.compare(records, texts, context.references, cache)
+    failed = [judgement for judgement in judgements if "failed" in judgement]
+    if not failed:
+        provenance.write_marked(path, judgements, inputs)
+        return judgements
+    # Without its marker the file is not reused: the next run asks for the failed rows again.
+    provenance.marker(path).unlink(missing_ok=True)
+    write_jsonl(path, judgements)
+    log.warning(
+        f"{system.name}: {len(failed)} of {len(judgements)} judgements failed ({failed[0]['failed']}), "
+        f"listed in {path}; the same command asks for them again"
+    )
+    return judgements
+
+
+# ---- verification ------------------------------------------------------------------------------------------
+
+
+def verify(context: EvaluationContext) -> None:
+    """Decode the first `verify_rows` rows of each pair again by the plain loop, and compare the tokens."""
+    n = context.config.evaluation.verify_rows
+    if n and context.pairs:
+        context.identical = all(is_identical_to_plain(context, system, n) for system in context.pairs)
+
+
+def is_identical_to_plain(context: EvaluationContext, system: System, n: int) -> bool:
+    """Return whether the first n answers equal those of the plain loop, one row at a time."""
+    from ram.decoding import generation
+
+    job = job_of(system, context.rows[:n], context.config)
+    tokenizer, ids = job.encoded
+    proposal, aligner, _ = job.load()
+    plain = generation.generate(
+        proposal,
+        aligner,
+        tokenizer,
+        ids,
+        job.params,
+        seed=job.seed,
+        row_ids=job.row_ids,
+        max_new_tokens=job.max_new_tokens,
+        stop=job.stop,
+        speculative=False,
+        batch_size=1,
+    )
+    tokens = [answer["tokens"] for answer in context.answers[system.name][:n]]
+    return tokens == [answer_files.pieces(tokenizer, answer.token_ids) for answer in plain]
+
+
+# ---- results -----------------------------------------------------------------------------------------------
+
+
+def leaderboard(context: EvaluationContext) -> None:
+    """Write the leaderboard, results.json and, if the recipe has them, the paper's table and the ablation."""
+    config, folder, task = context.config, context.folder, context.task
+    evaluation = config.evaluation
+    context.board = [_leaderboard_row(context, system) for system in context.systems.values()]
+    for row in context.board:
+        if warning := statistics.gate_warning(row):
+            log.warning(warning)
+    tables.write_leaderboard(folder, context.board)
+    write_json(folder / "results.json", gather.results(context))
+    log.info(
+        f"{config.experiment_name}, task {task}, judge {config.judge.name}, "
+        f"against {evaluation.reference}\n\n{tables.console(context.board)}\n"
+    )
+    if systems := evaluation.paper.get(task):
+        caption = (
+            f"{evaluation.dataset}/{task}, judge {config.judge.name}, against {evaluation.reference}, seed "
+            f"{config.seed}. All figures in %."
+        )
+        tables.write_paper_table(folder, context.board, systems, caption)
+    if evaluation.ablation:
+        ablations.add_point(folder, task, context.board, config)
+
+
+def _leaderboard_row(context: EvaluationContext, system: System) -> dict[str, Any]:
+    """Return a system's figures and where they come from, also written beside its answers."""
+    config = context.config
+    resamples, seed = config.evaluation.bootstrap, config.seed
+    judgements, answers = context.judgements[system.name], context.answers[system.name]
+    row: dict[str, Any] = {"system": system.name, "dataset": config.evaluation.dataset, "task": context.task}
+    row |= statistics.summarise(judgements, answers, context.references, resamples, seed)
+    if context.gamed:
+        row |= statistics.alpaca_figures(judgements, answers, context.references, context.gamed)
+    row |= statistics.style_shares(judgements)
+    first = next(iter(context.systems))
+    if system.name != first:
+        row |= statistics.paired_difference(judgements, context.judgements[first], resamples, seed)
+        row["compared_with"] = first
+    row |= {
+        "judge": context.judge.name,
+        "judge_settings": context.judge.describe(),
+        "reference": config.evaluation.reference,
+        "seed": seed,
+        "generator": system.generator,
+        "settings": system.tag,
+        "command": f"python pipeline.py {' '.join(sys.argv[1:])}",
+        "commit": provenance.commit(),
+        "date": f"{datetime.now():%Y-%m-%d}",
+    }
+    tables.write_system_row(system.folder, row)
+    return row
+
+
+def report(context: EvaluationContext) -> None:
+    """Write report.json and the page, and send both to wandb if it is enabled."""
+    config = context.config
+    saved = gather.save(context.folder, gather.gather(context))
+    if config.wandb.enabled:
+        name = f"{config.experiment_name}-{context.task}"
+        wandb_run.log_evaluation(config.wandb, name, context.folder, saved)

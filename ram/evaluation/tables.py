@@ -1,0 +1,163 @@
+"""Every table of an evaluation: leaderboard files, the console's table, and the paper's table.
+
+A leaderboard is a list of rows (one per system) with the figures of `statistics`, all as fractions.
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ram.log import log
+from ram.storage.files import write_csv, write_text
+
+Row = dict[str, Any]
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def write_leaderboard(folder: Path, rows: Sequence[Row]) -> None:
+    """Write leaderboard.csv with every figure, and leaderboard.md and .tex with those that are shown."""
+    write_csv(folder / "leaderboard.csv", rows)
+    write_shown_tables(folder, rows)
+
+
+def write_shown_tables(folder: Path, rows: Sequence[Row]) -> None:
+    """Write leaderboard.md and leaderboard.tex."""
+    write_text(folder / "leaderboard.md", markdown(rows))
+    write_text(folder / "leaderboard.tex", latex(rows))
+
+
+def write_system_row(folder: Path, row: Row) -> None:
+    """Write a system's row beside its answers, for `merge_leaderboards`."""
+    write_csv(folder / "leaderboard.csv", [row])
+
+
+def merge_leaderboards(output_dir: Path) -> None:
+    """Write all_systems.csv with the rows of all systems that were evaluated so far."""
+    merged: list[Row] = []
+    for path in sorted(output_dir.glob("*/*/*/*/leaderboard.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            merged += csv.DictReader(file)
+    if merged:
+        write_csv(output_dir / "all_systems.csv", merged)
+
+
+# ---- the leaderboard as text -------------------------------------------------------------------------------
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the leaderboard as text, header first, without columns that are empty in all rows."""
+    optional = ("both", "fallback_fraction", "lc_win_rate")
+    has_both, has_pair, has_lc = (any(key in row for row in rows) for key in optional)
+    header = ["system", "n", "win rate", "95 % interval", "equal length"]
+    header += (["AlpacaEval LC"] if has_lc else []) + ["p"]
+    header += ["correct", "aligned", "both"] if has_both else []
+    header += ["length"] + (["changed", "fell back", "mean KL", "acceptance"] if has_pair else [])
+    lines = [header]
+    for row in rows:
+        p = row.get("p_value")
+        line = [
+            row["system"],
+            str(row["n"]) + (f" of {row['n'] + row['failed']}" if row["failed"] else ""),
+            f"{row['win_rate']:.3f}",
+            f"{row['win_rate_low']:.3f} - {row['win_rate_high']:.3f}",
+            f"{row['length_controlled']:.3f}",
+            *([f"{row['lc_win_rate']:.3f}"] if has_lc else []),
+            "-" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
+        ]
+        line += [f"{row[key]:.3f}" for key in ("correct", "aligned", "both") if has_both]
+        line.append(f"{row['average_length']:.0f}")
+        keys = ("changed_fraction", "fallback_fraction", "mean_kl", "acceptance") if has_pair else ()
+        line += [f"{row[key]:.2f}" if "fallback_fraction" in row else "-" for key in keys]
+        lines.append(line)
+    return lines
+
+
+def console(rows: Sequence[Row]) -> str:
+    """Return the leaderboard as aligned text."""
+    header, *lines = cells(rows)
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+
+    def aligned(line: list[str]) -> str:
+        numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        return "  ".join([line[0].ljust(widths[0]), *numbers])
+
+    return "\n".join([aligned(header), "-" * len(aligned(header)), *map(aligned, lines)])
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the leaderboard as a Markdown table."""
+    return markdown_table([[cell.replace("|", "\\|") for cell in line] for line in cells(rows)])
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells, header first, as a Markdown table with numbers aligned right."""
+    header, *body = lines
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *body))
+
+
+SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$"}
+SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
+
+
+def latex(rows: Sequence[Row]) -> str:
+    """Return the leaderboard as rows of a LaTeX tabular, without its head and rules."""
+
+    def escaped(text: str) -> str:
+        return "".join(SPECIAL.get(character, character) for character in text)
+
+    return "".join(" & ".join(map(escaped, line)) + " \\\\\n" for line in cells(rows))
+
+
+# ---- the paper's table -------------------------------------------------------------------------------------
+
+PAPER_COLUMNS = {  # column of the leaderboard -> header
+    "lc_win_rate": "AlpacaEval's LC win rate",
+    "win_rate": "win rate (95 %)",
+    "length_controlled": "at equal length",
+    "both": "right and aligned (95 %)",
+}
+
+
+def paper_table(rows: Sequence[Row], systems: dict[str, Sequence[Any]], caption: str) -> str:
+    """Return the paper's table with our figures beside the published ones, in Markdown and in %.
+
+    Args:
+        rows: the leaderboard.
+        systems: by system, its name in the paper and the published figure or None. A system that was not
+            evaluated keeps its line.
+        caption: text below the table: judge, reference, seed.
+    """
+    by_name = {row["system"]: row for row in rows}
+    columns = [key for key in PAPER_COLUMNS if any(key in row for row in rows)]
+    has_published = any(figure is not None for _, figure in systems.values())
+    lines = [["system", *(PAPER_COLUMNS[key] for key in columns), "n"]]
+    for system, (name, _) in systems.items():
+        row = by_name.get(system, {})
+        lines.append([name, *(_percent(row, key) for key in columns), str(row.get("n", "not run"))])
+    if has_published:
+        figures = [figure for _, figure in systems.values()]
+        published = ["published", *("–" if figure is None else f"{figure:.2f}" for figure in figures)]
+        lines = [[line[0], cell, *line[1:]] for line, cell in zip(lines, published, strict=True)]
+        caption += " Published: length-controlled win rates of arXiv 2505.19700."
+    return f"{markdown_table(lines)}\n{caption}\n"
+
+
+def _percent(row: Row, key: str) -> str:
+    if row.get(key) is None:
+        return "–"
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    interval = "" if low is None or high is None else f" ({100 * low:.1f}–{100 * high:.1f})"
+    return f"{100 * row[key]:.1f}{interval}"
+
+
+def write_paper_table(
+    folder: Path, rows: Sequence[Row], systems: dict[str, Sequence[Any]], caption: str
+) -> None:
+    """Write and log paper_table.md."""
+    text = paper_table(rows, systems, caption)
+    write_text(folder / "paper_table.md", text)
+    log.info(f"{folder / 'paper_table.md'}\n\n{text}")
