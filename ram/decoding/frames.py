@@ -49,7 +49,9 @@ class RowState:
             if self.seen is None:
                 shape = (self.lines, self.vocab_size)
                 self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            self.seen[line : line + 1] = seen_mask(prompt.unsqueeze(0), self.vocab_size)
+            seen = seen_mask(prompt.unsqueeze(0), self.vocab_size)
+            assert seen is not None
+            self.seen[line] = seen[0]
 
     def advance(
         self, lines: torch.Tensor, kept: torch.Tensor, tokens: torch.Tensor, seen: torch.Tensor | None

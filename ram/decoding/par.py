@@ -13,7 +13,7 @@ Source: "Leveraging Importance Sampling to Detach Alignment Modules from Large L
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,7 +52,8 @@ class PARParams:
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected {expected}")
 
         for field in fields(PARParams):
-            accepted = field.type | int if field.type in (float, float | None) else field.type
+            kind: Any = field.type
+            accepted = kind | int if kind in (float, float | None) else kind
             expected = getattr(field.type, "__name__", str(field.type)).replace("None", "null")
             value = getattr(self, field.name)
             fits = isinstance(value, accepted) and (field.type is bool or not isinstance(value, bool))
