@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from preference_datasets import get_dataset, load_tokenized
 from ram.answers import answer_files
+from ram.answers.jobs import AnswerJob, Pair
 from ram.data import toy_world
 from ram.data.catalogue import hub_cache
 from ram.data.tokenization import TokenizedDataset
@@ -152,7 +153,7 @@ def make_trainer(
     )
 
 
-def sample_job(stage: recipes.Stage) -> tuple[answer_files.Job, BadRows]:
+def sample_job(stage: recipes.Stage) -> tuple[AnswerJob, BadRows]:
     """Return a sample stage's job, one answer per training prompt, and the rows that cannot be read."""
     config, settings = stage.config, stage.config.sampling
     name, bad = config.datasets[0], BadRows(config.on_bad_row)
@@ -160,11 +161,9 @@ def sample_job(stage: recipes.Stage) -> tuple[answer_files.Job, BadRows]:
         name, "all", data_dir=config.data_dir, cache_dir=hub_cache(config.local_dirs), bad=bad
     )
     examples = examples[: settings.limit]
-    job = answer_files.Job(
+    job = AnswerJob(
         label=f"stage {stage.name}",
-        pair=answer_files.Pair(
-            checkpoints.find_model(stage.source), None, settings.dtype, settings.tokenizer_path
-        ),
+        pair=Pair(checkpoints.find_model(stage.source), None, settings.dtype, settings.tokenizer_path),
         params=settings.params,
         settings=settings,
         records=[example.record or {} for example in examples],

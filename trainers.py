@@ -1,8 +1,8 @@
-"""The training loop: batch -> micro-batches -> loss -> step -> evaluate -> save.
+"""The training loop: batch -> micro-batches -> losses -> update -> evaluation -> checkpoint.
 
-A step's loss is the sum of its examples' losses divided once by their number, so it does not depend on how
-the batch is cut into micro-batches and processes. Weights stay float32; only the forward pass computes in a
-narrower type. What is drawn hangs on (seed, position), so a run that stopped goes on as if it had not.
+The loss of an update is the sum over its examples, divided once by their number. It does not depend on how
+the batch is cut into micro-batches or processes. Weights stay in float32; only the forward pass computes in a
+narrower dtype. Random choices depend only on (seed, position), so a resumed run equals an uninterrupted one.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,57 +26,67 @@ from ram.log import log, pick_device, pick_dtype, progress
 from ram.models import checkpoints, run_folder
 from ram.training import logps, packing, resume, sharding
 from ram.training.losses import LOSSES
-from ram.training.metrics import MetricsLog, show_samples
+from ram.training.metrics import MetricsLog, averages, show_samples
 from ram.training.optimizers import lr_factor, pick_optimizer, run_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ram.settings.schema import Settings
 
 
 class Diverged(UserError):
-    """Training stopped itself; the last good weights stand in the run folder."""
+    """Training stopped by itself. The run folder holds the last good weights, if any were saved."""
 
 
 class BasicTrainer:
     """Trains one model on one process.
 
-    settings: a resolved run configuration (config/config.yaml). reference: the frozen model of dpo and ipo.
-    card: what to record beside exported weights. origin: what the run is made from, kept with its states.
-    Raises Diverged where the loss stops being a number or the sampled term runs away, and Preempted where it
-    was told to stop.
+    Args:
+        settings: A resolved run configuration (config/config.yaml).
+        card: Facts to store beside exported weights.
+        reference: The frozen model of dpo and ipo.
+        origin: The settings, data and weights that the run is made from. It is stored in its training states.
+
+    Raises:
+        Diverged: The loss is not finite, or the sampled term runs away.
+        Preempted: The process got SIGTERM or Ctrl-C; a training state is saved.
     """
 
-    many = False  # whether it runs on more than one process
+    distributed = False  # whether the trainer supports more than one process
 
     def __init__(
         self,
-        settings,
-        model,
-        tokenizer,
+        settings: "Settings",
+        model: Any,
+        tokenizer: "PreTrainedTokenizerBase",
         train_data: TokenizedDataset,
         eval_data: TokenizedDataset,
         run_dir: Path,
-        card: dict,
-        reference=None,
-        origin: dict | None = None,
+        card: dict[str, Any],
+        reference: Any = None,
+        origin: dict[str, Any] | None = None,
     ) -> None:
-        self.settings, self.tokenizer, self.run_dir, self.card = settings, tokenizer, run_dir, card
+        if processes.count() > 1 and not self.distributed:
+            raise UserError(
+                f"trainer={type(self).__name__} runs on one process, but {processes.count()} were started; "
+                "use trainer=FSDPTrainer"
+            )
+        self.settings = settings
+        self.model, self.reference, self.tokenizer = model, reference, tokenizer
         self.train_data, self.eval_data = train_data, eval_data
+        self.run_dir, self.card, self.origin = run_dir, card, origin or {}
         self.loss = LOSSES[settings.loss.name]
         self.answers = ("target", "negative") if self.loss.needs_negative else ("target",)
+        # Share of the negatives that is computed.
+        self.fraction = getattr(settings.loss, "sampled_fraction", 1.0)
         self.pad_id = checkpoints.pad_id(tokenizer)
-        self.device, self.origin = pick_device(), origin or {}
-        self.writes = (
-            processes.is_rank0() and not settings.debug
-        )  # whether it changes what lies in the folder
-        if processes.count() > 1 and not self.many:
-            raise UserError(
-                f"trainer={type(self).__name__} runs on one process, {processes.count()} were started; use "
-                "trainer=FSDPTrainer"
-            )
-        self.model, self.reference = model, reference
+        self.is_writer = processes.is_rank0() and not settings.debug  # whether it changes the run folder
+        self.device = pick_device()
+        dtype = pick_dtype(settings.model.fsdp_policy_mp or "float32", self.device)
+        self.compute_dtype = dtype if dtype != torch.float32 else None
         if settings.activation_checkpointing:
             self.model.activation_checkpointing_enable()
-        wanted = pick_dtype(settings.model.fsdp_policy_mp or "float32", self.device)
-        self.compute_dtype = wanted if wanted != torch.float32 else None
-        self.fraction = getattr(settings.loss, "sampled_fraction", 1.0)
         self.place()
         if settings.compile:
             self.model.base_model.compile(dynamic=True)
@@ -84,57 +95,62 @@ class BasicTrainer:
         self.optimizer = pick_optimizer(settings.optimizer)(self.model.parameters(), lr=settings.lr)
         limit = settings.n_eval_examples
         self.n_heldout = len(eval_data) if limit is None else min(limit, len(eval_data))
-        self.updates = self.examples = self.tokens = 0
-        self.next_eval, self.next_save = settings.eval_every, settings.save_every
+        self.updates = self.examples = 0
+        self.tokens = 0  # response tokens
+        self.next_eval = settings.eval_every  # in examples
+        self.next_save = settings.save_every  # in examples; None saves no steps
         self.heldout: tuple[int, float] = (-1, math.nan)  # examples and loss of the last evaluation
-        self.best: list | None = None  # the same of the step-N with the lowest loss
-        self.remembered: int | None = None  # the update after which a state was saved last
+        self.best: list | None = None  # examples and held-out loss of the best step-N so far
+        self.last_state: int | None = None  # updates at the newest training state
 
     @functools.cached_property
     def saver(self) -> resume.Saver:
-        """Made when all processes first need it: they make its group together."""
+        # Made on first use: all processes get there together, which they must to create its group.
         return resume.Saver(self.run_dir, self.settings.keep_states)
 
-    # ---- forward -------------------------------------------------------------------------------------------
+    # ---- forward and backward passes -----------------------------------------------------------------------
 
     def place(self) -> None:
-        """Brings the models to the device and decides how they compute log-probabilities."""
+        """Move the models to the device and choose their forward pass."""
         self.model = self.model.to(self.device)
-        self.reference = self.reference.to(self.device).eval() if self.reference is not None else None
+        if self.reference is not None:
+            self.reference = self.reference.to(self.device).eval()
         self.logps = self.pick_forward()
 
     def pick_forward(self):
-        """The packed forward pass; the padded reference where it is asked for or a model cannot be packed."""
+        """Return the packed forward pass, or the padded one if configured or if a model cannot be packed."""
         if not self.settings.packed:
             return logps.padded_logps
         for model in filter(None, (self.model, self.reference)):
             reason = logps.prepare(model, self.settings.max_length, self.autocast)
             if reason is not None:
-                log.info(f"packed=true cannot be had of this model: {reason}; padded forward passes instead")
+                log.info(f"packed=true does not work with this model: {reason}; using padded forward passes")
                 return logps.padded_logps
         return logps.packed_logps
 
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.compute_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
     def forward(
-        self, model, data: TokenizedDataset, rows: np.ndarray, drawn: np.ndarray | None
+        self, model: Any, data: TokenizedDataset, rows: np.ndarray, drawn: np.ndarray | None
     ) -> logps.Answers:
-        """Sequence log-probabilities (B,) of each answer, and the response tokens that each of them sums."""
+        """Compute the sequence log-probabilities (B,) of each answer and the number of tokens in each."""
         with self.autocast():
             return self.logps(model, data, rows, self.answers, self.pad_id, drawn)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def autocast(self):
-        if self.compute_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
-
     def losses(
         self, data: TokenizedDataset, rows: np.ndarray, drawn: np.ndarray | None = None
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Losses (B,) of some examples with gradient, and sums over them of everything that is logged.
+        """Compute the losses (B,) of some examples, and sums of all metrics over the examples.
 
-        drawn: (B,) bool, the examples whose sampled answer stands for those of all; None computes all.
+        Args:
+            drawn: (B,) bool, the examples whose negative is computed, weighted to stand for all negatives.
+                None computes all.
         """
         policy, counts = self.forward(self.model, data, rows, drawn)
         reference = None
@@ -143,124 +159,107 @@ class BasicTrainer:
                 reference, _ = self.forward(self.reference, data, rows, drawn)
         weights = {}
         if drawn is not None:
+            # Dividing by the fraction keeps the expectation of the loss (inverse probability weighting).
             weights["negative_weight"] = torch.from_numpy(drawn).to(policy["target"]) / self.fraction
         losses, metrics = self.loss.function(policy | weights, reference, self.settings.loss)
+        assert losses.shape == (len(rows),)
         sums = {key: value.detach().double().sum().item() for key, value in metrics.items()}
         sums["loss"] = losses.detach().double().sum().item()
         names = {"target": "target_logp", "negative": "sampled_logp"}
         for answer, values in policy.items():
             sums[names[answer]] = values.detach().double().sum().item()
             sums[f"{answer}_tokens"] = sum(counts[answer])
-            everyone = answer == "target" or drawn is None
-            sums[f"{answer}_examples"] = len(rows) if everyone else int(drawn.sum())
+            n_computed = len(rows) if drawn is None or answer == "target" else int(drawn.sum())
+            sums[f"{answer}_examples"] = n_computed
         return losses, sums
 
-    @staticmethod
-    def averages(sums: dict[str, float], n: int) -> dict[str, float]:
-        """Means per example, and log-probabilities per token too; none of an answer that was never drawn."""
-        row = {key: value / n for key, value in sums.items() if not key.endswith(("_tokens", "_examples"))}
-        for answer, name in (("target", "target_logp"), ("negative", "sampled_logp")):
-            if not sums.get(f"{answer}_examples"):
-                row.pop(name, None)
-                continue
-            row[name] = sums[name] / sums[f"{answer}_examples"]
-            row[f"{name}_per_token"] = sums[name] / max(sums[f"{answer}_tokens"], 1)
-        return row
+    def losses_of_share(
+        self, data: TokenizedDataset, rows: np.ndarray, drawn: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Compute `losses`. Without rows, still run one example, with losses of 0 and no sums.
 
-    def micro_batches(self, rows: np.ndarray, drawn: np.ndarray) -> list[np.ndarray]:
-        """Positions in `rows` of this process's micro-batches, cut so that all hold about equally many
-        tokens.
-
-        Every process has equally many, since a model that is spread over them is gathered by all at once; one
-        that is left over is empty.
+        All processes must run the same number of forward and backward passes, because a sharded model is
+        gathered by all of them together.
         """
-        size = self.settings.batch_size // self.settings.gradient_accumulation_steps
-        lengths = packing.lengths(self.train_data, rows, self.answers, drawn)
-        each = math.ceil(len(rows) / size)
-        if self.many:
-            each = math.ceil(each / processes.count())
-        pieces = packing.cut_evenly(lengths, each * processes.count())
-        pieces += [np.array([], dtype=np.int64)] * (each * processes.count() - len(pieces))
-        return pieces[processes.rank() :: processes.count()]
-
-    def computed(self, data: TokenizedDataset, rows: np.ndarray, drawn: np.ndarray | None = None):
-        """`losses`; of no rows a zero that takes part in what all processes do together."""
         if len(rows):
             return self.losses(data, rows, drawn)
         losses, _ = self.losses(data, np.array([0]), None if drawn is None else np.array([True]))
         return losses * 0.0, {}
 
+    def micro_batches(self, rows: np.ndarray, drawn: np.ndarray) -> list[np.ndarray]:
+        """Return this process's micro-batches of a batch, as indices into `rows`. Some may be empty."""
+        size = self.settings.batch_size // self.settings.gradient_accumulation_steps
+        lengths = packing.lengths(self.train_data, rows, self.answers, drawn)
+        return packing.micro_batches(lengths, size, processes.count())[processes.rank()]
+
     # ---- one update ----------------------------------------------------------------------------------------
 
     def update(self, rows: np.ndarray) -> dict[str, float]:
-        """One optimizer step on a global batch; returns its averages. Raises Diverged before harm is done."""
+        """Take one optimizer step on a global batch; return its averages. Raise Diverged before a bad one."""
         self.model.train()
-        torch.manual_seed(hash((self.settings.seed, self.updates, processes.rank())))  # of dropout
-        sums: dict[str, float] = defaultdict(float)
-        drawn = packing.draw(self.settings.seed, self.examples, len(rows), self.fraction)
-        for micro in self.micro_batches(rows, drawn):
-            losses, parts = self.computed(self.train_data, rows[micro], drawn[micro])
+        torch.manual_seed(hash((self.settings.seed, self.updates, processes.rank())))  # for dropout
+        local_sums: dict[str, float] = defaultdict(float)
+        drawn = packing.draw_negatives(self.settings.seed, self.examples, len(rows), self.fraction)
+        for micro_batch in self.micro_batches(rows, drawn):
+            losses, parts = self.losses_of_share(self.train_data, rows[micro_batch], drawn[micro_batch])
             self.backward(losses.sum() / len(rows))
             for key, value in parts.items():
-                sums[key] += value
-        sums = processes.all_sum(sums)
-        row = self.averages(sums, len(rows))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        row["grad_norm"] = getattr(norm, "full_tensor", lambda: norm)().item()
+                local_sums[key] += value
+        sums = processes.all_sum(local_sums)
+        row = averages(sums, len(rows))
+        row["grad_norm"] = sharding.clip_grad_norm(self.model, self.settings.max_grad_norm)
         self.check(row)
-        lr = self.settings.lr * lr_factor(
-            self.updates, self.warmup, self.total_updates, self.settings.lr_schedule
-        )
+        factor = lr_factor(self.updates, self.warmup, self.total_updates, self.settings.lr_schedule)
+        lr = self.settings.lr * factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         self.examples += len(rows)
-        tokens = int(sum(value for key, value in sums.items() if key.endswith("_tokens")))
-        self.tokens += tokens
+        self.tokens += int(sum(value for key, value in sums.items() if key.endswith("_tokens")))
         return row | {"lr": lr, "tokens": self.tokens}
 
     def check(self, row: dict[str, float]) -> None:
-        """Raises Diverged before an update that would spoil the weights; those before it are saved if they
-        still give a held-out loss.
+        """Raise Diverged if the coming update would spoil the weights.
+
+        The weights before the update are saved first, if they are finite and give a finite held-out loss.
         """
         floor = self.settings.divergence.min_sampled_logp_per_token
+        sampled_logp = row.get("sampled_logp_per_token", 0.0)
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             reason = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
             remedy = "lower lr, or look for a broken row in this batch"
-        elif floor is not None and row.get("sampled_logp_per_token", 0.0) < floor:
-            found = row["sampled_logp_per_token"]
-            reason = f"the sampled term runs away: {found:.2f} nats per token, floor {floor}"
+        elif floor is not None and sampled_logp < floor:
+            reason = f"the sampled term runs away: {sampled_logp:.2f} nats per token, floor {floor}"
             remedy = "lower loss.alpha or lr, or lower divergence.min_sampled_logp_per_token"
         else:
             return
-        now = f"step-{self.examples}"
-        if not (self.finite() and math.isfinite(self.heldout_averages().get("loss", 0.0))):
-            if self.writes:  # the last update, not this batch, is to blame
-                shutil.rmtree(self.run_dir / now, ignore_errors=True)
-        elif self.examples:
-            self.save(now)
+        step = f"step-{self.examples}"
+        is_good = sharding.all_finite(self.model) and math.isfinite(self.heldout_averages().get("loss", 0.0))
+        if not is_good and self.is_writer:
+            # The previous update ruined the weights, so its saved step must not be taken for a good one.
+            shutil.rmtree(self.run_dir / step, ignore_errors=True)
+        elif is_good and self.examples:
+            self.save(step)
         raise self.diverged(reason, remedy)
 
-    def finite(self) -> bool:
-        """Whether all weights are numbers."""
-        parts = (getattr(p, "to_local", lambda p=p: p)() for p in self.model.parameters())
-        return not processes.any_rank(not all(bool(torch.isfinite(part).all()) for part in parts))
-
     def diverged(self, reason: str, remedy: str) -> Diverged:
-        """The error to raise; it names the last good weights of this run."""
-        good = run_folder.saved_steps(self.run_dir) if not self.settings.debug else []
-        kept = f"the last good weights are in {good[-1]}" if good else "no good weights were saved"
-        return Diverged(f"diverged after {self.examples} examples: {reason}; {kept}; {remedy}")
+        """Return the error to raise. It names the last good weights of this run."""
+        steps = run_folder.saved_steps(self.run_dir) if not self.settings.debug else []
+        saved = f"the last good weights are in {steps[-1]}" if steps else "no good weights were saved"
+        return Diverged(f"diverged after {self.examples} examples: {reason}; {saved}; {remedy}")
 
     # ---- the loop ------------------------------------------------------------------------------------------
 
-    def train(self, state: dict | None = None) -> dict[str, float]:
-        """Runs all updates, or those that are left after `state` (`resume.newest`), evaluating and saving on
-        the way; returns the last evaluation.
+    def train(self, state: dict[str, Any] | None = None) -> dict[str, float]:
+        """Run all updates, with evaluations and checkpoints, and return the last evaluation.
+
+        Args:
+            state: The training state to resume from (see `resume.newest`); None starts from the beginning.
         """
-        settings, bar = self.settings, None
+        settings = self.settings
+        bar = None
         if state is not None:
             self.recall(state)
         metrics = MetricsLog(self.run_dir, settings, self.updates if state is not None else None)
@@ -276,91 +275,66 @@ class BasicTrainer:
             f"lr {settings.lr:g} after {self.warmup} warm-up updates, on {self.device}"
             + (f", {processes.count()} processes" if processes.count() > 1 else "")
         )
-        final: dict[str, float] = {}
+        heldout: dict[str, float] = {}
         try:
             if settings.do_first_eval and not self.updates:
                 self.evaluate(metrics)
             bar = progress(
                 total=self.total_examples, initial=self.examples, desc=self.run_dir.name, unit="ex"
             )
-            with processes.stop_signals() as asked:
+            with processes.stop_signals() as signals:
                 for rows in itertools.islice(batches, self.updates, None):
-                    start, before = time.monotonic(), self.tokens
+                    start = time.monotonic()
+                    tokens_before = self.tokens
                     row = self.update(rows)
                     seconds = max(time.monotonic() - start, 1e-9)
                     row["examples_per_second"] = len(rows) / seconds
-                    row["tokens_per_second"] = (self.tokens - before) / seconds
+                    row["tokens_per_second"] = (self.tokens - tokens_before) / seconds
                     metrics.write("train", self.counters() | row)
                     bar.update(len(rows))
                     self.after_update(metrics)
                     self.saver.check()
-                    if processes.any_rank(asked):
+                    if processes.any_rank(bool(signals)):
                         self.remember()
                         self.saver.wait()
-                        raise Preempted(asked[0] if asked else None)
-                self.remember()  # who is stopped or killed from here on has no update to do again
+                        raise Preempted(signals[0] if signals else None)
+                # A run that is stopped or killed during the last evaluation or export repeats no update.
+                self.remember()
                 self.saver.wait()
-            final = self.evaluate(metrics)
+            heldout = self.evaluate(metrics)
             self.save(run_folder.LATEST)
         except Diverged:
             self.saver.wait()
             if not settings.debug:
-                resume.clear(self.run_dir)  # it would only diverge again
+                resume.clear(self.run_dir)  # a resumed run would diverge again
             raise
         finally:
             if bar is not None:
                 bar.close()
             metrics.close()
         best = {"best_step": self.best[0], "best_loss": self.best[1]} if self.best else {}
-        return self.counters() | final | best
+        return self.counters() | heldout | best
 
     def after_update(self, metrics: MetricsLog) -> None:
-        """Evaluates and saves where it is time to; the end of training does both anyway."""
+        """Evaluate and save if due. After the last update, `train` does both anyway."""
         if self.examples >= self.total_examples:
             return
         if self.examples >= self.next_eval:
             self.evaluate(metrics)
             self.next_eval = (self.examples // self.settings.eval_every + 1) * self.settings.eval_every
-        if self.next_save and self.examples >= self.next_save:
-            self.next_save = (self.examples // self.settings.save_every + 1) * self.settings.save_every
+        save_every = self.settings.save_every
+        if save_every and self.next_save and self.examples >= self.next_save:
+            self.next_save = (self.examples // save_every + 1) * save_every
             self.save(f"step-{self.examples}")
             self.prune()
             self.remember()
-
-    def prune(self) -> None:
-        """Keeps the newest weights, and those with the lowest held-out loss so far."""
-        examples, loss = self.heldout
-        if examples == self.examples and (self.best is None or loss < self.best[1]):
-            self.best = [examples, loss]
-        if self.settings.keep_steps is not None and self.writes:
-            best = self.best and f"step-{self.best[0]}"
-            run_folder.prune_steps(self.run_dir, self.settings.keep_steps, best)
-
-    COUNTERS = ("updates", "examples", "tokens", "next_eval", "next_save", "best")
-
-    def remember(self) -> None:
-        """Saves what the run can go on from."""
-        if self.settings.debug or self.remembered == self.updates:
-            return
-        self.remembered = self.updates
-        facts = {key: getattr(self, key) for key in self.COUNTERS} | {"origin": self.origin}
-        self.saver.save(self.model, self.optimizer, facts)
-
-    def recall(self, state: dict) -> None:
-        """Goes back to where a state was saved."""
-        resume.load(state["folder"], self.model, self.optimizer)
-        for key in self.COUNTERS:
-            setattr(self, key, state[key])
-        log.info(f"going on after {self.examples:,} of {self.total_examples:,} examples: {state['folder']}")
 
     def counters(self) -> dict[str, float]:
         epoch = self.examples / max(len(self.train_data), 1)
         return {"updates": self.updates, "examples": self.examples, "epoch": epoch}
 
     def evaluate(self, metrics: MetricsLog) -> dict[str, float]:
-        """Logs the held-out averages, and some sampled answers where asked; raises Diverged where the loss is
-        no number.
-        """
+        """Log and return the held-out averages; raise Diverged if their loss is not finite."""
         row = self.heldout_averages()
         if not row:
             return {}
@@ -375,7 +349,7 @@ class BasicTrainer:
 
     @torch.no_grad()
     def heldout_averages(self) -> dict[str, float]:
-        """Averages over the first n_eval_examples held-out examples; empty where there are none."""
+        """Return averages over the first n_eval_examples held-out examples; empty if there are none."""
         n = self.n_heldout
         if n == 0:
             return {}
@@ -384,17 +358,18 @@ class BasicTrainer:
         size = self.settings.eval_batch_size
         for start in progress(range(0, n, size * processes.count()), desc="evaluate"):
             first = start + size * processes.rank()
-            _, parts = self.computed(self.eval_data, np.arange(first, max(first, min(first + size, n))))
+            end = max(first, min(first + size, n))
+            _, parts = self.losses_of_share(self.eval_data, np.arange(first, end))
             for key, value in parts.items():
                 sums[key] += value
-        return self.averages(processes.all_sum(sums), n)
+        return averages(processes.all_sum(sums), n)
+
+    # ---- weights and training states -----------------------------------------------------------------------
 
     def save(self, name: str) -> None:
-        """Exports the weights as a transformers folder run_dir/`name`; raises Diverged where one is no
-        number.
-        """
-        if not self.finite():
-            raise self.diverged("the last update made weights that are no numbers", "lower lr")
+        """Export the weights as a transformers folder run_dir/`name`; raise Diverged if one is not finite."""
+        if not sharding.all_finite(self.model):
+            raise self.diverged("the last update made weights that are not finite", "lower lr")
         if self.settings.debug:
             return
         card = self.card | {"examples": self.examples, "updates": self.updates}
@@ -407,31 +382,59 @@ class BasicTrainer:
         log.info(f"saved    {folder}")
 
     def whole_state(self) -> dict[str, torch.Tensor] | None:
-        """The weights by name, where the model does not hold them whole."""
+        """Return all weights by name if the model holds only shards of them, else None."""
         return None
+
+    def prune(self) -> None:
+        """Delete old steps, but keep the newest ones and the one with the lowest held-out loss."""
+        examples, loss = self.heldout
+        if examples == self.examples and (self.best is None or loss < self.best[1]):
+            self.best = [examples, loss]
+        if self.settings.keep_steps is not None and self.is_writer:
+            best_step = f"step-{self.best[0]}" if self.best else None
+            run_folder.prune_steps(self.run_dir, self.settings.keep_steps, best_step)
+
+    COUNTERS = ("updates", "examples", "tokens", "next_eval", "next_save", "best")
+
+    def remember(self) -> None:
+        """Save a training state, unless there is one of this update."""
+        if self.settings.debug or self.last_state == self.updates:
+            return
+        self.last_state = self.updates
+        facts = {key: getattr(self, key) for key in self.COUNTERS} | {"origin": self.origin}
+        self.saver.save(self.model, self.optimizer, facts)
+
+    def recall(self, state: dict[str, Any]) -> None:
+        """Load a training state."""
+        resume.load(state["folder"], self.model, self.optimizer)
+        for key in self.COUNTERS:
+            setattr(self, key, state[key])
+        log.info(f"resuming after {self.examples:,} of {self.total_examples:,} examples: {state['folder']}")
 
 
 class FSDPTrainer(BasicTrainer):
-    """Trains one model that is spread over all processes, on any number of them."""
+    """Trains one model that is sharded over any number of processes."""
 
-    many = True
+    distributed = True
 
     def place(self) -> None:
         settings = self.settings
         if settings.sample_during_eval:
-            raise UserError("sample_during_eval=true: FSDPTrainer holds no whole model to decode with")
+            raise UserError(
+                "sample_during_eval=true: FSDPTrainer holds no whole model to decode with; set it to false"
+            )
         processes.start(alone=True)
-        forward, dtype = self.pick_forward(), self.compute_dtype
+        forward = self.pick_forward()
+        block_name, offload = settings.model.block_name, settings.cpu_offload
         for model in filter(None, (self.model, self.reference)):
-            block, offload = settings.model.block_name, settings.cpu_offload
-            sharding.shard(model, block, self.device, dtype, forward, offload)
-        self.compute_dtype = None  # the gathered weights have it already
+            sharding.shard(model, block_name, self.device, self.compute_dtype, forward, offload)
+        self.compute_dtype = None  # no autocast, because the gathered weights have this dtype already
         if self.reference is not None:
             self.reference.eval().requires_grad_(False)
         self.logps = lambda model, *args: getattr(model, sharding.FORWARD)(*args)
 
     def backward(self, loss: torch.Tensor) -> None:
-        # FSDP averages gradients over the processes; ours are parts of one sum.
+        # FSDP averages gradients over the processes, but the loss is a sum over them.
         (loss * processes.count()).backward()
 
     def whole_state(self) -> dict[str, torch.Tensor]:
@@ -441,8 +444,8 @@ class FSDPTrainer(BasicTrainer):
 TRAINERS = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}
 
 
-def pick_trainer(name: str):
-    """The trainer class of a config; raises UserError for one that does not exist."""
+def pick_trainer(name: str) -> type[BasicTrainer]:
+    """Return the trainer class of a name; raise UserError if it does not exist."""
     if name == "TensorParallelTrainer":
-        raise UserError("trainer=TensorParallelTrainer was dropped: use FSDPTrainer")
+        raise UserError("trainer=TensorParallelTrainer was removed: use trainer=FSDPTrainer")
     return pick(TRAINERS, name, "trainer")

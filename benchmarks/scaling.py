@@ -1,7 +1,7 @@
-"""Memory, communication and time of training on many devices, by formula; `--measure` checks them here.
+"""Formulas for memory, communication and time of training on many devices, and measurements to check them.
 
-    python benchmarks/scaling.py                the tables of SCALING.md
-    python benchmarks/scaling.py --measure      the formulas against 1, 2 and 4 processes of this machine
+    python benchmarks/scaling.py                print the tables of SCALING.md
+    python benchmarks/scaling.py --measure      compare the formulas with 1, 2 and 4 processes on this machine
 
 benchmarks/SCALING.md explains the formulas. The last line is one JSON object.
 """
@@ -15,24 +15,28 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 # ---- constants ---------------------------------------------------------------------------------------------
-MFU = 0.40  # assumed share of a GPU's peak that the forward and backward pass reach; not measured here
+MFU = 0.40  # share of a GPU's peak that the forward and backward pass reach; assumed, not measured
 PEAK_FLOPS = 989e12  # dense bf16, H100 or H200
 HBM = 3.35e12  # bytes/s of an H100
-NVLINK = 450e9  # bytes/s and direction between the 8 GPUs of a machine
-NETWORK = 50e9  # bytes/s and GPU between machines (400 Gb/s)
+NVLINK = 450e9  # bytes/s per direction between the 8 GPUs of a machine
+NETWORK = 50e9  # bytes/s per GPU between machines (400 Gb/s)
 GPUS_OF_A_MACHINE = 8
-SAVED = 34  # bytes per token, layer and hidden unit that a Llama layer in bf16 keeps for its backward pass
-TILE = {2: 2**28, 4: 2**22}  # bytes of logits that the LM head holds at once (losses.py): a GPU's, a CPU's
-PROCESS = 44 * 2**20  # bytes that a process takes once it works, whatever the model (seen here)
+SAVED = 34  # bytes per token and hidden unit that a Llama layer in bf16 keeps for its backward pass
+# Bytes of logits that the LM head holds at once (losses.py), by bytes of a weight: bf16 on a GPU, float32 on
+# a CPU.
+TILE = {2: 2**28, 4: 2**22}
+PROCESS = 44 * 2**20  # bytes that a process needs besides the model, as measured
 
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama-like model; all weights are counted."""
+    """The shape of a Llama-like model. Its properties count weights."""
 
     layers: int
     hidden: int
@@ -51,11 +55,12 @@ class Size:
 
     @property
     def root(self) -> int:
-        """Weights outside the blocks: embedding, LM head, last norm."""
+        """Weights outside the blocks: embedding, LM head and last norm."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
 
     @property
     def all(self) -> int:
+        """All weights of the model."""
         return self.layers * self.block + self.root
 
 
@@ -70,7 +75,7 @@ SIZES = {
 
 # ---- formulas ----------------------------------------------------------------------------------------------
 def state_bytes(size: Size, devices: int, moments: int = 1) -> float:
-    """Float32 weights and the optimizer's moments of one device (RMSprop 1, AdamW 2)."""
+    """Return the bytes of float32 weights and optimizer moments (RMSprop 1, AdamW 2) on one device."""
     return 4 * (1 + moments) * size.all / devices
 
 
@@ -79,68 +84,79 @@ def gradient_bytes(size: Size, devices: int) -> float:
 
 
 def gathered_bytes(size: Size, compute: int = 2) -> float:
-    """What is whole on every device at once: the root, the block at work, the next one, and a block's
-    gradients on their way in float32.
+    """Return the bytes that every device holds unsharded at once.
+
+    These are the root, the current and the next block, and the float32 gradients of a block in transit.
     """
     return compute * (size.root + 2 * size.block) + 4 * max(size.block, size.root)
 
 
 def activation_bytes(size: Size, tokens: int, checkpointing: bool, compute: int = 2) -> float:
-    """Activations of one micro-batch of `tokens` on one device, and the chunk of logits."""
-    saved = SAVED * compute / 2 * size.hidden * tokens
-    kept = compute * size.hidden * tokens * size.layers
-    return (kept + saved if checkpointing else saved * size.layers) + 3 * TILE[compute]
+    """Return the bytes of the activations of one micro-batch of `tokens` on one device, and of its logits."""
+    one_layer = SAVED * compute / 2 * size.hidden * tokens
+    block_inputs = compute * size.hidden * tokens * size.layers
+    activations = block_inputs + one_layer if checkpointing else one_layer * size.layers
+    return activations + 3 * TILE[compute]
 
 
 def peak_bytes(size: Size, devices: int, tokens: int, checkpointing: bool, compute: int = 2) -> float:
-    """The most that a device holds in a step: at the end of the forward pass no gradient is there yet, at the
-    end of the backward pass no activation; the two together bound both.
+    """Return an upper bound of the bytes that a device holds in a step.
+
+    All gradients and all activations never exist at the same time, so their sum is a bound.
     """
-    held = state_bytes(size, devices) + gradient_bytes(size, devices) + gathered_bytes(size, compute)
-    return held + activation_bytes(size, tokens, checkpointing, compute)
+    weights = state_bytes(size, devices) + gradient_bytes(size, devices) + gathered_bytes(size, compute)
+    return weights + activation_bytes(size, tokens, checkpointing, compute)
 
 
 def traffic_bytes(size: Size, devices: int, compute: int = 2, reduce: int = 4) -> float:
-    """What a device receives in one micro-batch: weights for the forward and for the backward pass, and
-    gradients in float32.
+    """Return the bytes that a device receives per micro-batch.
+
+    These are the weights for the forward and the backward pass, and gradients in float32.
     """
     return (devices - 1) / devices * size.all * (2 * compute + reduce)
 
 
 def flops(size: Size, tokens: int, checkpointing: bool) -> float:
-    """Of forward and backward pass: 2 a weight and token forward, twice that backward, forward again where
-    activations are computed again.
+    """Return the operations of a forward and a backward pass.
+
+    Per weight and token the forward pass takes 2 and the backward pass 4. Checkpointing repeats the forward.
     """
     return (8 if checkpointing else 6) * size.all * tokens
 
 
-def step_seconds(size: Size, devices: int, tokens: int, micro_batches: int, checkpointing: bool) -> tuple:
-    """(computing, communicating) of an update over `tokens` on all devices; torch overlaps the two."""
+def step_seconds(
+    size: Size, devices: int, tokens: int, micro_batches: int, checkpointing: bool
+) -> tuple[float, float]:
+    """Return the seconds of computation and of communication of an update. torch overlaps the two.
+
+    Args:
+        tokens: Tokens of the update on all devices together.
+    """
     compute = flops(size, tokens, checkpointing) / (devices * PEAK_FLOPS * MFU)
     link = NVLINK if devices <= GPUS_OF_A_MACHINE else NETWORK
     return compute, micro_batches * traffic_bytes(size, devices) / link
 
 
 def sampling_seconds(size: Size, devices: int, rows: int, new_tokens: int, batch: int) -> float:
-    """Decoding `rows` answers with whole models on every device: each step reads all weights once."""
+    """Return the seconds of decoding `rows` answers. Each device reads a whole model once per step."""
     step = max(2 * size.all / HBM, 2 * size.all * batch / (PEAK_FLOPS * MFU))
     return rows / (devices * batch) * new_tokens * step
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
-TOKENS = (
-    64 * 600
-)  # an update of the published recipes: 64 examples of about 600 tokens, both answers together
+# An update of the published recipes: 64 examples of about 600 tokens, both answers included.
+TOKENS = 64 * 600
 
 
-def tables() -> dict:
-    found: dict = {}
+def tables() -> dict[str, Any]:
+    """Print the tables of SCALING.md and return their values."""
+    results: dict[str, Any] = {}
     print("memory of a device, GB (checkpointing, micro-batch of 16,384 tokens, RMSprop)")
     devices = (1, 2, 4, 8, 16, 32, 64)
     print(f"{'':>16}" + "".join(f"{n:>9}" for n in devices))
     for name, size in SIZES.items():
         row = [peak_bytes(size, n, 16384, True) / 1e9 for n in devices]
-        found[f"memory {name}"] = dict(zip(devices, row, strict=True))
+        results[f"memory {name}"] = dict(zip(devices, row, strict=True))
         print(f"{name:>16}" + "".join(f"{value:9.1f}" for value in row))
     print(f"\nseconds of an update of {TOKENS:,} tokens: the longer of computing and communicating")
     print(f"{'':>16}" + "".join(f"{n:>9}" for n in devices))
@@ -149,7 +165,7 @@ def tables() -> dict:
         for n in devices:
             micro = max(1, round(TOKENS / n / 16384))
             row.append(max(step_seconds(size, n, TOKENS, micro, True)))
-        found[f"step {name}"] = dict(zip(devices, row, strict=True))
+        results[f"step {name}"] = dict(zip(devices, row, strict=True))
         print(f"{name:>16}" + "".join(f"{value:9.2f}" for value in row))
     print(
         "\nhours of a recipe on 8 GPUs: 10,048 examples of warm-up, one answer of 300 tokens to every prompt"
@@ -163,22 +179,24 @@ def tables() -> dict:
             ]
             parts.insert(1, sampling_seconds(SIZES[proposal], 8, 100_000, 300, 256))
             hours = [part / 3600 for part in parts]
-            found[f"recipe {proposal} + {aligner}"] = hours
+            results[f"recipe {proposal} + {aligner}"] = hours
             print(
                 f"  {proposal:>14} + {aligner}: "
                 + " + ".join(f"{h:.2f}" for h in hours)
                 + f" = {sum(hours):.2f}"
             )
-    return found
+    return results
 
 
-# ---- against this machine ----------------------------------------------------------------------------------
-HERE = Size(8, 512, 1376, 8, 8, 8192, head_size=64)
-ROWS, LENGTH, STEPS = 16, 128, 6
+# ---- measurements on this machine --------------------------------------------------------------------------
+MEASURED = Size(8, 512, 1376, 8, 8, 8192, head_size=64)
+ROWS = 16  # examples of an update
+LENGTH = 128  # tokens of an example
+STEPS = 6
 
 
 def worker() -> None:
-    """One of the processes: peak memory above what it had before the model, seconds of a step, bandwidth."""
+    """Train in one of the processes. Print memory above that before the model, step time and bandwidth."""
     import numpy as np
     import torch
     import torch.distributed as dist
@@ -204,26 +222,27 @@ def worker() -> None:
     )
     settings = settings_of(composed, TABLES)
     lengths = np.full((ROWS, 3), LENGTH // 2)
-    data = dataset(lengths, HERE.vocabulary, LENGTH)
+    data = dataset(lengths, MEASURED.vocabulary, LENGTH)
     before = memory_status("VmRSS")
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=HERE.vocabulary,
-            hidden_size=HERE.hidden,
-            intermediate_size=HERE.inner,
-            num_hidden_layers=HERE.layers,
-            num_attention_heads=HERE.heads,
-            num_key_value_heads=HERE.kv_heads,
-            tie_word_embeddings=HERE.tied,
+            vocab_size=MEASURED.vocabulary,
+            hidden_size=MEASURED.hidden,
+            intermediate_size=MEASURED.inner,
+            num_hidden_layers=MEASURED.layers,
+            num_attention_heads=MEASURED.heads,
+            num_key_value_heads=MEASURED.kv_heads,
+            tie_word_embeddings=MEASURED.tied,
         )
     )
-    assert sum(p.numel() for p in model.parameters()) == HERE.all
-    tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 0})
+    assert sum(p.numel() for p in model.parameters()) == MEASURED.all
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=0)
     run = FSDPTrainer(settings, model, tokenizer, data, data, Path("unused"), {})
     del model
+    state = 0.0
     seconds = []
     for step in range(STEPS):
-        if step == 1:  # the moments are there; the whole model that was loaded counts no longer
+        if step == 1:  # the moments exist now, and the peak must not include the unsharded model
             state = memory_status("VmRSS") - before
             Path("/proc/self/clear_refs").write_text("5")
         processes.barrier()
@@ -233,36 +252,36 @@ def worker() -> None:
     peak = memory_status("VmHWM") - before
     bandwidth = None
     if processes.count() > 1:
-        mine = torch.zeros(HERE.block // processes.count())
-        whole = torch.zeros(len(mine) * processes.count())
-        times = []
+        shard = torch.zeros(MEASURED.block // processes.count())
+        whole = torch.zeros(len(shard) * processes.count())
+        durations = []
         for _ in range(10):
             processes.barrier()
             start = time.perf_counter()
-            dist.all_gather_into_tensor(whole, mine)
-            times.append(time.perf_counter() - start)
-        bandwidth = 4 * (len(whole) - len(mine)) / statistics.median(times)
-    found = {
+            dist.all_gather_into_tensor(whole, shard)
+            durations.append(time.perf_counter() - start)
+        bandwidth = 4 * (len(whole) - len(shard)) / statistics.median(durations)
+    measured = {
         "state_mb": state,
         "peak_mb": peak,
         "seconds": statistics.median(seconds[1:]),
         "bandwidth": bandwidth,
     }
-    everyone = processes.all_gather(found)
+    results = processes.all_gather(measured)
     if processes.is_rank0():
-        print(json.dumps({key: max(part[key] or 0 for part in everyone) for key in found}))
+        print(json.dumps({key: max(result[key] or 0 for result in results) for key in measured}))
     processes.barrier()
 
 
-def measure() -> dict:
-    """Every process's peak memory and step time against the formulas."""
-    found = {}
+def measure() -> dict[str, Any]:
+    """Compare the peak memory and the step time of 1, 2 and 4 processes with the formulas."""
+    results = {}
     for checkpointing in (0, 1):
         print(
-            f"\ncheckpointing {bool(checkpointing)}: {HERE.all / 1e6:.1f} M weights, {ROWS} x {LENGTH} "
+            f"\ncheckpointing {bool(checkpointing)}: {MEASURED.all / 1e6:.1f} M weights, {ROWS} x {LENGTH} "
             "tokens, float32"
         )
-        alone = None
+        seconds_alone = None
         for count in (1, 2, 4):
             command = [
                 sys.executable,
@@ -271,34 +290,34 @@ def measure() -> dict:
                 "--standalone",
                 f"--nproc-per-node={count}",
             ]
-            # Blocks above 64 kB go back to the system when they are freed: the peak is what was held at once.
+            # With this threshold malloc returns freed blocks above 64 kB to the system, so the peak is exact.
             environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-            done = subprocess.run(
+            process = subprocess.run(
                 [*command, __file__, "--worker", str(checkpointing)],
                 capture_output=True,
                 text=True,
                 env=environment,
             )
-            if done.returncode:
-                sys.exit(done.stderr)
-            seen = json.loads(done.stdout.splitlines()[-1])
+            if process.returncode:
+                sys.exit(process.stderr)
+            row = json.loads(process.stdout.splitlines()[-1])
             tokens = ROWS * LENGTH // count
-            peak = peak_bytes(HERE, count, tokens, bool(checkpointing), 4)
-            seen["state_formula_mb"] = (state_bytes(HERE, count) + PROCESS) / 2**20
-            seen["peak_formula_mb"] = (peak + PROCESS) / 2**20
-            alone = alone or seen["seconds"]
-            seen["seconds_formula"] = alone / min(count, os.cpu_count())
+            peak = peak_bytes(MEASURED, count, tokens, bool(checkpointing), 4)
+            row["state_formula_mb"] = (state_bytes(MEASURED, count) + PROCESS) / 2**20
+            row["peak_formula_mb"] = (peak + PROCESS) / 2**20
+            seconds_alone = seconds_alone or row["seconds"]
+            row["seconds_formula"] = seconds_alone / min(count, os.cpu_count() or 1)
             if count > 1:
-                seen["seconds_formula"] += traffic_bytes(HERE, count, 4) / seen["bandwidth"]
-            found[f"{count} processes, checkpointing {bool(checkpointing)}"] = seen
+                row["seconds_formula"] += traffic_bytes(MEASURED, count, 4) / row["bandwidth"]
+            results[f"{count} processes, checkpointing {bool(checkpointing)}"] = row
             print(
-                f"  {count} processes: state {seen['state_mb']:6.0f} MB (formula "
-                f"{seen['state_formula_mb']:6.0f}), "
-                f"peak {seen['peak_mb']:6.0f} MB (formula {seen['peak_formula_mb']:6.0f}), step "
-                f"{seen['seconds']:.2f} s (formula {seen['seconds_formula']:.2f})",
+                f"  {count} processes: state {row['state_mb']:6.0f} MB (formula "
+                f"{row['state_formula_mb']:6.0f}), "
+                f"peak {row['peak_mb']:6.0f} MB (formula {row['peak_formula_mb']:6.0f}), step "
+                f"{row['seconds']:.2f} s (formula {row['seconds_formula']:.2f})",
                 flush=True,
             )
-    return found
+    return results
 
 
 def main() -> None:
@@ -306,7 +325,7 @@ def main() -> None:
         from ram.distributed import processes
 
         processes.run(worker)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--measure", action="store_true")
     args = parser.parse_args()
     print(json.dumps(measure() if args.measure else tables()))

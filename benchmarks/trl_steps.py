@@ -1,30 +1,36 @@
-"""Steps of TRL's trainers on the rows and the model of benchmarks/training.py (`pip install trl` beside
-us).
-"""
+"""Training steps of TRL on the examples and the model of benchmarks/training.py. Needs `pip install trl`."""
 
 import copy
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ram.data.tokenization import TokenizedDataset
 
 
-def trl_step(loss: str, model, data, size: int) -> Callable[[np.ndarray], float]:
-    """A function of a batch's rows that takes one optimizer step in TRL and gives its seconds.
+def trl_step(
+    loss: str, model: PreTrainedModel, data: TokenizedDataset, size: int
+) -> Callable[[np.ndarray], float]:
+    """Make a function that takes one optimizer step in TRL on some rows, and returns its seconds.
 
-    loss: sft (targets only) or dpo (target and negative, with a frozen reference). size: examples of a batch.
-    Layout of the batch, loss, backward pass, clipping and update
-    are TRL's and the optimizer's own; checkpointing is off, as in ours.
+    TRL lays out the batch and computes loss, backward pass, clipping and update. Activation checkpointing is
+    off, as in our steps.
+
+    Args:
+        loss: "sft" (targets only) or "dpo" (target and negative, with a frozen reference).
+        size: Examples of a batch.
     """
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    settings = {
+    settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": size,
         "learning_rate": 1e-6,
@@ -34,18 +40,18 @@ def trl_step(loss: str, model, data, size: int) -> Callable[[np.ndarray], float]
         "report_to": [],
     }
     kinds = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
-    # What its trainer is made with is never used: the rows come as token ids, straight to its collator.
-    unused = {"sft": {"input_ids": [0, 1]}, "dpo": {"prompt": "a", "chosen": "b", "rejected": "c"}}
+    # The trainer needs a data set but never reads it, because the rows go to its collator as token ids.
+    placeholder = {"sft": {"input_ids": [0, 1]}, "dpo": {"prompt": "a", "chosen": "b", "rejected": "c"}}
     trainer_class, config_class = kinds[loss]
     trainer = trainer_class(
         model=copy.deepcopy(model),
         args=config_class(**settings),
-        train_dataset=Dataset.from_list([unused[loss]]),
+        train_dataset=Dataset.from_list([placeholder[loss]]),
         processing_class=tokenizer,
         **({"ref_model": copy.deepcopy(model)} if loss == "dpo" else {}),
     )
     trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # which its own loop would set
+    trainer.current_gradient_accumulation_steps = 1  # normally set by its training loop
 
     def step(batch: np.ndarray) -> float:
         start = time.perf_counter()
@@ -60,7 +66,8 @@ def trl_step(loss: str, model, data, size: int) -> Callable[[np.ndarray], float]
     return step
 
 
-def example(loss: str, data, row: int) -> dict[str, list[int]]:
+def example(loss: str, data: TokenizedDataset, row: int) -> dict[str, list[int]]:
+    """Return one example in the format of TRL's collator."""
     prompt, target, negative = (data.part(part, row).tolist() for part in ("prompt", "target", "negative"))
     if loss == "dpo":
         return {"prompt_ids": prompt, "chosen_ids": target, "rejected_ids": negative}

@@ -151,7 +151,7 @@ def test_full_disk_is_one_line_and_keeps_the_last_state(tmp_path, undisturbed):
     assert result.returncode == 2, result.stderr[-2000:]
     assert "states/000000004" in result.stderr and "disk full?" in result.stderr
     assert "Traceback" not in result.stderr
-    assert resume.found(tmp_path)[-1].name == "000000002"
+    assert resume.complete_states(tmp_path)[-1].name == "000000002"
     run = trainer(tmp_path, *OVERRIDES)
     run.train(resume.newest(tmp_path, run.origin))
     assert path_of(run) == path_of(undisturbed)

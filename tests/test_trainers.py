@@ -1,6 +1,4 @@
-"""The training loop: what a step depends on, what it does to the weights, when it stops, what it leaves
-behind.
-"""
+"""The training loop: updates, divergence, metrics, evaluation and checkpoints."""
 
 import csv
 import math
@@ -23,10 +21,10 @@ from trainers import BasicTrainer, Diverged
 
 @pytest.mark.parametrize("loss", ["sft", "ours_sft", "ours_dpo"])
 def test_path_does_not_depend_on_micro_batches(tmp_path, loss):
-    """8 examples at once, or in 2, 4 or 8 pieces: the same losses, gradient norms and weights.
+    """Losses, gradient norms and weights agree for 1, 2, 4 and 8 micro-batches per update.
 
-    The models are float64: an RMSprop step divides by the gradient's size, so float32 rounding of a gradient
-    near 0 would move its weight by a share of a whole step (about 1e-2 here), by another one on each CPU.
+    The models are float64. RMSprop divides by the size of the gradient, so if the gradient is near 0, float32
+    rounding moves the weight by a fraction of a whole step (about 1e-2 here), which differs between CPUs.
     """
     paths, finals = [], []
     for pieces in (1, 2, 4, 8):
@@ -42,8 +40,8 @@ def test_path_does_not_depend_on_micro_batches(tmp_path, loss):
         torch.testing.assert_close(finals[-1][name], weight, rtol=0, atol=1e-6)
 
 
-def test_short_batch_is_divided_by_its_true_count(tmp_path):
-    """The last batch of 3 gives the gradient of the mean over 3, not over 8."""
+def test_short_batch_is_averaged_over_its_size(tmp_path):
+    """A batch of 3 gives the gradient of the mean over 3, not over the batch size of 8."""
     overrides = ("optimizer=SGD", "lr=0.5", "max_grad_norm=1e9", "gradient_accumulation_steps=4")
     run = trainer(tmp_path, *overrides, dtype=torch.float64)
     before, rows = weights(run), np.array([1, 5, 7])
@@ -59,10 +57,8 @@ def test_short_batch_is_divided_by_its_true_count(tmp_path):
         torch.testing.assert_close(weights(run)[name], before[name] - 0.5 * p.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_small_learning_rate_moves_every_weight_of_the_export(tmp_path):
-    """At LR 2e-7 nearly every float32 weight that got a gradient moves; in bf16, as once published, hardly
-    any does.
-    """
+def test_small_learning_rate_moves_nearly_all_weights(tmp_path):
+    """At lr=2e-7 nearly all float32 weights with a gradient move; rounded to bf16 hardly any would."""
     run = trainer(tmp_path, "loss=ours_sft", "lr=2e-7", "batch_size=4", n=40)
     before, touched = weights(run), {name: torch.zeros_like(p) for name, p in run.model.named_parameters()}
     update = run.optimizer.step
@@ -75,20 +71,20 @@ def test_small_learning_rate_moves_every_weight_of_the_export(tmp_path):
     run.optimizer.step = step
     run.train()
     after = AutoModelForCausalLM.from_pretrained(run.run_dir / "LATEST", dtype="auto").state_dict()
-    moved = reached = kept_in_bf16 = 0
+    moved = reached = moved_in_bf16 = 0
     for name, start in before.items():
         assert after[name].dtype == torch.float32
         assert not torch.equal(after[name], start), name
-        got = touched[name] > 0
-        moved += ((after[name] != start) & got).sum().item()
-        reached += got.sum().item()
-        kept_in_bf16 += ((after[name].bfloat16() != start.bfloat16()) & got).sum().item()
+        has_gradient = touched[name] > 0
+        moved += ((after[name] != start) & has_gradient).sum().item()
+        reached += has_gradient.sum().item()
+        moved_in_bf16 += ((after[name].bfloat16() != start.bfloat16()) & has_gradient).sum().item()
     assert moved / reached >= 0.98
-    assert kept_in_bf16 / reached < 0.05
+    assert moved_in_bf16 / reached < 0.05
 
 
 def test_every_parameter_learns(tmp_path):
-    """After one epoch no weight tensor is what it was, and the loss on the training set fell."""
+    """Training changes every weight tensor and lowers the training loss."""
     run = trainer(tmp_path, "lr=3e-3", "n_epochs=6")
     before = weights(run)
     run.train()
@@ -98,8 +94,8 @@ def test_every_parameter_learns(tmp_path):
 
 
 @pytest.mark.parametrize("loss, first", [("dpo", math.log(2)), ("ipo", 1.0)])
-def test_reference_losses_start_where_policy_equals_reference(tmp_path, loss, first):
-    """With policy = reference the margin is 0: DPO starts at log 2, IPO at 1/(2 beta)^2 = 1 for beta 0.5."""
+def test_reference_losses_start_at_margin_zero(tmp_path, loss, first):
+    """With equal models DPO starts at log 2 and IPO at 1/(2 beta)^2. The reference stays frozen."""
     reference = tiny_model(len(TOKENIZER), seed=0, layers=2, dtype=torch.float64)
     frozen = {name: p.clone() for name, p in reference.named_parameters()}
     overrides = (f"loss={loss}", "lr=1e-4", "n_epochs=8")
@@ -111,27 +107,25 @@ def test_reference_losses_start_where_policy_equals_reference(tmp_path, loss, fi
     assert all(torch.equal(frozen[name], p) for name, p in reference.named_parameters())
 
 
-def test_bf16_compute_keeps_float32_masters(tmp_path):
-    """fsdp_policy_mp=bfloat16 changes the forward pass only: weights, gradients and export stay float32."""
+def test_bf16_compute_keeps_float32_weights(tmp_path):
+    """fsdp_policy_mp=bfloat16 changes the forward pass; the weights stay in float32."""
     run = trainer(tmp_path, "model.fsdp_policy_mp=bfloat16", "lr=1e-3")
     exact = trainer(tmp_path / "exact", "lr=1e-3")
     run.train()
     exact.train()
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
-    found, wanted = path_of(run), path_of(exact)
-    assert found != wanted
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0.05, atol=0.05)
+    path, exact_path = path_of(run), path_of(exact)
+    assert path != exact_path
+    torch.testing.assert_close(torch.tensor(path), torch.tensor(exact_path), rtol=0.05, atol=0.05)
 
 
-def test_not_a_number_stops_and_keeps_the_weights_before(tmp_path, monkeypatch):
-    """A loss that is no number stops the run before its update; the weights before it are saved, LATEST is
-    not.
-    """
+def test_nan_loss_stops_before_the_update(tmp_path, monkeypatch):
+    """A NaN loss stops the run. The weights before its update are saved; LATEST is not written."""
     run = trainer(tmp_path, "lr=1e-3", "batch_size=4")
-    real, good = run.losses, {}
+    original, good = run.losses, {}
 
     def losses(data, rows, drawn=None):
-        values, sums = real(data, rows, drawn)
+        values, sums = original(data, rows, drawn)
         if run.updates == 2 and data is run.train_data:
             good.update(weights(run))
             return values * float("nan"), sums | {"loss": float("nan")}
@@ -145,11 +139,12 @@ def test_not_a_number_stops_and_keeps_the_weights_before(tmp_path, monkeypatch):
     assert not (tmp_path / "LATEST").exists()
 
 
-def test_runaway_sampled_term_stops_and_keeps_the_weights_before(tmp_path):
-    """alpha = 1 drives the sampled answers' probability down for ever; the floor stops it before the update,
-    so the weights as they stand are saved. After how many updates depends on rounding: nothing else saves.
+def test_runaway_sampled_term_stops_before_the_update(tmp_path):
+    """With alpha=1 the sampled term is unbounded. The floor stops the run and saves the weights.
+
+    The number of updates before that depends on rounding, so save_every is off and nothing else is saved.
     """
-    (tmp_path / "step-old").mkdir()  # not one of ours: neither counted nor a crash
+    (tmp_path / "step-old").mkdir()  # a folder of another program is ignored
     run = trainer(
         tmp_path,
         "loss=ours_sft",
@@ -159,10 +154,10 @@ def test_runaway_sampled_term_stops_and_keeps_the_weights_before(tmp_path):
         "save_every=null",
         "divergence.min_sampled_logp_per_token=-12",
     )
-    with pytest.raises(Diverged, match=r"runs away.*step-\d+;.*lower loss.alpha") as stopped:
+    with pytest.raises(Diverged, match=r"runs away.*step-\d+;.*lower loss.alpha") as error:
         run.train()
     assert not (tmp_path / "LATEST").exists()
-    assert f"step-{run.examples};" in str(stopped.value) and 0 < run.examples < 60 * 20
+    assert f"step-{run.examples};" in str(error.value) and 0 < run.examples < 60 * 20
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"step-{run.examples}").state_dict()
     assert all(torch.equal(saved[name], weight) for name, weight in weights(run).items())
 
@@ -170,32 +165,32 @@ def test_runaway_sampled_term_stops_and_keeps_the_weights_before(tmp_path):
 @pytest.mark.parametrize(
     ("lr", "n", "message"),
     [
-        ("1e38", 8, "after 8 examples: held-out loss nan"),  # by the last update: no batch shows it
-        ("1e36", 8, "after 8 examples: held-out loss (nan|inf)"),  # the weights are numbers still
-        ("1e38", 20, "after 8 examples: the last update made weights that are no numbers"),
+        ("1e38", 8, "after 8 examples: held-out loss nan"),  # the last update ruins the weights
+        ("1e36", 8, "after 8 examples: held-out loss (nan|inf)"),  # the weights are still finite
+        ("1e38", 20, "after 8 examples: the last update made weights that are not finite"),
         ("1e36", 20, "after 8 examples: loss (nan|inf)"),
     ],
 )
-def test_ruined_weights_are_never_kept(tmp_path, lr, n, message):
-    """An update that makes the loss no number leaves neither LATEST nor a step, even where it is the last."""
-    # packed, weights of 1e36 still have a loss; padding makes it NaN
+def test_ruined_weights_are_never_saved(tmp_path, lr, n, message):
+    """If an update makes the loss NaN or infinite, neither LATEST nor a step is left."""
+    # A packed forward pass still has a finite loss with weights of 1e36; a padded one has not.
     run = trainer(tmp_path, f"lr={lr}", "save_every=8", "max_grad_norm=1e9", "packed=false", n=n)
     with pytest.raises(Diverged, match=rf"{message}.*; no good weights were saved; lower lr"):
         run.train()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
-def test_ruined_weights_are_never_kept_without_heldout_data(tmp_path):
-    """Where nothing is held out, the weights themselves tell."""
+def test_ruined_weights_are_never_saved_without_heldout_data(tmp_path):
+    """Without held-out data the weights themselves are checked."""
     run = trainer(tmp_path, "lr=1e38", "n_eval_examples=0", n=8)
-    with pytest.raises(Diverged, match="weights that are no numbers; no good weights were saved"):
+    with pytest.raises(Diverged, match="weights that are not finite; no good weights were saved"):
         run.train()
     assert not (tmp_path / "LATEST").exists()
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_every_optimizer_that_is_offered_can_train(tmp_path, name):
-    """Each class makes an update of a whole model with nothing given but lr."""
+def test_every_known_optimizer_can_train(tmp_path, name):
+    """Each class can update a whole model with no argument but lr."""
     run = trainer(tmp_path, f"optimizer={name}", "lr=1e-3", n=8)
     before = weights(run)
     run.update(np.arange(8))
@@ -203,13 +198,13 @@ def test_every_optimizer_that_is_offered_can_train(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["Optimizer", "LBFGS", "SparseAdam", "Muon", "lr_scheduler", "adamw"])
-def test_what_cannot_train_by_default_is_no_optimizer(name):
+def test_unfit_optimizer_is_unknown(name):
     with pytest.raises(UserError, match=f"unknown optimizer '{name}': .*AdamW"):
         optimizers.pick_optimizer(name)
 
 
-def test_counts_and_columns(tmp_path):
-    """metrics.csv has every update and evaluation; examples are exact over two epochs with a remainder."""
+def test_metrics_csv_has_all_updates_and_evaluations(tmp_path):
+    """Example counts are exact over two epochs whose last batches are smaller."""
     run = trainer(
         tmp_path, "loss=ours_sft", "n_epochs=2", "eval_every=16", "save_every=null", "do_first_eval=true"
     )
@@ -230,19 +225,19 @@ def test_counts_and_columns(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "metrics.csv", "states"]
 
 
-def test_evaluation_reads_heldout_data_only(tmp_path):
-    """The held-out loss is that of the held-out examples, all of them, whatever the forward batch."""
+def test_heldout_loss_is_the_mean_over_heldout_examples(tmp_path):
+    """All held-out examples count, for any eval_batch_size."""
     run = trainer(tmp_path, "eval_batch_size=4", "loss=ours_sft", dtype=torch.float64)
     log = metrics.MetricsLog(tmp_path, run.settings)
-    found = run.evaluate(log)
+    row = run.evaluate(log)
     log.close()
     with torch.no_grad():
         _, sums = run.losses(run.eval_data, np.arange(6))
-    assert found["loss"] == pytest.approx(sums["loss"] / 6, rel=1e-6)
+    assert row["loss"] == pytest.approx(sums["loss"] / 6, rel=1e-6)
 
 
-def test_n_examples_beats_epochs_and_wraps_round(tmp_path):
-    """n_examples=50 of 20 takes two and a half epochs, each in an order of its own."""
+def test_n_examples_overrides_epochs(tmp_path):
+    """n_examples=50 of 20 examples takes two and a half epochs."""
     run = trainer(tmp_path, "n_examples=50")
     assert (run.total_examples, run.total_updates) == (50, 3 + 3 + 2)
     run.train()
@@ -253,8 +248,8 @@ def factor(run, update):
     return optimizers.lr_factor(update, run.warmup, run.total_updates, run.settings.lr_schedule)
 
 
-def test_learning_rate_warms_up_by_count_and_by_share(tmp_path):
-    """warmup_steps below 1 is a share of the run's updates; both rise linearly to lr."""
+def test_learning_rate_schedule(tmp_path):
+    """Warm-up is linear; warmup_steps below 1 is a share of the run's updates."""
     run = trainer(tmp_path, "warmup_steps=0.5", "n_epochs=4", "lr=1.0")
     assert run.total_updates == 12 and run.warmup == 6
     assert [round(factor(run, i), 4) for i in (0, 2, 5, 6, 11)] == [0.1429, 0.4286, 0.8571, 1.0, 1.0]
@@ -263,7 +258,7 @@ def test_learning_rate_warms_up_by_count_and_by_share(tmp_path):
 
 
 def test_pad_is_not_learnt_and_eos_is(tmp_path):
-    """A pad token that equals the EOS carries no label, the EOS that ends an answer does."""
+    """If the pad token equals EOS, padding has no label and the EOS of an answer has one."""
     data = tokenize([Example(0, "a", "bb"), Example(1, "a", "bbbb")], TOKENIZER, 16, 8)
     batch = collate(data, [0, 1], "target", TOKENIZER.eos_token_id)
     eos = TOKENIZER.eos_token_id
@@ -273,7 +268,7 @@ def test_pad_is_not_learnt_and_eos_is(tmp_path):
 
 
 def test_debug_writes_nothing(tmp_path):
-    """Neither weights nor metrics: the folder may be a finished run's. Not even where the run diverges."""
+    """debug=true writes neither weights nor metrics, even if the run diverges."""
     (tmp_path / "metrics.csv").write_text("old")
     trainer(tmp_path, "debug=true", "save_every=8").train()
     with pytest.raises(Diverged):
@@ -288,8 +283,8 @@ def test_samples_during_evaluation_are_logged(tmp_path, caplog):
     assert sum("sample   'Q:" in record.message for record in caplog.records) == 2
 
 
-def test_export_stands_whole_when_a_later_one_breaks(tmp_path, monkeypatch):
-    """A save that fails half-way leaves the earlier folder as it was and no half folder beside it."""
+def test_failed_export_keeps_the_earlier_one(tmp_path, monkeypatch):
+    """A failing save leaves the earlier folder unchanged and no partial folder beside it."""
     folder = tmp_path / "LATEST"
     checkpoints.export_model(tiny_model(len(TOKENIZER), 0), TOKENIZER, folder, "float32", {"add_bos": False})
     before = checkpoints.weights_fingerprint(str(folder))
@@ -302,8 +297,8 @@ def test_export_stands_whole_when_a_later_one_breaks(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["LATEST"]
 
 
-def test_pair_is_refused_before_weights_are_read(tmp_path):
-    """Different vocabularies, or a BOS in one model and not in the other, are named before loading."""
+def test_unfit_pair_is_refused_before_weights_are_read(tmp_path):
+    """Different vocabularies, too few rows and different add_bos are refused."""
     same = save_model_folder(tmp_path / "a", tiny_model(len(TOKENIZER), 0), TOKENIZER)
     other = save_model_folder(tmp_path / "b", tiny_model(5, 0), tiny_tokenizer("abc"))
     with pytest.raises(UserError, match="tokenizer of the aligner"):
@@ -319,8 +314,8 @@ def test_pair_is_refused_before_weights_are_read(tmp_path):
         checkpoints.load_pair(str(tmp_path / "c"), str(tmp_path / "d"))
 
 
-def test_activation_checkpointing_changes_no_figure(tmp_path):
-    """Recomputing activations gives the same losses and gradient norms."""
+def test_activation_checkpointing_does_not_change_the_losses(tmp_path):
+    """Recomputed activations give the same losses and gradient norms."""
     plain, recomputed = trainer(tmp_path / "a"), trainer(tmp_path / "b", "activation_checkpointing=true")
     for run in (plain, recomputed):
         run.train()
@@ -330,17 +325,15 @@ def test_activation_checkpointing_changes_no_figure(tmp_path):
     )
 
 
-def test_wandb_logs_offline_when_asked(tmp_path):
+def test_wandb_logs_offline(tmp_path):
     """wandb.enabled=true writes an offline run into the run folder, without an account or a network."""
     run = trainer(tmp_path, "wandb.enabled=true", "save_every=null")
     run.train()
     assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
-def test_the_newest_weights_and_the_best_are_kept(tmp_path, monkeypatch):
-    """keep_steps leaves so many of the newest, and the ones with the lowest held-out loss, also after a
-    stop.
-    """
+def test_newest_and_best_steps_are_kept(tmp_path, monkeypatch):
+    """keep_steps=1 keeps the newest step and the one with the lowest held-out loss, which states remember."""
     losses = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
     run = trainer(
         tmp_path,

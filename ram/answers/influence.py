@@ -1,20 +1,21 @@
-"""How the aligner moved each token of finished answers, from one forward of each model over every answer.
+"""Measure how the aligner changed each token of finished answers, with one forward pass per model and answer.
 
-    prompt and answer as token ids -> both models' logits at all positions -> par.next_token_law -> figures
+    prompt and answer as token ids -> logits of both models at all positions -> par.next_token_law -> figures
 
-The plain loop draws from the same laws one position at a time, so the figures are its own up to the rounding
-of a longer forward. Whether a token fell back is not decided again here: decoding recorded it.
+Decoding computes the same next-token distributions one position at a time, so the figures agree with it up to
+rounding. Whether a token fell back is not computed again, because decoding recorded it.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ram.answers import answer_files
+from ram.answers.jobs import AnswerJob
 from ram.decoding.par import PARParams, next_token_law, seen_mask, warp, wide
 from ram.decoding.rows import eos_token_ids
 from ram.distributed import processes
@@ -23,80 +24,130 @@ from ram.storage.files import fingerprint, only_run, read_rows
 from ram.storage.parts import PartFiles
 from ram.storage.provenance import is_made_from, write_marked
 
-TOP = 4  # candidates kept of each model at every position
-AT_ONCE = 2**22  # logits whose laws are computed together; bounds the memory, changes nothing
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOP = 4  # candidates of each model at every position
+AT_ONCE = 2**22  # logits whose distributions are computed together; limits the memory, not the result
 
 
 @torch.inference_mode()
 def token_figures(
-    proposal, aligner, tokenizer, prompt_ids: Sequence[int], answer_ids: Sequence[int], params: PARParams
-) -> dict[str, list | None]:
-    """What a pair's law said at each token of an answer, as lists of one entry per token.
+    proposal: "PreTrainedModel",
+    aligner: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    params: PARParams,
+) -> dict[str, Any]:
+    """Compute the figures of a pair at each token of an answer.
 
-    logp: log p of the token by the pair's law; None in place of the list for snis, whose law hangs on the
-    candidates it draws. logp_proposal: by the proposal's own law at its settings, which is what fell-back and
-    "agreed" mean; logp - logp_proposal is the aligner's influence. Both are nats, None where the token is
-    outside the law. kl: KL(P_M || Q) in nats. candidates: [text, by the proposal's law, by the aligner's own
-    law, by p] of the most likely tokens of either and of the token itself, the likeliest first, p None for
-    snis.
+    Returns:
+        A dict of lists with one entry per token. Log-probabilities are in nats, and None if the token has
+        probability 0.
+
+        logp: Log-probability of the token under the pair. The whole list is None for snis, whose distribution
+            depends on the candidates that it draws.
+        logp_proposal: Log-probability under the proposal with its own sampling settings.
+            `logp - logp_proposal` is the influence of the aligner.
+        kl: KL(P_M || Q) in nats.
+        candidates: The most likely tokens of either model and the token itself, most likely first. Each is
+            [text, probability under the proposal, under the aligner, under the pair (None for snis)].
     """
+    figures: dict[str, Any] = {"logp": [], "logp_proposal": [], "kl": [], "candidates": []}
     if not answer_ids:
-        return {"logp": [], "logp_proposal": [], "kl": [], "candidates": []}
-    z_p = answer_logits(proposal, tokenizer, prompt_ids, answer_ids)
-    z_q = answer_logits(aligner, tokenizer, prompt_ids, answer_ids).to(z_p.device)
-    eos, fixed = eos_token_ids(tokenizer, proposal, aligner), params.sample_mode != "snis"
-    known = params if fixed else replace(params, sample_mode="par")  # what is not p is the same in all modes
-    drawn = torch.as_tensor(list(answer_ids), device=z_p.device)
-    seen = seen_mask(torch.as_tensor([list(prompt_ids)], device=z_p.device), len(tokenizer))
-    found: dict[str, list] = {"logp": [], "logp_proposal": [], "kl": [], "candidates": []}
+        return figures
+    proposal_logits_TV = answer_logits(proposal, tokenizer, prompt_ids, answer_ids)
+    device = proposal_logits_TV.device
+    aligner_logits_TV = answer_logits(aligner, tokenizer, prompt_ids, answer_ids).to(device)
+    assert proposal_logits_TV.shape == aligner_logits_TV.shape == (len(answer_ids), len(tokenizer))
+    eos = eos_token_ids(tokenizer, proposal, aligner)
+    has_pair_law = params.sample_mode != "snis"
+    # All other figures are the same in every mode, so par stands in for snis.
+    law_params = params if has_pair_law else replace(params, sample_mode="par")
+    answer = torch.as_tensor(list(answer_ids), device=device)
+    seen = seen_mask(torch.as_tensor([list(prompt_ids)], device=device), len(tokenizer))
+    assert seen is not None
     size = max(1, AT_ONCE // len(tokenizer))
-    for start in range(0, len(drawn), size):
-        part, tokens = slice(start, start + size), drawn[start : start + size]
+    for start in range(0, len(answer_ids), size):
+        chunk = slice(start, start + size)
+        tokens = answer[chunk]
+        # Position i has seen the prompt and all answer tokens before i. Python's integers are used as
+        # indices, because reading them from a GPU's tensor would wait for the GPU once per token.
         seen = seen.expand(len(tokens), -1).clone()
-        for place, token in enumerate(tokens[:-1], start=1):
-            seen[place:, token] = True
-        law = next_token_law(z_p[part], z_q[part], known, seen, eos)
-        laws = [law.proposal_logprobs, warp(wide(z_q[part]), params, seen), law.logprobs]
-        at = [each.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist() for each in laws]
-        found["logp_proposal"] += map(finite, at[0])
-        found["logp"] += map(finite, at[2])
-        found["kl"] += map(finite, law.kl.tolist())
-        found["candidates"] += candidates(tokenizer, laws, tokens, fixed)
+        for position, token in enumerate(answer_ids[start : start + len(tokens) - 1], start=1):
+            seen[position:, token] = True
+        law = next_token_law(proposal_logits_TV[chunk], aligner_logits_TV[chunk], law_params, seen, eos)
+        assert law.proposal_logprobs is not None
+        aligner_logprobs = warp(wide(aligner_logits_TV[chunk]), params, seen)
+        figures["logp"] += logps_of(law.logprobs, tokens)
+        figures["logp_proposal"] += logps_of(law.proposal_logprobs, tokens)
+        figures["kl"] += map(finite, law.kl.tolist())
+        figures["candidates"] += candidates(
+            tokenizer, [law.proposal_logprobs, aligner_logprobs, law.logprobs], tokens, has_pair_law
+        )
         seen = seen[-1:].index_fill(1, tokens[-1:], True)
-    return found if fixed else found | {"logp": None}
+    if not has_pair_law:
+        figures["logp"] = None
+    return figures
 
 
-def answer_logits(model, tokenizer, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> torch.Tensor:
-    """(T, V): the logits that each of T answer tokens was drawn from, cut to the vocabulary."""
+def answer_logits(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+) -> torch.Tensor:
+    """Return the logits that predict each of T answer tokens, cut to the tokenizer's vocabulary: (T, V)."""
     ids = torch.as_tensor([[*prompt_ids, *answer_ids[:-1]]], device=model.device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer_ids)).logits
     return logits[0, :, : len(tokenizer)]
 
 
-def candidates(tokenizer, laws: list[torch.Tensor], tokens: torch.Tensor, fixed: bool) -> list[list[list]]:
-    """`token_figures`' candidates from the three laws (R, V) of some positions and their tokens (R,)."""
+def logps_of(logprobs: torch.Tensor, tokens: torch.Tensor) -> list[float | None]:
+    """Return the entries of `logprobs` (R, V) at `tokens` (R,), None for an impossible token."""
+    return [finite(value) for value in logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()]
+
+
+def candidates(
+    tokenizer: "PreTrainedTokenizerBase", laws: list[torch.Tensor], tokens: torch.Tensor, has_pair_law: bool
+) -> list[list[list]]:
+    """Return the `candidates` of `token_figures` for R positions.
+
+    Args:
+        laws: Log-probabilities (R, V) of the proposal, the aligner and the pair.
+        tokens: (R,) the tokens of the answer.
+        has_pair_law: Whether to show and order by the pair's probabilities.
+    """
     best = [law.topk(min(TOP, law.shape[-1]), dim=-1) for law in laws[:2]]
     ids = torch.cat([tokens.unsqueeze(-1), *(top.indices for top in best)], dim=-1)
-    # Of a law with fewer than TOP tokens the rest of its best is arbitrary.
-    inside = torch.cat([torch.ones_like(ids[:, :1]), *(top.values.isfinite() for top in best)], dim=-1)
+    # If a distribution has fewer than TOP tokens, the remaining indices are arbitrary.
+    valid = torch.cat([torch.ones_like(ids[:, :1]), *(top.values.isfinite() for top in best)], dim=-1)
     values = torch.stack([law.gather(-1, ids).exp() for law in laws], dim=-1)
-    found = []
-    for row, mask, triples in zip(ids.tolist(), inside.tolist(), values.tolist(), strict=True):
-        known = {i: triple for i, keep, triple in zip(row, mask, triples, strict=True) if keep}
-        order = sorted(known, key=lambda i: (known[i][2] * fixed, *known[i]), reverse=True)
-        shown = [[word(tokenizer, i), *map(finite, known[i])] for i in order]
-        found.append(shown if fixed else [[*candidate[:3], None] for candidate in shown])
-    return found
+    positions = []
+    for row, mask, triples in zip(ids.tolist(), valid.tolist(), values.tolist(), strict=True):
+        probabilities = {i: triple for i, keep, triple in zip(row, mask, triples, strict=True) if keep}
+        order = sorted(
+            probabilities.items(),
+            key=lambda item: (item[1][2] if has_pair_law else 0.0, *item[1]),
+            reverse=True,
+        )
+        position = []
+        for i, triple in order:
+            p_proposal, p_aligner, p_pair = map(finite, triple)
+            position.append([word(tokenizer, i), p_proposal, p_aligner, p_pair if has_pair_law else None])
+        positions.append(position)
+    return positions
 
 
-def word(tokenizer, token_id: int) -> str:
-    """A token by itself, as text; one that is no text of its own as the vocabulary writes it."""
+def word(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
+    """Return a token as text. If it is not a whole character, return its spelling in the vocabulary."""
     text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token_id))
+    return str(text) if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token_id))
 
 
 def finite(value: float) -> float | None:
-    """A number to six digits, for a file; None for one that is infinite."""
+    """Round a number to six digits for a file. Return None if it is infinite or NaN."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
@@ -108,57 +159,64 @@ def figures_path(output: Path) -> Path:
 
 
 def evenly_spread(n: int, count: int) -> list[int]:
-    """At most n indices below `count`, the first and the last among them, at about equal distances."""
+    """Return at most n indices below `count` at about equal distances, the first and the last included."""
     n = min(n, count)
     return [round(i * (count - 1) / max(n - 1, 1)) for i in range(n)]
 
 
-def made_from(job: answer_files.Job) -> str:
+def made_from(job: AnswerJob) -> str:
     return fingerprint([job.identity, TOP])
 
 
-def figures_file(output: Path, job: answer_files.Job, n: int, overwrite: bool) -> None:
-    """Makes the file of figures beside the finished answers in `output`, for n rows spread evenly over them.
+def figures_file(output: Path, job: AnswerJob, n: int, overwrite: bool) -> None:
+    """Make the file of figures beside the finished answers in `output`, for n rows spread evenly over them.
 
-    A file of the same answers and rows is left alone; an unfinished one goes on where it stopped. Answers of
-    older runs, which have no token ids, get a line in the log instead. All processes call it together.
+    A finished file of the same answers and rows is kept, and an unfinished one is continued. If the answers
+    were made by an older version, which stored no token ids, log that and make no file. All processes must
+    call this together.
     """
-    path, picked = figures_path(output), evenly_spread(n, len(job.prompts))
+    path = figures_path(output)
+    rows = evenly_spread(n, len(job.prompts))
     with only_run(path):
-        if not picked or processes.from_rank0(lambda: not overwrite and is_finished(path, job, picked)):
+        if not rows or processes.from_rank0(lambda: not overwrite and is_finished(path, job, rows)):
             return
         answers = answer_files.read_answers(output, job)
-        if any("token_ids" not in answers[row] for row in picked):
+        if any("token_ids" not in answers[row] for row in rows):
             log.info(
-                f"{job.label}: no influence per token, for these answers were kept without their token ids; "
-                "generate them again (overwrite=true) to have it"
+                f"{job.label}: no influence per token, because these answers were stored without their token "
+                "ids; generate them again (overwrite=true)"
             )
             return
-        parts = PartFiles(path, fingerprint([made_from(job), picked]), overwrite)
-        todo = [index for index in range(len(picked)) if index not in parts.done]
-        mine = todo[processes.rank() :: processes.count()]
+        parts = PartFiles(path, fingerprint([made_from(job), rows]), overwrite)
+        missing = [index for index in range(len(rows)) if index not in parts.done]
+        share = missing[processes.rank() :: processes.count()]
         tokenizer, prompt_ids = job.encoded
-        with processes.in_turn():
-            proposal, aligner, _ = job.load() if mine else (None, None, None)
-        for index in progress(mine, desc=f"{job.label}: influence", unit="row"):
-            row = picked[index]
-            given = prompt_ids[row], answers[row]["token_ids"], job.params
-            parts.add({"index": index, "row": row, **token_figures(proposal, aligner, tokenizer, *given)})
+        with processes.in_turn():  # one after the other, so that the host holds one copy of the weights
+            proposal, aligner, _ = job.load() if share else (None, None, None)
+        for index in progress(share, desc=f"{job.label}: influence", unit="row"):
+            assert proposal is not None and aligner is not None, "influence is defined for pairs only"
+            row = rows[index]
+            figures = token_figures(
+                proposal, aligner, tokenizer, prompt_ids[row], answers[row]["token_ids"], job.params
+            )
+            parts.add({"index": index, "row": row, **figures})
         parts.close()
         processes.barrier()
         if processes.is_rank0():
-            write_marked(path, parts.collect(len(picked)), made_from(job))
+            write_marked(path, parts.collect(len(rows)), made_from(job))
             parts.remove()
         processes.barrier()
         log.info(f"saved    {path}")
 
 
-def is_finished(path: Path, job: answer_files.Job, picked: list[int]) -> bool:
-    return is_made_from(path, made_from(job)) and [row["row"] for _, row in read_rows(path)] == picked
+def is_finished(path: Path, job: AnswerJob, rows: list[int]) -> bool:
+    if not is_made_from(path, made_from(job)):
+        return False
+    return [figures["row"] for _, figures in read_rows(path)] == rows
 
 
-def read_figures(output: Path, job: answer_files.Job) -> dict[int, dict[str, Any]]:
-    """`token_figures` by row, of the rows that have them; none where the file is not of these answers."""
+def read_figures(output: Path, job: AnswerJob) -> dict[int, dict[str, Any]]:
+    """Return `token_figures` by row. Empty if the file is missing or of other answers."""
     path = figures_path(output)
     if not is_made_from(path, made_from(job)):
         return {}

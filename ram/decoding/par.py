@@ -192,9 +192,11 @@ def kl_divergence(proposal_logits_BV: torch.Tensor, aligner_logits_BV: torch.Ten
     """Return KL(P_M || Q) (B,) in nats, of the raw logits over the whole vocabulary."""
     log_p = torch.log_softmax(proposal_logits_BV, dim=-1)
     log_q = torch.log_softmax(aligner_logits_BV, dim=-1)
-    # In the far tail exp(log p) is exactly 0, the difference may be inf and their product NaN. The sum is
+    # In the far tail p is exactly 0 and log p - log q may be infinite: such a term is 0, not NaN. If the
+    # logits are NaN, so is p, and the result must be NaN too (`checked` refuses the draw). The sum is
     # float64 because threads may split a long row differently in another batch, which must not move the gate.
-    terms = torch.where(log_p.exp() > 0, log_p.exp() * (log_p - log_q), 0.0)
+    p = log_p.exp()
+    terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
     return terms.sum(dim=-1, dtype=torch.float64)
 
 
@@ -430,7 +432,8 @@ class Noise:
         self, logprobs: torch.Tensor, rows: torch.Tensor | slice = ALL, columns: int | slice = ALL
     ) -> torch.Tensor:
         """Draw one token per law (N,) from laws (N, V) at these rows and columns, row by row."""
-        support = int((logprobs > NEG_INF).sum(dim=-1).max()) if self.sparse else self.vocab_size
+        # NaN counts as support: a law of NaN is drawn from densely, and `checked` refuses its token.
+        support = int((logprobs != NEG_INF).sum(dim=-1).max()) if self.sparse else self.vocab_size
         if 4 * support <= self.vocab_size:
             ranked, tokens = torch.topk(logprobs, support, dim=-1)
             seed, row_ids, positions = (key[rows, columns].flatten() for key in self.keys)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ram.answers import answer_files
+from ram.answers.jobs import AnswerJob
 from ram.distributed import processes
 from ram.errors import pick
 from ram.evaluation import length_control
@@ -48,9 +49,9 @@ class EvaluationContext:
     judgements: dict[str, list[Judgement]] = field(default_factory=dict)
     board: list[dict[str, Any]] = field(default_factory=list)
     identical: bool | None = None
-    _jobs: dict[str, answer_files.Job] = field(default_factory=dict)
+    _jobs: dict[str, AnswerJob] = field(default_factory=dict)
 
-    def job(self, name: str) -> answer_files.Job:
+    def job(self, name: str) -> AnswerJob:
         """Return a system's answer job. A corrector's job reads the finished answers that it corrects."""
         if name not in self._jobs:
             system, drafts = self.systems[name], None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ram.answers import answer_files
+from ram.answers.jobs import AnswerJob, Pair
 from ram.data import prompts
 from ram.decoding.par import PARParams
 from ram.errors import UserError, nearest
@@ -29,7 +29,7 @@ class System:
     """
 
     name: str
-    pair: answer_files.Pair
+    pair: Pair
     settings: SamplingSettings
     params: PARParams
     folder: Path
@@ -101,7 +101,7 @@ def _system(
     check_sampling(settings)
     roles = [spec.get("proposal"), spec.get("aligner")]
     proposal, aligner = [role and recipes.model_source(role, stages) for role in roles]
-    pair = answer_files.Pair(proposal, aligner, settings.dtype, settings.tokenizer_path)
+    pair = Pair(proposal, aligner, settings.dtype, settings.tokenizer_path)
     if proposal and aligner and settings.backend == "endpoint":
         raise UserError(
             f"{where}: an endpoint answers for one model, not for a pair; give {where}.backend=local"
@@ -113,9 +113,7 @@ def _system(
     return System(name, pair, settings, settings.params, folder / f"{main.name}#{tag}", corrects)
 
 
-def settings_tag(
-    pair: answer_files.Pair, settings: SamplingSettings, seed: int, corrected: str | None = None
-) -> str:
+def settings_tag(pair: Pair, settings: SamplingSettings, seed: int, corrected: str | None = None) -> str:
     """Return the settings that people look for, and a hash of all settings that decide an answer.
 
     Args:
@@ -151,12 +149,12 @@ def job_of(
     rows: list[tuple[int, dict]],
     config: Settings,
     drafts: Sequence[str] | None = None,
-) -> answer_files.Job:
+) -> AnswerJob:
     """Return a system's answer job on a test file. A corrector needs `drafts`, the answers to rewrite."""
     key, records = system.settings.output_key, [row for _, row in rows]
     if drafts is not None:
         records = [row | {key: draft} for row, draft in zip(records, drafts, strict=True)]
-    return answer_files.Job(
+    return AnswerJob(
         label=system.name,
         pair=system.pair,
         params=system.params,

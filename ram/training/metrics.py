@@ -1,12 +1,11 @@
-"""What a run says while it trains: metrics.csv with every step, the console and wandb every few seconds; and
-what an evaluation sends to wandb.
-"""
+"""Metrics of a training run: metrics.csv with every step, and the console and wandb every few seconds."""
 
 import csv
 import math
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
@@ -14,6 +13,11 @@ from ram.log import log
 from ram.models import run_folder
 from ram.storage.files import path_in_errors, replacing
 from ram.training.losses import LOSSES, REWARD_METRICS, Loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ram.settings.schema import Settings
 
 PROGRESS = ("split", "updates", "examples", "epoch")
 LOGPS = ("target_logp", "target_logp_per_token", "sampled_logp", "sampled_logp_per_token")
@@ -29,27 +33,34 @@ def columns_of(loss: Loss) -> tuple[str, ...]:
 class MetricsLog:
     """Writes every step to metrics.csv, and to the console and wandb at most every few seconds.
 
-    after: the updates after which the run goes on; what an earlier attempt wrote of later ones is dropped.
     Only the first of several processes writes.
+
+    Args:
+        after: Number of updates after which the run resumes. Rows of later updates, written by an earlier
+            attempt, are dropped. None starts a new file.
     """
 
-    def __init__(self, run_dir: Path, settings, after: int | None = None) -> None:
-        self.interval, self.last = settings.minimum_log_interval_secs, -math.inf
-        # With debug the folder may be a finished run's: nothing in it is touched.
-        nowhere = settings.debug or not processes.is_rank0()
-        self.path = Path(os.devnull) if nowhere else run_dir / run_folder.METRICS
+    def __init__(self, run_dir: Path, settings: "Settings", after: int | None = None) -> None:
+        self.interval: float = settings.minimum_log_interval_secs
+        self.last = -math.inf  # time of the last training row on the console
+        # With debug=true the folder may belong to a finished run, so nothing in it is changed.
+        is_writer = processes.is_rank0() and not settings.debug
+        self.path = run_dir / run_folder.METRICS if is_writer else Path(os.devnull)
         self.loss = LOSSES[settings.loss.name]
         columns = columns_of(self.loss)
-        if not nowhere:
-            kept = [] if after is None else rows_until(self.path, after)
-            with replacing(self.path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        if is_writer:
+            rows = [] if after is None else rows_until(self.path, after)
+            with (
+                replacing(self.path) as temporary,
+                open(temporary, "w", newline="", encoding="utf-8") as file,
+            ):
                 writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
                 writer.writeheader()
-                writer.writerows(kept)
+                writer.writerows(rows)
         self.file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self.writer = csv.DictWriter(self.file, fieldnames=columns)
         self.wandb = None
-        if settings.wandb.enabled and not nowhere:
+        if settings.wandb.enabled and is_writer:
             import wandb
 
             self.wandb = wandb.init(
@@ -61,16 +72,17 @@ class MetricsLog:
             )
 
     def write(self, split: str, row: dict[str, float]) -> None:
+        """Write one row. `split` is "train" or "heldout"; held-out rows are always shown on the console."""
         with path_in_errors(self.path):
             self.writer.writerow({"split": split} | {key: f"{value:.8g}" for key, value in row.items()})
-            self.file.flush()  # before the state that goes on from here is saved
+            self.file.flush()  # so that no saved state is ahead of this file
         now = time.monotonic()
-        if split == "train" and now - self.last < self.interval:
-            return
         if split == "train":
+            if now - self.last < self.interval:
+                return
             self.last = now
-        logps = ("target_logp_per_token", "sampled_logp_per_token")
-        shown = ("loss", *logps, *self.loss.metrics, "grad_norm", "lr")
+        per_token = ("target_logp_per_token", "sampled_logp_per_token")
+        shown = ("loss", *per_token, *self.loss.metrics, "grad_norm", "lr")
         figures = "  ".join(f"{key} {row[key]:.4g}" for key in shown if key in row)
         speed = f"  {row['examples_per_second']:.1f} examples/s" if "examples_per_second" in row else ""
         log.info(f"{split:<8} {int(row['examples']):>8,} examples  {figures}{speed}")
@@ -84,40 +96,64 @@ class MetricsLog:
             self.wandb.finish()
 
 
+def averages(sums: dict[str, float], n: int) -> dict[str, float]:
+    """Turn sums over n examples into means per example, and log-probabilities also into means per token.
+
+    The log-probability of the negatives is left out if none was computed.
+    """
+    row = {key: value / n for key, value in sums.items() if not key.endswith(("_tokens", "_examples"))}
+    for answer, name in (("target", "target_logp"), ("negative", "sampled_logp")):
+        if not sums.get(f"{answer}_examples"):
+            row.pop(name, None)
+            continue
+        row[name] = sums[name] / sums[f"{answer}_examples"]
+        row[f"{name}_per_token"] = sums[name] / max(sums[f"{answer}_tokens"], 1)
+    return row
+
+
 def rows_until(path: Path, updates: int) -> list[dict[str, str]]:
-    """The rows of a metrics.csv of up to so many updates; none from the first damaged one on."""
+    """Return the rows of a metrics.csv up to an update count. Stop at the first damaged row."""
     if not path.is_file():
         return []
-    kept = []
+    rows = []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
-            whole = None not in row and None not in row.values()
-            if not whole or not row.get("updates", "").isdigit():
+            is_whole = None not in row and None not in row.values()
+            if not is_whole or not row.get("updates", "").isdigit():
                 break
             if int(row["updates"]) <= updates:
-                kept.append(row)
-    return kept
+                rows.append(row)
+    return rows
 
 
-def show_samples(model, tokenizer, data: TokenizedDataset, n: int, settings) -> None:
-    """Logs answers of a model as it stands to the first n prompts, by the `sampling` keys of an aligner."""
+def show_samples(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    data: TokenizedDataset,
+    n: int,
+    settings: "Settings",
+) -> None:
+    """Log the model's answers to the first n prompts, decoded with the aligner's `sampling` keys."""
     from ram.decoding import generation
     from ram.decoding.par import PARParams
 
-    s = settings.sampling
+    sampling = settings.sampling
     params = PARParams(
-        temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, repetition_penalty=s.repetition_penalty
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        repetition_penalty=sampling.repetition_penalty,
     )
-    ids = [data.part("prompt", i).tolist() for i in range(n)]
+    prompts = [data.part("prompt", i).tolist() for i in range(n)]
     answers = generation.generate(
         None,
         model,
         tokenizer,
-        ids,
+        prompts,
         params,
         seed=settings.seed,
-        stop=[s.stop_str],
+        stop=[sampling.stop_str],
         max_new_tokens=settings.max_length - settings.max_prompt_length,
     )
-    for prompt, answer in zip(ids, answers, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
         log.info(f"sample   {tokenizer.decode(prompt)!r} -> {answer.text!r}")

@@ -1,13 +1,18 @@
-"""Optimizers by name, and the learning rate of an update."""
+"""Optimizers by name, the learning rate of an update, and the length of a run."""
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from ram.errors import pick
 
-# What torch.optim has beside optimizers for a whole model: the base class, one that wants a closure, one for
-# sparse gradients only, one for matrices only.
+if TYPE_CHECKING:
+    from ram.settings.schema import Settings
+
+# Classes of torch.optim that cannot train a whole model by default: the base class, one that needs a closure,
+# one for sparse gradients only, and one for matrices only.
 UNFIT = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
 OPTIMIZERS = {
     name: kind
@@ -16,30 +21,41 @@ OPTIMIZERS = {
 }
 
 
-def pick_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The optimizer class of a config; raises UserError for one that cannot train a model by default."""
+def pick_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """Return the optimizer class of a name; raise UserError if it is not in `OPTIMIZERS`."""
     return pick(OPTIMIZERS, name, "optimizer")
 
 
 def lr_factor(update: int, warmup: int, total: int, schedule: str) -> float:
-    """What the learning rate is multiplied by: linear warm-up to 1, then constant, or a cosine to a tenth.
+    """Return the factor of the learning rate: linear warm-up to 1, then constant or a cosine to 0.1.
 
-    update, warmup, total: counted in updates. schedule: constant | cosine.
+    Args:
+        update: Index of the update, from 0.
+        warmup: Number of warm-up updates.
+        total: Number of updates of the run.
+        schedule: "constant" or "cosine".
     """
     if update < warmup:
         return (update + 1) / (warmup + 1)
     if schedule == "constant":
         return 1.0
-    done = (update - warmup) / max(1, total - warmup)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+    progress = (update - warmup) / max(1, total - warmup)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def run_length(settings, size: int) -> tuple[int, int, int]:
-    """Examples, updates and warm-up updates of a run over `size` training examples; each epoch ends with the
-    batch that is left of it.
+def run_length(settings: "Settings", size: int) -> tuple[int, int, int]:
+    """Return the examples, updates and warm-up updates of a run over `size` training examples.
+
+    The last batch of an epoch is smaller if `batch_size` does not divide `size`.
     """
-    examples = int(settings.n_examples if settings.n_examples is not None else size * settings.n_epochs)
-    epochs, rest = divmod(examples, size)
-    updates = epochs * math.ceil(size / settings.batch_size) + math.ceil(rest / settings.batch_size)
+    n_examples = settings.n_examples
+    if n_examples is None:
+        assert settings.n_epochs is not None  # the check of the settings refuses a run without either
+        n_examples = size * settings.n_epochs
+    n_epochs, rest = divmod(n_examples, size)
+    updates_per_epoch = math.ceil(size / settings.batch_size)
+    n_updates = n_epochs * updates_per_epoch + math.ceil(rest / settings.batch_size)
     warmup = settings.warmup_steps
-    return examples, updates, round(warmup * updates) if 0 < warmup < 1 else int(warmup)
+    # Below 1 it is a share of the run's updates, otherwise a number of updates.
+    n_warmup = round(warmup * n_updates) if 0 < warmup < 1 else int(warmup)
+    return n_examples, n_updates, n_warmup

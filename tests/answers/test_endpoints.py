@@ -1,4 +1,4 @@
-"""Sampling from servers: every row once and in order, whatever fails on the way."""
+"""Answers from servers: every row once and in order, in spite of failing requests and servers."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import completion_server
 import pytest
-from test_answer_files import TOKENIZER, folders, part_file, resolve, sample, write_rows  # noqa: F401
+from sample_stage import part_file, sample, write_rows
 
 import train
 from ram.answers import endpoints
@@ -24,14 +24,14 @@ FAST = ("sampling.endpoint.retries=8", "sampling.endpoint.timeout=10")
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(endpoints, "FIRST_PAUSE", 0.02)
-    found = completion_server.start()
-    yield found
-    found.shutdown()
+    running = completion_server.start()
+    yield running
+    running.shutdown()
 
 
 @pytest.fixture
-def remote(resolve, server):  # noqa: F811
-    """The sample stage, asking a server."""
+def remote(resolve, server):
+    """A function that returns the sample stage for some overrides, with a server as its backend."""
 
     def stage(*overrides, port=server.server_port):
         url = f"sampling.endpoint.urls=[http://127.0.0.1:{port}/v1]"
@@ -45,7 +45,7 @@ def rows_of(n):
 
 
 def expected(stage):
-    """What the server says to every row, by its rule."""
+    """The answers that the server gives to all rows of the stage."""
     job, _ = train.sample_job(stage)
     _, ids = job.encoded
     seeds = [int(endpoints.fingerprint([job.seed, row])[:8], 16) >> 1 for row in job.row_ids]
@@ -53,44 +53,47 @@ def expected(stage):
 
 
 def test_rows_keep_order_and_seeds_differ(remote):
-    """Every row has the server's answer to its own prompt and seed, in the order of the file."""
+    """Every row gets the server's answer to its own prompt and seed, in file order."""
     stage = remote()
     rows = json.loads(sample(stage))
     assert [row["sampling"] for row in rows] == expected(stage)
-    assert len({row["sampling"] for row in rows}) == 10  # equal prompts too draw their own
+    assert len({row["sampling"] for row in rows}) == 10  # equal prompts have different seeds
     assert not part_file(stage).exists()
 
 
-def test_what_is_asked_for(remote, server, monkeypatch):
-    """A request carries the law of the model that answers, as token ids or as text, and the stop string."""
-    seen = []
+def test_request_contents(remote, server, monkeypatch):
+    """A request has the prompt as token ids or text, and the sampling settings of the answering model."""
+    bodies = []
     original = completion_server.Handler.handle_prompt
-    monkeypatch.setattr(
-        completion_server.Handler,
-        "handle_prompt",
-        lambda self, given: (seen.append(given), original(self, given)),
-    )
+
+    def record(self, body):
+        bodies.append(body)
+        original(self, body)
+
+    monkeypatch.setattr(completion_server.Handler, "handle_prompt", record)
     sample(remote("sampling.base_temperature=0.7", "sampling.base_top_k=5", "sampling.limit=2"))
-    assert all(isinstance(token, int) for given in seen for token in given["prompt"])
+    assert all(isinstance(token, int) for body in bodies for token in body["prompt"])
     common = {"model": "toy", "max_tokens": 12, "temperature": 0.7, "top_p": 0.95, "top_k": 5}
-    assert all(given.items() >= common.items() and given["stop"] == ["\n\nHuman"] for given in seen)
-    assert "repetition_penalty" not in seen[0]
+    assert all(body.items() >= common.items() and body["stop"] == ["\n\nHuman"] for body in bodies)
+    assert "repetition_penalty" not in bodies[0]
     sample(
         remote("sampling.endpoint.send=text", "sampling.endpoint.model=mine", "seed=2", "sampling.limit=2")
     )
-    assert [given["model"] for given in seen[2:]] == ["mine"] * 2
-    assert all(given["prompt"].endswith("Assistant: ") for given in seen[2:])
+    assert [body["model"] for body in bodies[2:]] == ["mine"] * 2
+    assert all(body["prompt"].endswith("Assistant: ") for body in bodies[2:])
 
 
-def test_requests_run_together_but_not_more_than_asked(remote, server, monkeypatch):
+def test_concurrency_is_used_and_not_exceeded(remote, server, monkeypatch):
     """The server answers none of the first four requests before it has all four."""
-    four, met, answer = threading.Barrier(4, timeout=60), [], completion_server.Handler.handle_prompt
+    barrier = threading.Barrier(4, timeout=60)
+    met = threading.Event()
+    original = completion_server.Handler.handle_prompt
 
-    def wait_for_four(handler, body):
-        if not met:
-            four.wait()
-            met.append(True)
-        answer(handler, body)
+    def wait_for_four(self, body):
+        if not met.is_set():
+            barrier.wait()
+            met.set()
+        original(self, body)
 
     monkeypatch.setattr(completion_server.Handler, "handle_prompt", wait_for_four)
     write_rows(rows_of(60))
@@ -98,10 +101,8 @@ def test_requests_run_together_but_not_more_than_asked(remote, server, monkeypat
     assert completion_server.Handler.most == 4
 
 
-def test_faults_are_tried_again(remote, server, monkeypatch):
-    """Errors, overload, broken answers and hung-up connections end in the answers of a server without
-    them.
-    """
+def test_transient_failures_are_retried(remote, server, monkeypatch):
+    """Errors, overload, malformed answers and closed connections do not change the file."""
     write_rows(rows_of(80))
     random.seed(1)
     monkeypatch.setattr(completion_server.Handler, "faults", 0.3)
@@ -109,50 +110,55 @@ def test_faults_are_tried_again(remote, server, monkeypatch):
     assert [row["sampling"] for row in json.loads(sample(stage))] == expected(stage)
 
 
-def test_a_row_that_keeps_failing_is_listed(remote, server, monkeypatch):
-    """One refused row costs the others nothing; it is listed, and asked for again by the same command."""
+def test_row_that_keeps_failing_is_listed(remote, server, monkeypatch):
+    """A refused row is listed; the others are kept, and the same command retries only that row."""
     rows = rows_of(12)
     write_rows(rows)
     stage = remote("sampling.endpoint.send=text")
-    refused = completion_server.Handler.handle_prompt
+    original = completion_server.Handler.handle_prompt
 
-    def refuse(self, given):
-        if "row 5 " in given["prompt"]:
-            given = given | {"prompt": "never"}
-        return refused(self, given)
+    def refuse(self, body):
+        if "row 5 " in body["prompt"]:
+            body = body | {"prompt": "never"}
+        return original(self, body)
 
     with monkeypatch.context() as patch:
         patch.setattr(completion_server.Handler, "handle_prompt", refuse)
         with pytest.raises(UserError, match=r"1 of 12 rows got no answer, listed in .*failed\.jsonl"):
             sample(stage)
-    (failed,) = map(json.loads, stage.output.with_name(f"{stage.output.name}.failed.jsonl").open())
-    assert failed["row"] == 5 and "this prompt is refused" in failed["reason"]
+    (failure,) = map(json.loads, stage.output.with_name(f"{stage.output.name}.failed.jsonl").open())
+    assert failure["row"] == 5 and "this prompt is refused" in failure["reason"]
     assert len(part_file(stage).read_text().splitlines()) == 12  # a header and eleven answers
     assert [row["id"] for row in json.loads(sample(stage))] == list(range(12))
     assert not stage.output.with_name(f"{stage.output.name}.failed.jsonl").exists()
 
 
-def test_a_key_that_is_not_taken_ends_at_once(remote, monkeypatch):
+def test_rejected_key_ends_the_run_at_once(remote, monkeypatch):
     """No request is sent twice."""
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
-    bodies, answer = [], completion_server.Handler.handle_prompt
+    bodies = []
+    original = completion_server.Handler.handle_prompt
 
-    def count(handler, body):
+    def record(self, body):
         bodies.append(json.dumps(body))
-        answer(handler, body)
+        original(self, body)
 
-    monkeypatch.setattr(completion_server.Handler, "handle_prompt", count)
+    monkeypatch.setattr(completion_server.Handler, "handle_prompt", record)
     with pytest.raises(UserError, match="answers 401: .*no such key.*OPENAI_API_KEY"):
         sample(remote())
     assert bodies and len(set(bodies)) == len(bodies)
 
 
-def test_no_server_is_said_soon(remote):
-    """Nobody listens: the run ends with an error instead of failing row after row."""
+def test_unreachable_server_ends_the_run_early(remote):
+    """If no server listens, the run ends with an error instead of failing once per row."""
     write_rows(rows_of(200))
-    few = ("sampling.endpoint.retries=1", "sampling.endpoint.concurrency=2", "sampling.endpoint.model=toy")
+    overrides = (
+        "sampling.endpoint.retries=1",
+        "sampling.endpoint.concurrency=2",
+        "sampling.endpoint.model=toy",
+    )
     with pytest.raises(UserError, match="the last 4 requests all failed .*refused"):
-        sample(remote(*few, port=free_port()))
+        sample(remote(*overrides, port=free_port()))
 
 
 @pytest.mark.parametrize(
@@ -164,20 +170,21 @@ def test_no_server_is_said_soon(remote):
         ("sampling.endpoint.send=tokens", "expected one of ids, text"),
     ],
 )
-def test_settings_that_cannot_work(remote, override, message):
+def test_invalid_settings_are_refused(remote, override, message):
     with pytest.raises(UserError, match=message):
         remote(override)
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def test_server_killed_twice(remote, tmp_path, monkeypatch):
-    """500 rows from a server that fails 5 % of the requests and is killed and restarted twice: each once, in
-    order, and asked no more often than faults and kills explain.
+def test_rows_survive_two_server_kills(remote, tmp_path, monkeypatch):
+    """A server fails 5 % of the requests and is killed twice: every row is answered once and in order.
+
+    The number of answered requests is no larger than the failures and kills explain.
     """
     monkeypatch.setattr(endpoints, "FIRST_PAUSE", 0.1)
     write_rows(rows_of(500))
@@ -206,5 +213,5 @@ def test_server_killed_twice(remote, tmp_path, monkeypatch):
     assert len(running) == 3
     assert [row["id"] for row in rows] == list(range(500))
     assert [row["sampling"] for row in rows] == expected(stage)
-    asked = [line for line in Path(log).read_text().splitlines()]
-    assert 500 <= len(asked) <= 500 + 2 * 16
+    n_answered = len(Path(log).read_text().splitlines())
+    assert 500 <= n_answered <= 500 + 2 * 16

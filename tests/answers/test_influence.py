@@ -1,4 +1,4 @@
-"""Figures of finished answers: those of the plain loop's own laws, in a file that goes on and is reused."""
+"""Influence per token: equal to the distributions that decoding used, in a file that can be resumed."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import torch
 from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
 from ram.answers import answer_files, influence
+from ram.answers.jobs import AnswerJob, Pair
 from ram.decoding import generation, reference, rows
 from ram.decoding.par import PARParams, gumbel_argmax
 from ram.storage.files import write_jsonl
@@ -38,32 +39,32 @@ def models():
 
 
 def recorded(models, params, monkeypatch):
-    """What the plain loop drew, and by (row, step) the laws that it drew from."""
+    """Decode with the plain loop. Return its answers, and by (row, step) the distributions that it used.
+
+    A distribution is (the pair's law, the aligner's own log-probabilities).
+    """
     laws, original = {}, reference.next_token_law
 
-    def spy(z_p, z_q, given, seen=None, *rest):
-        law = original(z_p, z_q, given, seen, *rest)
-        if z_q is not None:  # not the nucleus that snis draws its candidates from
-            own = reference.warp(z_q, given, seen)
-            kept.append((law, own))
+    def spy(z_p, z_q, params, seen=None, *rest):
+        law = original(z_p, z_q, params, seen, *rest)
+        if z_q is not None:  # snis also calls it for the nucleus of its candidates, without an aligner
+            steps.append((law, reference.warp(z_q, params, seen)))
         return law
 
     monkeypatch.setattr(reference, "next_token_law", spy)
-    found = []
+    answers = []
     for row, prompt in enumerate(PROMPTS):
-        kept: list = []
+        steps: list = []
         settings = {"max_new_tokens": 12, "seed": 3, "row_ids": [row], "speculative": False}
-        found += generation.generate(*models, LETTERS, [prompt], params, **settings)
-        laws |= {(row, step): law for step, law in enumerate(kept)}
-    return found, laws
+        answers += generation.generate(*models, LETTERS, [prompt], params, **settings)
+        laws |= {(row, step): law for step, law in enumerate(steps)}
+    return answers, laws
 
 
 @pytest.mark.parametrize("at_once", [1, 30, influence.AT_ONCE])
 @pytest.mark.parametrize("name", CASES)
-def test_figures_are_those_of_the_plain_loops_laws(name, at_once, models, monkeypatch):
-    """At every position: the token's log-probability by the pair's and by the proposal's law, the divergence,
-    the fall-back, the probabilities of the candidates; whatever is computed at once.
-    """
+def test_figures_equal_the_plain_loops_distributions(name, at_once, models, monkeypatch):
+    """Log-probabilities, divergence, fall-back and candidates agree at every position, for any chunk size."""
     params = CASES[name]
     generations, laws = recorded(models, params, monkeypatch)
     monkeypatch.setattr(influence, "AT_ONCE", at_once)
@@ -73,60 +74,66 @@ def test_figures_are_those_of_the_plain_loops_laws(name, at_once, models, monkey
         assert (figures["logp"] is None) == (params.sample_mode == "snis")
         for step, token in enumerate(ids):
             law, own = laws[row, step]
-            near = {"rel": 1e-3, "abs": 2e-5}
+            tolerance = {"rel": 1e-3, "abs": 2e-5}
             if figures["logp"] is not None:
-                assert figures["logp"][step] == pytest.approx(float(law.logprobs[0, token]), **near)
+                assert figures["logp"][step] == pytest.approx(float(law.logprobs[0, token]), **tolerance)
             expected = float(law.proposal_logprobs[0, token])
             assert figures["logp_proposal"][step] == (
-                pytest.approx(expected, **near) if math.isfinite(expected) else None
+                pytest.approx(expected, **tolerance) if math.isfinite(expected) else None
             )
-            assert figures["kl"][step] == pytest.approx(float(law.kl[0]), **near)
+            assert figures["kl"][step] == pytest.approx(float(law.kl[0]), **tolerance)
             if params.sample_mode == "par_kl":
                 above = figures["kl"][step] > params.div_threshold
                 assert above == (answer.events[step] == rows.FELL_BACK)
             check_candidates(figures["candidates"][step], law, own[0], token, figures["logp"] is not None)
 
 
-def check_candidates(found, law, own, token, fixed):
-    words = [word for word, *_ in found]
+def check_candidates(candidates, law, own, token, has_pair_law):
+    words = [word for word, *_ in candidates]
     assert len(set(words)) == len(words) and LETTERS.convert_ids_to_tokens(token) in words
-    by_word = {word: figures for word, *figures in found}
-    for each, place in ((law.proposal_logprobs[0], 0), (own[:VOCAB], 1)):
-        best = each.topk(influence.TOP)
+    by_word = {word: figures for word, *figures in candidates}
+    for logprobs, place in ((law.proposal_logprobs[0], 0), (own[:VOCAB], 1)):
+        best = logprobs.topk(influence.TOP)
         for value, i in zip(best.values.exp().tolist(), best.indices.tolist(), strict=True):
-            if value > 1e-4:  # ties and rounding reorder what has no weight
-                found_value = by_word[LETTERS.convert_ids_to_tokens(i)][place]
-                assert found_value == pytest.approx(value, rel=1e-3, abs=2e-5)
+            if value > 1e-4:  # ties and rounding reorder unlikely tokens
+                assert by_word[LETTERS.convert_ids_to_tokens(i)][place] == pytest.approx(
+                    value, rel=1e-3, abs=2e-5
+                )
     possible = {LETTERS.convert_ids_to_tokens(token)}
-    for each in (law.proposal_logprobs[0], own[:VOCAB]):
-        best = each.topk(influence.TOP)
+    for logprobs in (law.proposal_logprobs[0], own[:VOCAB]):
+        best = logprobs.topk(influence.TOP)
         possible |= {
             LETTERS.convert_ids_to_tokens(i)
             for value, i in zip(best.values.exp().tolist(), best.indices.tolist(), strict=True)
             if value > 0
         }
     assert set(words) <= possible
-    for word, _, _, p in found:
+    for word, _, _, p in candidates:
         expected = float(law.logprobs[0, LETTERS.convert_tokens_to_ids(word)].exp())
-        assert p == pytest.approx(expected, rel=1e-3, abs=2e-5) if fixed else p is None
+        assert p == pytest.approx(expected, rel=1e-3, abs=2e-5) if has_pair_law else p is None
 
 
-def test_drawing_from_the_figures_laws_gives_the_answer_again(models, monkeypatch):
-    """With the row's noise the laws choose the very tokens: they are those that decoding used."""
+def test_sampling_from_the_recomputed_distributions_gives_the_answer(models, monkeypatch):
+    """With the row's Gumbel noise the recomputed distributions choose the tokens that decoding chose."""
     params = CASES["par_kl"]
     generations, _ = recorded(models, params, monkeypatch)
     laws, original = [], influence.next_token_law
-    monkeypatch.setattr(influence, "next_token_law", lambda *given: laws.append(original(*given)) or laws[-1])
+
+    def spy(*args):
+        laws.append(original(*args))
+        return laws[-1]
+
+    monkeypatch.setattr(influence, "next_token_law", spy)
     for row, answer in enumerate(generations):
         laws.clear()
         influence.token_figures(*models, LETTERS, PROMPTS[row], answer.token_ids, params)
-        law = torch.cat([each.logprobs for each in laws])
+        law = torch.cat([chunk.logprobs for chunk in laws])
         steps = torch.arange(len(law))
         noise = reference.gumbel_noise(3, torch.full_like(steps, row), steps, VOCAB)
         assert gumbel_argmax(law, noise).tolist() == answer.token_ids
 
 
-def test_words_are_readable():
+def test_partial_character_is_shown_as_in_the_vocabulary():
     tokenizer = byte_tokenizer()
     ids = tokenizer("aé").input_ids
     assert influence.word(tokenizer, ids[0]) == "a"
@@ -144,7 +151,7 @@ def test_rows_are_evenly_spread(n, count, expected):
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory):
-    """A pair's finished answers to five prompts."""
+    """The finished answers of a pair to five prompts: their file and their job."""
     folder = tmp_path_factory.mktemp("pair")
     paths = [
         save_model_folder(folder / name, tiny_model(VOCAB, seed), LETTERS)
@@ -165,41 +172,49 @@ def answered(tmp_path_factory):
         aligner_device="cpu",
     )
     prompts = ["ab", "c", "ddd", "eh", "f"]
-    records = [{"instruction": prompt} for prompt in prompts]
-    pair = answer_files.Pair(*paths, dtype="float32")
-    given = ("pair", pair, CASES["par"], settings, records, prompts, list(range(5)))
-    job = answer_files.Job(*given, seed=0, add_bos=False, key="output", extra={})
+    job = AnswerJob(
+        label="pair",
+        pair=Pair(*paths, dtype="float32"),
+        params=CASES["par"],
+        settings=settings,
+        records=[{"instruction": prompt} for prompt in prompts],
+        prompts=prompts,
+        row_ids=list(range(5)),
+        seed=0,
+        add_bos=False,
+        key="output",
+        extra={},
+    )
     answer_files.answer_file(folder / "output.json", job, overwrite=False)
     return folder / "output.json", job
 
 
-def test_file_is_made_once_and_goes_on_where_it_stopped(answered, monkeypatch):
-    """Stopped after each row and started again the file is what one run makes; then it is left alone, until
-    other rows are asked for.
-    """
+def test_interrupted_file_is_continued_and_a_finished_one_kept(answered, monkeypatch):
+    """Interruptions after each row do not change the file. It is made again only for other rows."""
     output, job = answered
-    path, original, made = influence.figures_path(output), influence.token_figures, []
+    path, original = influence.figures_path(output), influence.token_figures
+    calls: list = []
     influence.figures_file(output, job, 3, overwrite=False)
     whole = path.read_bytes()
-    found = influence.read_figures(output, job)
-    assert list(found) == [0, 2, 4] and len(found[2]["logp"]) == len(found[2]["candidates"])
+    figures = influence.read_figures(output, job)
+    assert list(figures) == [0, 2, 4] and len(figures[2]["logp"]) == len(figures[2]["candidates"])
     path.unlink()
 
-    def stopped(*given):
-        if len(made) % 2:
-            made.append("stop")
+    def interrupted(*args):
+        if len(calls) % 2:
+            calls.append("interrupt")
             raise KeyboardInterrupt
-        made.append(original(*given))
-        return made[-1]
+        calls.append(original(*args))
+        return calls[-1]
 
-    monkeypatch.setattr(influence, "token_figures", stopped)
+    monkeypatch.setattr(influence, "token_figures", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             influence.figures_file(output, job, 3, overwrite=False)
     influence.figures_file(output, job, 3, overwrite=False)
-    assert path.read_bytes() == whole and len(made) == 5  # three rows, two stops
+    assert path.read_bytes() == whole and len(calls) == 5  # three rows, two interruptions
     influence.figures_file(output, job, 3, overwrite=False)
-    assert len(made) == 5
+    assert len(calls) == 5
     with pytest.raises(KeyboardInterrupt):
         influence.figures_file(output, job, 2, overwrite=False)
 
@@ -215,8 +230,8 @@ def test_figures_of_other_answers_or_a_damaged_file_are_not_read(answered):
     assert list(influence.read_figures(output, job)) == [0, 4]
 
 
-def test_answers_without_token_ids_get_a_line(answered, tmp_path, caplog):
-    """Answers that an older version left have no token ids: said once, and no file is made."""
+def test_answers_without_token_ids_are_logged(answered, tmp_path, caplog):
+    """Answers of older versions have no token ids: this is logged, and no file is made."""
     output, job = tmp_path / "output.json", answered[1]
     answers = answer_files.read_answers(*answered)
     for answer in answers:

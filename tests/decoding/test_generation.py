@@ -316,13 +316,20 @@ def test_mistakes_are_explained(models, prompts, max_new_tokens, message):
 
 
 @pytest.mark.parametrize("speculative", [True, False])
-@pytest.mark.parametrize("case", ["par", "par_kl", "snis", "proposal_alone", "aligner_alone"])
-def test_a_law_that_is_no_number_is_an_error(case, speculative):
-    """Damaged weights gave token 0 for ever, or the proposal's own answers with a mean KL of NaN."""
+@pytest.mark.parametrize(
+    "case, damaged",
+    [
+        *((case, role) for case in ("par", "par_kl", "product", "snis", "mds") for role in (0, 1)),
+        ("proposal_alone", 0),
+        ("aligner_alone", 1),
+    ],
+)
+def test_nan_logits_of_either_model_are_an_error(case, damaged, speculative):
+    """A damaged aligner once gave the proposal's own answers, and a damaged proposal the aligner's."""
     roles, params, _ = CASES[case]
     models = [model and copy.deepcopy(model) for model in pair(len(LETTERS), roles)]
     with torch.no_grad():
-        next(filter(None, reversed(models))).model.norm.weight[0] = float("nan")
+        models[damaged].model.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match="token 0 of an answer has no law"):
         generation.generate(*models, LETTERS, ["abc", "b"], params, max_new_tokens=4, speculative=speculative)
 

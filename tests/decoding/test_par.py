@@ -437,3 +437,27 @@ def test_refusal_names_the_key_or_what_is_missing(settings, z_p, z_q, message):
     """A bad value names its key, an unknown mode lists the known ones, unfit arguments say why."""
     with pytest.raises(ValueError, match=message):
         par.token_logprobs(z_p, z_q, PARParams(**settings))
+
+
+@pytest.mark.parametrize("vocab", [5, par.LARGE_VOCABULARY + 1])
+@pytest.mark.parametrize("damaged", [0, 1])
+@pytest.mark.parametrize("mode", par.SAMPLE_MODES)
+def test_no_token_is_drawn_from_nan_logits(mode, damaged, vocab):
+    """NaN in a row of either model's logits marks that row's token as -1; other rows are drawn as usual."""
+    logits = torch.randn(2, 3, vocab, generator=torch.Generator().manual_seed(0))
+    logits[damaged, 1] = math.nan
+    params = PARParams(mode, n_candidates=2 if mode == "snis" else None)
+    candidates = torch.tensor([[0, 1]] * 3) if mode == "snis" else None
+    law = par.next_token_law(logits[0], logits[1], params, candidates=candidates)
+    rows = torch.arange(3).unsqueeze(1)
+    tokens = par.checked(par.Noise(0, rows, torch.zeros_like(rows), vocab).draw(law.logprobs), law)
+    assert (tokens == -1).tolist() == [False, True, False]
+
+
+def test_laws_of_nan_alone_are_refused_with_a_large_vocabulary():
+    """This once was an IndexError: a law of NaN had no support to rank."""
+    logits = torch.full((2, par.LARGE_VOCABULARY), math.nan)
+    law = par.next_token_law(logits, None, PARParams())
+    rows = torch.arange(2).unsqueeze(1)
+    noise = par.Noise(0, rows, torch.zeros_like(rows), par.LARGE_VOCABULARY)
+    assert par.checked(noise.draw(law.logprobs), law).tolist() == [-1, -1]

@@ -201,7 +201,7 @@ def test_two_processes_share_a_file(tmp_path, caplog):
         mine = [json.dumps(row) for row in traces if row["index"] % 2 == rank][: 5 + rank]
         part.write_text("\n".join([json.dumps({"identity": identity}), *mine]) + "\n" + '{"index": 9, "te')
     run(train, f"data_dir={tmp_path / '1'}", *given)
-    assert "going on after 11 of 24 answers" in caplog.text and "13 answers" in caplog.text
+    assert "resuming after 11 of 24 answers" in caplog.text and "13 answers" in caplog.text
     assert output["1"].read_bytes() == output["2"].read_bytes()
     assert not list(output["1"].parent.glob("*.part*"))
 
@@ -229,7 +229,7 @@ def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
         os.kill(pid, signal.SIGTERM)
     said, errors = running.communicate(timeout=120)
     assert running.returncode == 75, errors
-    assert "to go on from" in said and "Traceback" not in errors
+    assert "(training state)" in said and "Traceback" not in errors
     (state,) = tmp_path.glob("model/*/states/[0-9]*/state.json")
     examples = json.loads(state.read_text())["examples"]
     assert 0 < examples < 1600
@@ -237,7 +237,7 @@ def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
         run(train, *given)
     finally:
         processes.stop()
-    assert f"going on after {examples:,} of 1,600 examples" in caplog.text
+    assert f"resuming after {examples:,} of 1,600 examples" in caplog.text
     assert not list(tmp_path.glob("model/*/states"))
 
 

@@ -113,7 +113,7 @@ def test_two_processes_stopped_and_three_going_on_equal_one(loss, spread, tmp_pa
     near(path_of(last), path_of(one))
     same_weights(alone, one)
 
-    assert said_by_three.count("going on after 26 of 36 examples") == len(LOSSES)
+    assert said_by_three.count("resuming after 26 of 36 examples") == len(LOSSES)
     near(path_of_folder(three / loss), path_of(one))
     same_weights(three / loss, one)
     assert (three / loss / "LATEST" / "config.json").read_text().count("LlamaForCausalLM") == 1
@@ -125,7 +125,7 @@ def path_of_folder(folder):
 
 
 def states(folder):
-    return [path.name for path in resume.found(folder)]
+    return [path.name for path in resume.complete_states(folder)]
 
 
 def stopped(folder, after, *overrides, number=signal.SIGTERM):
@@ -190,15 +190,15 @@ def test_a_state_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
     before = {name: weight.clone() for name, weight in weights(run).items()}
     run.remember()
     run.update(np.arange(8))
-    assert not order and resume.found(tmp_path) == []
+    assert not order and resume.complete_states(tmp_path) == []
     assert not all(torch.equal(weights(run)[name], weight) for name, weight in before.items())
     threading.Timer(0.2, begin.set).start()
     run.remember()
     run.saver.wait()
-    assert [path.name for path in resume.found(tmp_path)] == ["000000001", "000000002"]
+    assert [path.name for path in resume.complete_states(tmp_path)] == ["000000001", "000000002"]
     other = trainer(tmp_path, *FLAT, "optimizer=AdamW")
     other.update(np.arange(3))  # its moments are there to be filled
-    resume.load(resume.found(tmp_path)[0], other.model, other.optimizer)
+    resume.load(resume.complete_states(tmp_path)[0], other.model, other.optimizer)
     for name, weight in before.items():
         assert torch.equal(weights(other)[name], weight), name
 

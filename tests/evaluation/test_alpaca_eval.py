@@ -241,7 +241,7 @@ def test_only_m_and_M_are_read():
     assert alpaca_eval.read_logprobs(answer("M", "The", "m", " m")) == {"M": -1.0, "m": -3.0}
     for wrong in (answer("The"), answer(), {"choices": [{"logprobs": None}]}, {"choices": [{}]}):
         found = alpaca_eval.read_logprobs(wrong)
-        assert isinstance(found, endpoints.Failed) and "no log-probability of m or M" in str(found)
+        assert isinstance(found, endpoints.RequestFailed) and "no log-probability of m or M" in str(found)
 
 
 def test_preferences_are_rescaled():
@@ -251,7 +251,7 @@ def test_preferences_are_rescaled():
         "preference": 1.0,
         "first": 0,
     }
-    assert alpaca_eval.completion(endpoints.Failed("no"))["failed"] == "no"
+    assert alpaca_eval.completion(endpoints.RequestFailed("no"))["failed"] == "no"
 
 
 def test_identity_and_description_follow_the_settings():

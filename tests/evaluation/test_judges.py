@@ -91,7 +91,7 @@ def test_answer_of_another_shape_fails_without_hanging(ask, rule, content):
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://a:port/v1", "ftp://x/v1"])
 def test_invalid_address_is_refused(ask, url):
-    with pytest.raises(UserError, match="is no address"):
+    with pytest.raises(UserError, match="is not a valid URL"):
         ask(urls=[url])
 
 

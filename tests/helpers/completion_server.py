@@ -1,8 +1,8 @@
-"""A server with OpenAI's completion protocol whose answers follow from the request, with faults on demand.
+"""A server of OpenAI's completion protocol with deterministic answers and optional faults.
 
     completion_server.py PORT LOG FAULTS
 
-LOG: a line per answered prompt. FAULTS: the share of the requests that fail, in one of several ways.
+LOG gets one line per answered prompt. FAULTS is the share of requests that fail, in one of four ways.
 """
 
 import hashlib
@@ -14,19 +14,22 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-def answer_to(prompt, seed):
+def answer_to(prompt: str | list[int], seed: int) -> str:
     return " " + hashlib.sha256(json.dumps([prompt, seed]).encode()).hexdigest()[:10]
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    faults, lock, path_of_log = 0.0, threading.Lock(), None
-    running = most = 0
+    faults = 0.0  # share of the requests that fail
+    log_path: str | None = None
+    lock = threading.Lock()
+    running = 0  # requests in flight
+    most = 0  # largest number of requests in flight so far
 
-    def log_message(self, *args):
-        pass
+    def log_message(self, *args: object) -> None:
+        """Keep the standard error stream empty."""
 
-    def reply(self, code, body, **headers):
+    def reply(self, code: int, body: dict | bytes, **headers: str) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(code)
         for name, value in headers.items():
@@ -35,40 +38,40 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         self.reply(200, {"data": [{"id": "toy"}]} if self.path == "/v1/models" else {})
 
-    def do_POST(self):
-        given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.lock:
             Handler.running += 1
             Handler.most = max(Handler.most, Handler.running)
         try:
             time.sleep(0.005)
-            self.handle_prompt(given)
+            self.handle_prompt(body)
         finally:
             with self.lock:
                 Handler.running -= 1
 
-    def handle_prompt(self, given):
+    def handle_prompt(self, body: dict) -> None:
         if self.headers.get("Authorization") == "Bearer wrong":
             return self.reply(401, {"error": {"message": "no such key"}})
-        if given["prompt"] in ("never", [110, 101, 118, 101, 114]):
+        if body["prompt"] in ("never", [110, 101, 118, 101, 114]):
             return self.reply(400, {"error": {"message": "this prompt is refused"}})
         if random.random() < self.faults:
-            kind = random.randrange(4)
-            if kind == 0:
+            fault = random.randrange(4)
+            if fault == 0:
                 return self.reply(500, {"error": {"message": "worker died"}})
-            if kind == 1:
+            if fault == 1:
                 return self.reply(429, {"error": {"message": "slow down"}}, Retry_After="0.05")
-            if kind == 2:
+            if fault == 2:
                 return self.reply(200, b'{"choices": [{"te')
-            self.close_connection = True  # hangs up
+            self.close_connection = True
             return None
-        text = answer_to(given["prompt"], given["seed"])
-        if self.path_of_log:
-            with self.lock, open(self.path_of_log, "a") as file:
-                file.write(json.dumps([given["prompt"], given["seed"]]) + "\n")
+        text = answer_to(body["prompt"], body["seed"])
+        if self.log_path:
+            with self.lock, open(self.log_path, "a") as file:
+                file.write(json.dumps([body["prompt"], body["seed"]]) + "\n")
         return self.reply(
             200, {"choices": [{"text": text, "finish_reason": "stop"}], "usage": {"completion_tokens": 3}}
         )
@@ -77,13 +80,15 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def handle_error(self, request, client_address):
-        """A client that hangs up is no news."""
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Ignore clients that close their connection."""
 
 
-def start(port=0, faults=0.0, path_of_log=None):
-    """A running server; `server.server_port` says where."""
-    Handler.faults, Handler.path_of_log, Handler.most = faults, path_of_log, 0
+def start(port: int = 0, faults: float = 0.0, log_path: str | None = None) -> Server:
+    """Start a server in a thread. `server.server_port` is its port."""
+    Handler.faults = faults
+    Handler.log_path = log_path
+    Handler.most = 0
     server = Server(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import pipeline
 from preference_datasets import get_dataset, load_tokenized
 from ram.answers import answer_files, influence
+from ram.answers.jobs import AnswerJob
 from ram.data.toy_world import build_world
 from ram.evaluation import steps
 from ram.evaluation.context import EvaluationContext, read_test_rows
@@ -159,7 +160,7 @@ def stage_facts(stage: recipes.Stage) -> Facts:
     return facts | train_facts(stage)
 
 
-def job_facts(job: answer_files.Job) -> Facts:
+def job_facts(job: AnswerJob) -> Facts:
     """What is written beside the answers of a job, with paths in place of the digests of weights."""
     paths = [path for path in (job.pair.proposal, job.pair.aligner) if path]
     labels = {checkpoints.weights_fingerprint(path): f"weights of {path}" for path in paths}

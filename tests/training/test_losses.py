@@ -1,4 +1,4 @@
-"""Sequence log-probabilities and losses against loops, transformers' own loss, and formulas by hand."""
+"""Sequence log-probabilities and losses, compared with loops, transformers' own loss, and formulas."""
 
 import math
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ BETA = 0.3
 
 
 def make_batch(dtype=torch.float64):
-    """Logits (3, 7, 11) and labels with ignored prompts, a gap, padding, and one row without any label."""
+    """Make logits (3, 7, 11) and labels with ignored prompts, a gap, padding, and a row without labels."""
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 7, 11, generator=generator, dtype=torch.float64) * 4).to(dtype)
     labels = torch.randint(0, 11, (3, 7), generator=generator)
@@ -28,7 +28,7 @@ def make_batch(dtype=torch.float64):
 
 
 def loop_logps(logits, labels):
-    """log softmax of the label at every labelled position but the first, in Python floats."""
+    """Sum the log-softmax of each row's labels, shifted by one, in Python floats."""
     totals = []
     for row_logits, row_labels in zip(logits.tolist(), labels.tolist(), strict=True):
         total = 0.0
@@ -48,7 +48,7 @@ def log_sigmoid(x):
 
 
 def margins(reference_free=False):
-    """The difference of the two log-ratios per example, in Python floats."""
+    """Return the difference of the two log-ratios of each example, in Python floats."""
     rows = zip(CHOSEN, REJECTED, REFERENCE_CHOSEN, REFERENCE_REJECTED, strict=True)
     return [(c - r) - (0 if reference_free else rc - rr) for c, r, rc, rr in rows]
 
@@ -62,7 +62,7 @@ def preference(**options):
 
 
 def test_sequence_logps_equals_a_loop():
-    """The sum over labelled tokens, shifted by one, equals a loop; a row without labels gives 0."""
+    """The sum over labelled tokens, shifted by one, equals a loop. A row without labels gives 0."""
     logits, labels = make_batch()
     actual = sequence_logps(logits, labels)
     assert actual.tolist() == pytest.approx(loop_logps(logits, labels), rel=0, abs=1e-12)
@@ -92,8 +92,8 @@ def test_sequence_logps_equals_the_models_own_loss():
     torch.testing.assert_close(-total, output.loss * count, rtol=1e-5, atol=0)
 
 
-def test_token_logps_zero_where_ignored():
-    """One value per predicted token: 0 exactly where the label is -100, negative elsewhere."""
+def test_token_logps_are_zero_without_a_label():
+    """Values are 0 exactly if the label is -100, and their sums are `sequence_logps`."""
     logits, labels = make_batch()
     per_token = token_logps(logits, labels)
     assert per_token.shape == (3, 6)
@@ -109,8 +109,8 @@ def test_narrow_logits_are_read_in_float32(dtype):
     assert actual.dtype == torch.float32 and torch.equal(actual, sequence_logps(logits.float(), labels))
 
 
-def test_gradient_reaches_labelled_positions_alone():
-    """The gradient is one-hot minus softmax where the next token is labelled, and 0 elsewhere."""
+def test_gradient_is_zero_without_a_label():
+    """The gradient is one-hot minus softmax if the next token has a label, else 0."""
     logits, labels = make_batch()
     logits.requires_grad_()
     sequence_logps(logits, labels).sum().backward()
@@ -123,7 +123,7 @@ def test_gradient_reaches_labelled_positions_alone():
 
 @pytest.mark.parametrize("shape", [(3, 6), (2, 7), (3, 7, 1)])
 def test_shape_mismatch_raises(shape):
-    """Labels that do not belong to the logits are refused."""
+    """Labels whose shape does not match the logits are rejected."""
     logits, _ = make_batch()
     with pytest.raises(ValueError, match="do not fit labels"):
         sequence_logps(logits, torch.zeros(shape, dtype=torch.long))
@@ -133,7 +133,7 @@ def test_shape_mismatch_raises(shape):
 
 
 def head(n=7, width=5, vocab=23, bias=True, dtype=torch.float64):
-    """Hidden states (n, width), a head (vocab, width), labels (n,) with the first and last id, and a bias."""
+    """Make hidden states (n, width), a head (vocab, width), labels (n,), and a bias (vocab,)."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight, offset = (
         torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
@@ -145,40 +145,41 @@ def head(n=7, width=5, vocab=23, bias=True, dtype=torch.float64):
 
 
 def both_ways(hidden, weight, labels, bias, tile=None):
-    """Values and gradients of `head_logps` and of the whole logits, under uneven upstream gradients."""
+    """Return values and gradients of `head_logps`, and of all logits at once."""
     inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     upstream = torch.linspace(-1, 2, len(labels), dtype=hidden.dtype)
-    found = head_logps(hidden, weight, labels, bias, tile)
+    tiled = head_logps(hidden, weight, labels, bias, tile)
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits, padded = (torch.cat([x, x[:, :1]], dim=1) for x in (logits.unsqueeze(1), labels.reshape(-1, 1)))
-    wanted = token_logps(logits, padded).squeeze(1)
-    grads = [torch.autograd.grad((values * upstream).sum(), inputs) for values in (found, wanted)]
-    return (found, *grads[0]), (wanted, *grads[1])
+    whole = token_logps(logits, padded).squeeze(1)
+    tiled_grads = torch.autograd.grad((tiled * upstream).sum(), inputs)
+    whole_grads = torch.autograd.grad((whole * upstream).sum(), inputs)
+    return (tiled, *tiled_grads), (whole, *whole_grads)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tile", [1, 20, 7 * 23 - 1, 7 * 23, None])
 def test_head_logps_equals_the_whole_logits(tile, bias):
-    """Values and all gradients, for tiles of one vocabulary row, of uneven widths, of all rows."""
-    found, wanted = both_ways(*head(bias=bias), tile)
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    """Values and gradients agree for tiles of one vocabulary row, of uneven widths, and of all rows."""
+    tiled, whole = both_ways(*head(bias=bias), tile)
+    for actual, expected in zip(tiled, whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("tile", [20, None])
 def test_head_logps_gradcheck(tile):
-    """The gradients are those of finite differences."""
+    """The gradients equal finite differences."""
     hidden, weight, labels, bias = head(n=4, width=3, vocab=6)
     assert torch.autograd.gradcheck(lambda h, w, b: head_logps(h, w, labels, b, tile), (hidden, weight, bias))
 
 
 @pytest.mark.parametrize("n", [0, 1, 100])
 def test_head_logps_rounding_at_a_vocabulary_of_128k(n):
-    """float32, default tiles, Llama 3's vocabulary: values and gradients against the whole logits in float64.
+    """In float32 with default tiles, values and gradients are close to those of all logits in float64.
 
-    No float32 sum here has more terms than the vocabulary has rows, V. Its rounding error grows as sqrt(V)
-    times the unit roundoff u (Higham and Mary 2019, with a constant of 4), whatever width a CPU's vectors
-    have. Two float32 results may differ by twice that, so only float64 is a reference.
+    No float32 sum has more terms than the vocabulary size V. Its rounding error grows as sqrt(V) times the
+    unit roundoff u (Higham and Mary 2019, with a constant of 4), for any vector width of the CPU. Two float32
+    results may differ by twice that, so the reference is float64.
     """
     vocab = 128_256
     hidden, weight, labels, _ = head(n, 16, vocab, bias=False, dtype=torch.float32)
@@ -195,8 +196,8 @@ def test_head_logps_rounding_at_a_vocabulary_of_128k(n):
         assert (actual - exact).norm() <= bound * exact.norm()
 
 
-def test_head_logps_of_certain_and_impossible_labels():
-    """Logits far beyond the range of exp give finite values and gradients."""
+def test_head_logps_of_extreme_logits():
+    """Logits beyond the range of exp give finite values and gradients."""
     weight = torch.tensor([[1000.0], [-1000.0], [0.0]], requires_grad=True)
     values = head_logps(torch.ones(2, 1), weight, torch.tensor([0, 1]), tile=2)
     assert values.tolist() == [0.0, -2000.0]
@@ -204,8 +205,8 @@ def test_head_logps_of_certain_and_impossible_labels():
     assert weight.grad.tolist() == [[-1.0], [1.0], [0.0]]
 
 
-def test_head_logps_never_holds_the_logits():
-    """Forward and backward make no tensor larger than a tile, beside those of the weight's size."""
+def test_head_logps_holds_one_tile_of_logits():
+    """Besides tensors of the weight's size, none is larger than a tile."""
     largest = []
 
     class Watch(TorchDispatchMode):
@@ -221,25 +222,25 @@ def test_head_logps_never_holds_the_logits():
 
 
 def test_head_logps_under_autocast():
-    """Products in bfloat16, everything else in float32: as near to the exact values as the whole logits under
-    autocast are, with gradients in the weights' type.
+    """Under autocast the error is that of all logits at once, and results are float32.
 
-    bfloat16 rounds a number by up to 2**-9 of its size. Logits of standard deviation sqrt(32) so have errors
-    near 2**-9 sqrt(32), and probabilities relative errors of that size; the bound is four times as much.
+    bfloat16 rounds a number by up to 2**-9 of its size. Logits of standard deviation sqrt(32) therefore have
+    errors near 2**-9 sqrt(32), and probabilities have relative errors of that size. The bound is four times
+    as large.
     """
     exact, _ = both_ways(*head(64, 32, 500, dtype=torch.float32))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, wanted = both_ways(*head(64, 32, 500, dtype=torch.float32), tile=3000)
-    assert all(tensor.dtype == torch.float32 for tensor in found)
-    assert not torch.equal(found[0], exact[0])
-    for ours, theirs, truth in zip(found, wanted, exact, strict=True):
-        error, accepted = ((x.float() - truth).norm() / truth.norm() for x in (ours, theirs))
-        assert error < max(1.5 * accepted, 1e-6)
-        assert accepted < 4 * math.sqrt(32) * 2**-9
+        tiled, whole = both_ways(*head(64, 32, 500, dtype=torch.float32), tile=3000)
+    assert all(tensor.dtype == torch.float32 for tensor in tiled)
+    assert not torch.equal(tiled[0], exact[0])
+    for actual, expected, truth in zip(tiled, whole, exact, strict=True):
+        tiled_error, whole_error = ((x.float() - truth).norm() / truth.norm() for x in (actual, expected))
+        assert tiled_error < max(1.5 * whole_error, 1e-6)
+        assert whole_error < 4 * math.sqrt(32) * 2**-9
 
 
-def test_head_logps_only_makes_the_gradients_it_is_asked_for():
-    """A frozen head gets none, frozen hidden states none; a tied weight gets the sum of both its uses."""
+def test_head_logps_computes_only_required_gradients():
+    """Frozen inputs get no gradient, and a tied weight gets the sum over both of its uses."""
     hidden, weight, labels, _ = head(bias=False)
     head_logps(hidden, weight.detach(), labels).sum().backward()
     assert hidden.grad is not None and weight.grad is None
@@ -257,7 +258,7 @@ def test_head_logps_only_makes_the_gradients_it_is_asked_for():
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-4, 0.3])
 def test_residual_aligner_loss_and_gradient(alpha):
-    """-log Q(y) + alpha log Q(y sampled) per example, with gradients -1 and alpha."""
+    """The loss is -log Q(y) + alpha log Q(y sampled) per example, with gradients -1 and alpha."""
     target, sampled = tensors(CHOSEN, REJECTED, requires_grad=True)
     loss = losses.residual_aligner_loss(target, sampled, alpha)
     expected = [-t + alpha * s for t, s in zip(CHOSEN, REJECTED, strict=True)]
@@ -272,7 +273,7 @@ def test_residual_aligner_loss_and_gradient(alpha):
 @pytest.mark.parametrize("reference_free", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
 def test_dpo_formula(smoothing, reference_free):
-    """-(1 - e) log sigmoid(beta margin) - e log sigmoid(-beta margin), with or without a reference."""
+    """The loss is -(1 - e) log sigmoid(beta margin) - e log sigmoid(-beta margin)."""
     actual, *_ = preference(label_smoothing=smoothing, reference_free=reference_free)
     expected = [
         -(1 - smoothing) * log_sigmoid(BETA * m) - smoothing * log_sigmoid(-BETA * m)
@@ -283,7 +284,7 @@ def test_dpo_formula(smoothing, reference_free):
 
 @pytest.mark.parametrize("reference_free", [False, True])
 def test_ipo_formula(reference_free):
-    """The squared distance of the margin from 1 / (2 beta)."""
+    """The loss is the squared distance of the margin from 1 / (2 beta)."""
     actual, *_ = preference(ipo=True, reference_free=reference_free)
     expected = [(m - 1 / (2 * BETA)) ** 2 for m in margins(reference_free)]
     assert actual.tolist() == pytest.approx(expected, rel=0, abs=1e-12)
@@ -291,21 +292,21 @@ def test_ipo_formula(reference_free):
 
 @pytest.mark.parametrize("ipo", [False, True])
 def test_rewards_are_scaled_log_ratios_without_gradient(ipo):
-    """Rewards are beta times policy minus reference; only the losses carry a gradient, to the policy."""
+    """Rewards are beta times policy minus reference, and have no gradient."""
     policy, reference = (
         tensors(CHOSEN, REJECTED, requires_grad=True),
         tensors(REFERENCE_CHOSEN, REFERENCE_REJECTED),
     )
     loss, *rewards = preference_loss(*policy, *reference, BETA, ipo=ipo)
-    for reward, ours, theirs in zip(rewards, policy, reference, strict=True):
+    for reward, policy_logp, reference_logp in zip(rewards, policy, reference, strict=True):
         assert not reward.requires_grad
-        torch.testing.assert_close(reward, BETA * (ours - theirs).detach())
+        torch.testing.assert_close(reward, BETA * (policy_logp - reference_logp).detach())
     loss.sum().backward()
     assert loss.requires_grad and torch.equal(policy[0].grad, -policy[1].grad) and policy[0].grad.any()
 
 
 def test_reference_free_rewards():
-    """Without a reference the rewards are beta times the policy's own, and None is accepted."""
+    """With reference_free=True the reference may be None, and the rewards are beta times the policy."""
     policy = tensors(CHOSEN, REJECTED)
     loss, chosen, rejected = preference_loss(*policy, None, None, BETA, reference_free=True)
     assert torch.equal(loss, preference(reference_free=True)[0])
@@ -313,7 +314,7 @@ def test_reference_free_rewards():
 
 
 def test_large_margins_stay_finite():
-    """Margins whose sigmoid under- or overflows still give finite losses and the right limits."""
+    """Margins whose sigmoid underflows or overflows give finite losses."""
     chosen, rejected = tensors([-10.0, -2000.0], [-2000.0, -10.0])
     loss, *_ = preference_loss(chosen, rejected, None, None, 1.0, reference_free=True)
     assert loss.tolist() == [0.0, 1990.0]
@@ -321,7 +322,7 @@ def test_large_margins_stay_finite():
 
 @pytest.mark.parametrize("missing", [(0,), (1,), (0, 1)])
 def test_missing_reference_raises(missing):
-    """Either half of the reference missing is refused unless reference_free."""
+    """If either half of the reference is missing, reference_free=True is required."""
     policy, reference = tensors(CHOSEN, REJECTED), tensors(REFERENCE_CHOSEN, REFERENCE_REJECTED)
     reference = [None if i in missing else x for i, x in enumerate(reference)]
     with pytest.raises(ValueError, match="reference_free"):
@@ -332,7 +333,7 @@ def test_missing_reference_raises(missing):
 
 
 def run_entry(name, reference=True, **settings):
-    """One entry of the table on the example batch."""
+    """Run one entry of the table on the example batch."""
     chosen, rejected = tensors(CHOSEN, REJECTED)
     base = dict(zip(("target", "negative"), tensors(REFERENCE_CHOSEN, REFERENCE_REJECTED), strict=True))
     defaults = {"name": name, "alpha": 0.2, "beta": BETA, "label_smoothing": 0.1, "reference_free": False}
@@ -366,15 +367,14 @@ def test_settings_out_of_range_are_refused(name, key, value):
         LOSSES[name].settings(**values)
 
 
-def test_table_names_and_needs():
-    """The table holds the five losses, each with its need of a second answer and of a reference."""
+def test_table_has_five_losses_with_their_needs():
     flags = {name: (loss.needs_negative, loss.needs_reference) for name, loss in LOSSES.items()}
     assert flags == EXPECTED_FLAGS
 
 
 @pytest.mark.parametrize("name", ["sft", "ours_sft"])
 def test_table_likelihood_entries(name):
-    """sft is minus the target's log-probability; ours_sft adds alpha times the sampled answer's."""
+    """sft is minus the target's log-probability; ours_sft adds alpha times that of the sampled answer."""
     loss, metrics = run_entry(name, reference=False)
     alpha = {"sft": 0.0, "ours_sft": 0.2}[name]
     expected = [-t + alpha * s for t, s in zip(CHOSEN, REJECTED, strict=True)]
@@ -383,7 +383,7 @@ def test_table_likelihood_entries(name):
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "ours_dpo"])
 def test_table_preference_entries(name):
-    """Each preference entry is preference_loss under its settings, with rewards as metrics."""
+    """Each entry equals preference_loss with its settings, and its metrics are the rewards."""
     free = name == "ours_dpo"
     loss, metrics = run_entry(name, reference=not free, reference_free=free)
     options = {"ipo": True} if name == "ipo" else {"label_smoothing": 0.1}
@@ -393,12 +393,12 @@ def test_table_preference_entries(name):
     assert set(metrics) == {"chosen_reward", "rejected_reward", "reward_margin", "reward_accuracy"}
     torch.testing.assert_close(metrics["chosen_reward"], chosen)
     torch.testing.assert_close(metrics["rejected_reward"], rejected)
-    wanted = torch.tensor([BETA * m for m in margins(free)], dtype=torch.float64)
-    torch.testing.assert_close(metrics["reward_margin"], wanted)
+    margin = torch.tensor([BETA * m for m in margins(free)], dtype=torch.float64)
+    torch.testing.assert_close(metrics["reward_margin"], margin)
     assert metrics["reward_accuracy"].tolist() == [float(m > 0) for m in margins(free)]
 
 
 def test_table_entry_without_its_reference_raises():
-    """An entry that needs a reference refuses to run without one."""
+    """An entry that needs a reference raises without one."""
     with pytest.raises(ValueError, match="reference"):
         run_entry("dpo", reference=False)

@@ -1,4 +1,4 @@
-"""Training through packed forward passes: equal to padded ones, and with a share of the sampled answers."""
+"""Training with packed forward passes: equality with padded ones, and a fraction of the negatives."""
 
 import itertools
 
@@ -14,8 +14,8 @@ from trainers import BasicTrainer
 
 
 @pytest.mark.parametrize("loss", ["sft", "ours_sft", "dpo", "ipo", "ours_dpo"])
-def test_packed_equals_padded(tmp_path, loss):
-    """packed=false, one padded forward pass per answer: the same losses and gradient norms."""
+def test_packed_training_equals_padded_training(tmp_path, loss):
+    """packed=true and packed=false give the same losses and gradient norms."""
     runs = {}
     for packed in ("true", "false"):
         reference = None
@@ -27,49 +27,49 @@ def test_packed_equals_padded(tmp_path, loss):
     assert_same_path(path_of(runs["true"]), path_of(runs["false"]))
 
 
-def test_a_model_that_cannot_be_packed_is_padded(tmp_path, caplog):
-    """The log says why; losses are those of the padded reference."""
-    found, plain = tiny_model(len(TOKENIZER), seed=0), tiny_model(len(TOKENIZER), seed=0)
-    found.config.final_logit_softcapping = 30.0
+def test_unpackable_model_is_trained_with_padding(tmp_path, caplog):
+    """The reason is logged, and the losses are those of packed=false."""
+    capped, plain = tiny_model(len(TOKENIZER), seed=0), tiny_model(len(TOKENIZER), seed=0)
+    capped.config.final_logit_softcapping = 30.0
     data = dataset(8), dataset(6, seed=99)
-    packed = BasicTrainer(settings("packed=true"), found, TOKENIZER, *data, tmp_path, {})
+    packed = BasicTrainer(settings("packed=true"), capped, TOKENIZER, *data, tmp_path, {})
     padded = BasicTrainer(settings("packed=false"), plain, TOKENIZER, *data, tmp_path, {})
-    assert "packed=true cannot be had of this model" in caplog.text
+    assert "packed=true does not work with this model" in caplog.text
     rows = np.arange(8)
     assert torch.equal(packed.losses(data[0], rows)[0], padded.losses(data[0], rows)[0])
 
 
-# ---- a share of the sampled answers ------------------------------------------------------------------------
+# ---- a fraction of the negatives ---------------------------------------------------------------------------
 
 
-def gradient(run, rows, drawn):
+def losses_and_gradient(run, rows, drawn):
     run.model.zero_grad()
     losses, _ = run.losses(run.train_data, rows, drawn)
     (losses.sum() / len(rows)).backward()
-    found = torch.cat([p.grad.flatten().double() for p in run.model.parameters()])
-    return losses.detach().double(), found
+    gradient = torch.cat([p.grad.flatten().double() for p in run.model.parameters()])
+    return losses.detach().double(), gradient
 
 
 @pytest.mark.parametrize("packed", ["true", "false"])
-def test_a_share_of_the_sampled_answers_is_unbiased(tmp_path, packed):
-    """The mean over all 16 draws of 4 examples, weighted by their probability, is the loss of them all."""
-    share, rows = 0.3, np.array([3, 1, 7, 2])
+def test_fraction_of_negatives_is_unbiased(tmp_path, packed):
+    """The expectation over all 16 choices of negatives equals the loss with all of them."""
+    fraction, rows = 0.3, np.array([3, 1, 7, 2])
     overrides = ["loss=ours_sft", "loss.alpha=0.5", f"packed={packed}"]
-    run = trainer(tmp_path, *overrides, f"loss.sampled_fraction={share}", dtype=torch.float64)
-    everything = gradient(run, rows, None)
-    means = [torch.zeros_like(part) for part in everything]
-    for draw in itertools.product([False, True], repeat=4):
-        probability = share ** sum(draw) * (1 - share) ** (4 - sum(draw))
-        for mean, part in zip(means, gradient(run, rows, np.array(draw)), strict=True):
+    run = trainer(tmp_path, *overrides, f"loss.sampled_fraction={fraction}", dtype=torch.float64)
+    full = losses_and_gradient(run, rows, None)
+    means = [torch.zeros_like(part) for part in full]
+    for drawn in itertools.product([False, True], repeat=4):
+        probability = fraction ** sum(drawn) * (1 - fraction) ** (4 - sum(drawn))
+        for mean, part in zip(means, losses_and_gradient(run, rows, np.array(drawn)), strict=True):
             mean += probability * part
-    for mean, part in zip(means, everything, strict=True):
+    for mean, part in zip(means, full, strict=True):
         assert (mean - part).norm() <= 1e-6 * part.norm()
-    alone = gradient(run, rows, np.zeros(4, dtype=bool))[1]
-    assert (alone - everything[1]).norm() > 0.1 * everything[1].norm()  # the term is not negligible here
+    _, without = losses_and_gradient(run, rows, np.zeros(4, dtype=bool))
+    assert (without - full[1]).norm() > 0.1 * full[1].norm()  # so the sampled term matters here
 
 
-def test_draws_do_not_depend_on_micro_batches(tmp_path):
-    """With half of the sampled answers, 1 and 4 micro-batches still take the same path."""
+def test_chosen_negatives_do_not_depend_on_micro_batches(tmp_path):
+    """With half of the negatives, 1 and 4 micro-batches give the same losses and gradient norms."""
     paths = []
     for pieces in (1, 4):
         overrides = ["loss=ours_sft", "loss.alpha=0.5", "loss.sampled_fraction=0.5", "lr=1e-3", "n_epochs=2"]
@@ -80,25 +80,25 @@ def test_draws_do_not_depend_on_micro_batches(tmp_path):
     assert_same_path(*paths)
 
 
-def test_sampled_figures_are_means_over_what_was_drawn(tmp_path):
-    """Training logs means of what was computed, nothing where nothing was; evaluation computes all."""
+def test_sampled_metrics_are_means_over_computed_negatives(tmp_path):
+    """Training leaves the metrics out if no negative was computed. Evaluation computes all negatives."""
     overrides = ["loss=ours_sft", "loss.alpha=0.5", "loss.sampled_fraction=0.25", "lr=1e-12", "batch_size=4"]
     run = trainer(tmp_path / "a", *overrides, n=16, dtype=torch.float64)
     whole = trainer(tmp_path / "b", "loss=ours_sft", n=16, dtype=torch.float64)
     rows, log = np.array([4, 2, 9, 11]), trainers.MetricsLog(tmp_path, run.settings)
-    _, each = zip(*(whole.losses(run.train_data, rows[i : i + 1]) for i in range(4)), strict=True)
+    _, sums = zip(*(whole.losses(run.train_data, rows[i : i + 1]) for i in range(4)), strict=True)
     empty = full = 0
     for first in range(0, 16 * 4, 4):
         run.examples = first
-        drawn, row = packing.draw(0, first, 4, 0.25), run.update(rows)
+        drawn, row = packing.draw_negatives(0, first, 4, 0.25), run.update(rows)
         if not drawn.any():
             empty += 1
             assert "sampled_logp" not in row and "sampled_logp_per_token" not in row
             continue
         full += 1
-        wanted = [part["sampled_logp"] for part, taken in zip(each, drawn, strict=True) if taken]
-        assert row["sampled_logp"] == pytest.approx(np.mean(wanted), rel=1e-5)
-        assert row["loss"] == pytest.approx(-row["target_logp"] + 0.5 * sum(wanted) / 0.25 / 4, rel=1e-5)
+        expected = [part["sampled_logp"] for part, is_drawn in zip(sums, drawn, strict=True) if is_drawn]
+        assert row["sampled_logp"] == pytest.approx(np.mean(expected), rel=1e-5)
+        assert row["loss"] == pytest.approx(-row["target_logp"] + 0.5 * sum(expected) / 0.25 / 4, rel=1e-5)
     assert empty and full
     assert run.evaluate(log)["sampled_logp"] == pytest.approx(whole.evaluate(log)["sampled_logp"], rel=1e-5)
     log.close()

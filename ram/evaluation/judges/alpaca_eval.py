@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ram.answers.endpoints import Endpoints, Failed
+from ram.answers.endpoints import Endpoints, RequestFailed
 from ram.errors import UserError
 from ram.evaluation.judges import endpoint
 from ram.evaluation.judges.base import Cache, Judgement, Rows, Texts
@@ -31,7 +31,7 @@ ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # the package's name for AlpacaEv
 MARKS = ("{output_1}", "{output_2}", "<|im_start|>", "<|im_end|>")  # the package would interpret these
 INSTALL = 'pip install "alpaca_eval==0.6.6" "setuptools<82"'
 
-Answers = list[dict[str, float] | Failed]  # log-probabilities of m and M
+Answers = list[dict[str, float] | RequestFailed]  # log-probabilities of m and M
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class AlpacaEvalJudge(endpoint.ServedJudge):
                 keys = [fingerprint(body) for body in bodies]
                 requests = dict(zip(keys, bodies, strict=True))
                 failed = self.ask(servers, requests, saved, read_logprobs)
-                return [Failed(failed[key]) if key in failed else saved.known[key] for key in keys]
+                return [RequestFailed(failed[key]) if key in failed else saved.known[key] for key in keys]
 
             instructions = [row[self.instruction_key] for row in rows]
             return evaluate(instructions, answers, references, template, servers.model(), send)
@@ -91,16 +91,18 @@ def contained() -> Iterator[None]:
             del os.environ[name]
 
 
-def read_logprobs(answer: dict[str, Any]) -> dict[str, float] | Failed:
+def read_logprobs(answer: dict[str, Any]) -> dict[str, float] | RequestFailed:
     """Return the log-probabilities of m and M as the first token of a chat completion.
 
-    Returns Failed if neither is among the tokens that the server lists: another try would not help.
+    Returns RequestFailed if neither is among the tokens that the server lists: another try would not help.
     """
     content = (answer["choices"][0].get("logprobs") or {}).get("content") or [{}]
     candidates = content[0].get("top_logprobs") or []
     logprobs = {item["token"]: float(item["logprob"]) for item in candidates if item["token"] in ("m", "M")}
     if not logprobs:
-        return Failed("no log-probability of m or M; the server has to support logprobs and top_logprobs")
+        return RequestFailed(
+            "no log-probability of m or M; the server has to support logprobs and top_logprobs"
+        )
     return logprobs
 
 
@@ -195,13 +197,13 @@ def write_annotator(
     return path
 
 
-def completion(answer: dict[str, float] | Failed) -> dict[str, Any]:
+def completion(answer: dict[str, float] | RequestFailed) -> dict[str, Any]:
     """Return an answer in the form that the package parses.
 
     A failed request becomes a tie with `failed`: the package would drop the row.
     """
-    failed = {"failed": str(answer)} if isinstance(answer, Failed) else {}
-    logprobs = {"m": 0.0, "M": 0.0} if isinstance(answer, Failed) else answer
+    failed = {"failed": str(answer)} if isinstance(answer, RequestFailed) else {}
+    logprobs = {"m": 0.0, "M": 0.0} if isinstance(answer, RequestFailed) else answer
     candidates = [{"token": token, "logprob": logprob} for token, logprob in logprobs.items()]
     return {"logprobs": {"content": [{"top_logprobs": candidates}]}, **failed}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ram.answers.endpoints import Endpoints, Failed, Read, Tally
+from ram.answers.endpoints import Endpoints, Read, RequestFailed, Tally
 from ram.errors import UserError, pick
 from ram.evaluation.judges.base import Cache, Judge, Judgement, Rows, Texts
 from ram.log import log, progress
@@ -138,7 +138,7 @@ class ServedJudge(Judge):
             for key, answer in servers.complete(affordable(), read, "chat/completions"):
                 bar.update()
                 n_answered += 1
-                if isinstance(answer, Failed):
+                if isinstance(answer, RequestFailed):
                     failed[key] = str(answer)
                 else:
                     cache.add(key, answer)

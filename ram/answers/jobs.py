@@ -1,0 +1,168 @@
+"""A file of answers before it is made: its models, prompts and settings, and the record of its inputs."""
+
+import functools
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ram.data import prompts
+from ram.data.tokenization import encode_prompts
+from ram.decoding.par import PARParams
+from ram.errors import UserError
+from ram.log import log, pick_device
+from ram.models import checkpoints
+from ram.storage.files import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ram.settings.schema import SamplingSettings
+
+# The sampling settings of one model alone; the proposal's have the prefix "base_".
+MODEL_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The models of one system, by path. One of the two paths may be None."""
+
+    proposal: str | None
+    aligner: str | None
+    dtype: str = "auto"
+    tokenizer_path: str | None = None
+
+    @property
+    def is_single_model(self) -> bool:
+        return self.proposal is None or self.aligner is None
+
+    def fingerprint(self) -> list[str | None]:
+        """Return the fingerprints of the proposal's and the aligner's weights, None for a missing model."""
+        return [path and checkpoints.weights_fingerprint(path) for path in (self.proposal, self.aligner)]
+
+    def law(self, params: PARParams) -> dict[str, Any]:
+        """Return the settings that decide the next-token distribution (the "law") of this pair.
+
+        A single model reads only its own settings, so the others must not change its identity.
+        """
+        values = asdict(params)
+        if self.proposal and self.aligner:
+            return values
+        prefix = "base_" if self.proposal else ""
+        return {f"{prefix}{key}": values[f"{prefix}{key}"] for key in MODEL_KEYS}
+
+
+@dataclass(frozen=True)
+class AnswerJob:
+    """A file of answers before it is made: everything that decides its contents.
+
+    Args:
+        label: Name of the job in the log and in errors.
+        settings: The `sampling` keys of the configuration.
+        records: Input rows. They are written back with their answers.
+        prompts: One prompt per record.
+        row_ids: One id per record. The random numbers of an answer depend only on `seed` and this id.
+        add_bos: Whether prompts begin with BOS, unless the models' cards say otherwise.
+        key: Key of the answer in each written row.
+        extra: Further keys and values of each written row.
+    """
+
+    label: str
+    pair: Pair
+    params: PARParams
+    settings: "SamplingSettings"
+    records: list[dict[str, Any]]
+    prompts: list[str]
+    row_ids: list[int]
+    seed: int
+    add_bos: bool
+    key: str
+    extra: dict[str, Any]
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.settings.max_length - self.settings.max_prompt_length
+
+    @property
+    def stop(self) -> list[str]:
+        return [self.settings.stop_str] if self.settings.stop_str else []
+
+    @property
+    def drafter(self) -> str | None:
+        """Path of the small model that drafts for a single model. It changes the speed, not the text."""
+        if self.pair.is_single_model and self.settings.drafter:
+            return checkpoints.find_model(self.settings.drafter)
+        return None
+
+    def load(self) -> "tuple[PreTrainedModel | None, PreTrainedModel | None, PreTrainedModel | None]":
+        """Load (proposal, aligner, drafter), each on its configured device; None for a missing model."""
+        proposal_device = pick_device(self.settings.proposal_device)
+        aligner_device = pick_device(self.settings.aligner_device)
+
+        def load(path: str | None, device) -> "PreTrainedModel | None":
+            return checkpoints.load_model(path, self.pair.dtype, device) if path else None
+
+        proposal = load(self.pair.proposal, proposal_device)
+        aligner = load(self.pair.aligner, aligner_device)
+        drafter = load(self.drafter, proposal_device if self.pair.proposal else aligner_device)
+        return proposal, aligner, drafter
+
+    @functools.cached_property
+    def made_from(self) -> dict[str, Any]:
+        """Everything that decides the answers. Equal for two jobs exactly if they give the same file."""
+        settings = self.settings
+        proposal, aligner = self.pair.fingerprint()
+        models: dict[str, Any] = {"proposal": proposal, "aligner": aligner}
+        if settings.backend == "endpoint":
+            server = settings.endpoint
+            models |= {"endpoint": server.model or list(server.urls), "endpoint.send": server.send}
+        return {
+            **models,
+            **self.pair.law(self.params),
+            "rows": fingerprint([self.records, self.prompts, self.row_ids]),
+            "dtype": self.pair.dtype,
+            "tokenizer_path": self.pair.tokenizer_path,
+            "seed": self.seed,
+            "add_bos": self.add_bos,
+            "max_length": settings.max_length,
+            "max_prompt_length": settings.max_prompt_length,
+            "stop_str": settings.stop_str,
+            "key": self.key,
+            **self.extra,
+        }
+
+    @property
+    def identity(self) -> str:
+        return fingerprint(self.made_from)
+
+    @functools.cached_property
+    def encoded(self) -> "tuple[PreTrainedTokenizerBase, list[list[int]]]":
+        """The tokenizer, and the token ids of every prompt.
+
+        Raises:
+            UserError: The models do not fit together, a prompt is empty, or one is too long to be cut.
+        """
+        pair, settings = self.pair, self.settings
+        limit = settings.max_prompt_length
+        tokenizer, card_add_bos = checkpoints.load_pair(
+            pair.proposal, pair.aligner, pair.tokenizer_path, self.drafter
+        )
+        for path in (pair.proposal, pair.aligner, self.drafter):
+            checkpoints.check_context(path, settings.max_length)
+        # The models' cards know how they were trained; the configuration decides only if there is no card.
+        add_bos = self.add_bos if card_add_bos is None else card_add_bos
+        if add_bos != self.add_bos:
+            log.info(f"{self.label}: add_bos={str(add_bos).lower()}, as the models were trained")
+        prompt_ids, n_cut = encode_prompts(tokenizer, self.prompts, limit, add_bos)
+        empty_rows = [row for row, ids in zip(self.row_ids, prompt_ids, strict=True) if not ids]
+        if empty_rows:
+            raise UserError(
+                f"{self.label}: the prompt of row {empty_rows[0]} is empty; expected at least one token: "
+                "fill in or remove the row"
+            )
+        if n_cut and settings.template != prompts.TEMPLATE and not settings.multiround:
+            raise UserError(
+                f"{self.label}: {n_cut} prompts are longer than max_prompt_length={limit}, and only prompts "
+                f"of template {prompts.TEMPLATE!r} can be cut without losing a header: raise the length"
+            )
+        if n_cut:
+            log.info(f"{self.label}: {n_cut} of {len(prompt_ids)} prompts cut to {limit} tokens")
+        return tokenizer, prompt_ids
