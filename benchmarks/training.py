@@ -360,7 +360,8 @@ def main() -> None:
     parser.add_argument("--probe-vocabulary", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.probe:
-        return probe(args)
+        probe(args)
+        return
     results: dict[str, Any] = {"published_step": {v: against_published(args, v) for v in args.vocabularies}}
     results["by_size"] = by_size(args, args.vocabularies[0])
     results["sampled_term"] = {v: sampled_term(args, v) for v in args.vocabularies}

@@ -141,7 +141,9 @@ class Endpoints:
             UserError: No attempt can succeed: the URL or the key is wrong.
         """
         pause = FIRST_PAUSE
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             url = f"{self.urls[next(self.next_server) % len(self.urls)]}/{path}"
             retry_after = None
             try:

@@ -267,7 +267,7 @@ class EngineThread:
         return not self.engine.idle
 
     def _deliver(self, events: list[Event]) -> None:
-        """Tell the listeners what a round has given. A request's place is free before its Done is sent."""
+        """Send the results of a round to the listeners; a request's place is free before its Done is sent."""
         streams: dict[_Stream, None] = {}
         now, tokens = time.monotonic(), 0
         with self.lock:
