@@ -11,9 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from ram.data import prompts
 from ram.data.tokenization import encode, encode_prompts
@@ -27,6 +25,9 @@ from ram.serving.loop import EngineThread
 from ram.settings import serving
 from ram.settings.serving import PROPOSAL, Settings
 from ram.storage.files import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MOST_CUT = 8  # limit of a dialogue's length, in multiples of the room; cutting a longer one costs too much
 
@@ -96,10 +97,10 @@ class Models:
         """
         return checkpoints.load_pair(self.proposal, path)[1]
 
-    def _load(self, path: str) -> PreTrainedModel:
+    def _load(self, path: str) -> "PreTrainedModel":
         return checkpoints.load_model(path, self.settings.config.dtype, self.device)
 
-    def _check_length(self, model: PreTrainedModel, path: str) -> None:
+    def _check_length(self, model: "PreTrainedModel", path: str) -> None:
         if positions(model) < self.max_length:
             raise UserError(
                 f"{path} holds {positions(model)} positions, fewer than limits.max_length={self.max_length}"
@@ -278,6 +279,6 @@ class Models:
         return requests
 
 
-def positions(model: PreTrainedModel) -> int:
+def positions(model: "PreTrainedModel") -> int:
     """Return the longest context of a model; a very large number if its configuration sets none."""
     return getattr(model.config, "max_position_embeddings", None) or 1 << 31

@@ -6,15 +6,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ram.data.tokenization import encode_prompts
 from ram.decoding.generation import decode_rows
 from ram.decoding.par import PARParams
 from ram.decoding.rows import ShownText, StopWatch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ class PairModel:
         add_bos: begin each prompt with the BOS token.
     """
 
-    proposal: PreTrainedModel | None
-    aligner: PreTrainedModel | None
+    proposal: "PreTrainedModel | None"
+    aligner: "PreTrainedModel | None"
     params: PARParams
     add_bos: bool = False
 
     @property
-    def first(self) -> PreTrainedModel:
+    def first(self) -> "PreTrainedModel":
         """The proposal, or the aligner if there is no proposal."""
         model = self.proposal if self.proposal is not None else self.aligner
         assert model is not None, "a PairModel needs a proposal or an aligner"
@@ -44,7 +46,7 @@ class PairModel:
         return self.first.device
 
     @property
-    def config(self) -> PretrainedConfig:
+    def config(self) -> "PretrainedConfig":
         return self.first.config
 
 
@@ -63,7 +65,7 @@ def request_params(params: PARParams, request: dict[str, Any]) -> PARParams:
 
 def generate_stream(
     model: PairModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     params: dict[str, Any],
     device: str,
     context_len: int,
