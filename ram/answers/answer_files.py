@@ -9,7 +9,7 @@ and any number of processes, give the file that one uninterrupted process gives.
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Pair:
 
     def law(self, params: PARParams) -> dict[str, Any]:
         """The settings that this pair's law reads: one model alone reads only its own."""
-        found = asdict(params)
+        found = params.identity()
         if self.proposal and self.aligner:
             return found
         prefix = "base_" if self.proposal else ""

@@ -437,3 +437,13 @@ def test_refusal_names_the_key_or_what_is_missing(settings, z_p, z_q, message):
     """A bad value names its key, an unknown mode lists the known ones, unfit arguments say why."""
     with pytest.raises(ValueError, match=message):
         par.token_logprobs(z_p, z_q, PARParams(**settings))
+
+
+def test_key_younger_than_finished_answers_does_not_change_their_identity(monkeypatch):
+    """The key is left out at the value that those answers were decoded with, and counts at any other."""
+    before = PARParams().identity()
+    assert set(before) == set(PARParams.field_names())
+    monkeypatch.setattr(par, "INTRODUCED", {"eos_priority": False})
+    rest = {key: value for key, value in before.items() if key != "eos_priority"}
+    assert PARParams().identity() == rest
+    assert PARParams(eos_priority=True).identity() == rest | {"eos_priority": True}
