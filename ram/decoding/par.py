@@ -194,8 +194,7 @@ def kl_divergence(proposal_logits_BV: torch.Tensor, aligner_logits_BV: torch.Ten
     """Return KL(P_M || Q) (B,) in nats, of the raw logits over the whole vocabulary."""
     log_p = torch.log_softmax(proposal_logits_BV, dim=-1)
     log_q = torch.log_softmax(aligner_logits_BV, dim=-1)
-    # In the far tail p is exactly 0 and log p - log q may be infinite: such a term is 0, not NaN. If the
-    # logits are NaN, so is p, and the result must be NaN too (`checked` refuses the draw). The sum is
+    # If p is exactly 0, its term is 0 though log p - log q may be infinite; NaN logits keep NaN. The sum is
     # float64 because threads may split a long row differently in another batch, which must not move the gate.
     p = log_p.exp()
     terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
@@ -425,8 +424,7 @@ class Noise:
     def draw(
         self, logprobs: torch.Tensor, rows: torch.Tensor | slice = ALL, columns: int | slice = ALL
     ) -> torch.Tensor:
-        """Draw one token per law (N,) from laws (N, V) at these rows and columns, row by row."""
-        # NaN counts as support: a law of NaN is drawn from densely, and `checked` refuses its token.
+        """Draw one token per law (N,) from laws (N, V) at these rows and columns; NaN counts as support."""
         support = int((logprobs != NEG_INF).sum(dim=-1).max()) if self.sparse else self.vocab_size
         if 4 * support <= self.vocab_size:
             ranked, tokens = torch.topk(logprobs, support, dim=-1)
