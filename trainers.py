@@ -78,8 +78,7 @@ class BasicTrainer:
         self.run_dir, self.card, self.origin = run_dir, card, origin or {}
         self.loss = LOSSES[settings.loss.name]
         self.answers = ("target", "negative") if self.loss.needs_negative else ("target",)
-        # Share of the negatives that is computed.
-        self.fraction = getattr(settings.loss, "sampled_fraction", 1.0)
+        self.fraction = getattr(settings.loss, "sampled_fraction", 1.0)  # share of computed negatives
         self.pad_id = checkpoints.pad_id(tokenizer)
         self.is_writer = processes.is_rank0() and not settings.debug  # whether it changes the run folder
         self.device = pick_device()

@@ -32,7 +32,7 @@ def commands(text: str) -> list[str]:
     """The commands in the bash blocks of a page that start one of our scripts."""
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.match(r"(bash bin/|python )", line)]
+    return [line for line in lines if re.match(r"(bash bin/|python (?!- ))", line)]
 
 
 COMMANDS = sorted({command for page in PAGES for command in commands(page.read_text(encoding="utf-8"))})

@@ -1,7 +1,7 @@
 """A file of answers before it is made: its models, prompts and settings, and the record of its inputs."""
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ram.data import prompts
@@ -43,7 +43,7 @@ class Pair:
 
         A single model reads only its own settings, so the others must not change its identity.
         """
-        values = asdict(params)
+        values = params.identity()
         if self.proposal and self.aligner:
             return values
         prefix = "base_" if self.proposal else ""

@@ -147,7 +147,9 @@ def _check_finished(marker: Path, identity: str) -> None:
     folder, remedy = marker.parent, "stages=[world] overwrite=true makes it anew"
     manifest, _ = read_manifest(marker, "identity", "files", remedy)
     if manifest.changes(identity):
-        raise UserError(f"{folder} holds a toy world of other settings or another seed: set overwrite=true")
+        raise UserError(
+            f"{folder} holds a toy data set of other settings or another seed: set overwrite=true"
+        )
     if damaged := manifest.damaged(digests_in(folder)):
         raise UserError(f"{folder / damaged[0]} is missing or not as it was made; {remedy}")
 

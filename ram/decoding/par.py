@@ -7,7 +7,7 @@ Shapes: B rows, V vocabulary (already cut to the tokenizer's length), T context,
 logits are `proposal_logits_BV` (z_P), the aligner's `aligner_logits_BV` (z_Q).
 
 Source: "Leveraging Importance Sampling to Detach Alignment Modules from Large Language Models"
-(arXiv 2505.19700), section 3 and algorithm 1; the README lists where practice and derivation differ.
+(arXiv 2505.19700), section 3 and algorithm 1; docs/differences.md lists where practice differs.
 """
 
 import math
@@ -20,6 +20,8 @@ import torch
 NEG_INF = float("-inf")
 IGNORE_INDEX = -100
 ALL = slice(None)  # all rows, all columns
+# Keys of PARParams that are younger than finished answers, with the value that those were decoded with.
+INTRODUCED: dict[str, Any] = {}
 LARGE_VOCABULARY = 4096  # from this size on, a CPU ranks and draws noise for only as many tokens as needed
 
 
@@ -60,8 +62,8 @@ class PARParams:
             require(fits, field.name, f"a value of type {expected}")
         require(self.sample_mode in SAMPLE_MODES, "sample_mode", f"one of {', '.join(SAMPLE_MODES)}")
         require(self.kl_fallback in KL_FALLBACKS, "kl_fallback", f"one of {', '.join(KL_FALLBACKS)}")
-        for key in ("temperature", "base_temperature"):
-            value = getattr(self, key)  # a smaller one would overflow float32 logits
+        for key in ("temperature", "base_temperature", "expert_temperature"):
+            value = getattr(self, key) or 0  # a smaller one would overflow float32 logits
             require(value == 0 or 1e-4 <= value < math.inf, key, "0 (argmax) or a number >= 1e-4")
         for key in ("top_p", "base_top_p"):
             require(0 < getattr(self, key) <= 1, key, "a number in (0, 1]")
@@ -70,14 +72,14 @@ class PARParams:
         for key in ("repetition_penalty", "base_repetition_penalty"):
             require(0 < getattr(self, key) < math.inf, key, "a number > 0 (1 = none)")
         require(self.div_threshold >= 0, "div_threshold", "a divergence in nats, >= 0")
-        expert = self.expert_temperature
-        allowed = expert is None or expert == 0 or 1e-4 <= expert < math.inf
-        require(allowed, "expert_temperature", "null, 0 (argmax) or a number >= 1e-4")
         n = self.n_candidates
-        require(n is None or n >= 1, "n_candidates", "a count >= 1")
-        require(
-            self.sample_mode != "snis" or n is not None, "n_candidates", "a count >= 1 if sample_mode=snis"
-        )
+        fits = self.sample_mode != "snis" if n is None else n >= 1
+        require(fits, "n_candidates", "a count >= 1, which sample_mode=snis requires")
+
+    def identity(self) -> dict[str, Any]:
+        """Return the keys that identify answers: all but those in INTRODUCED that have their value there."""
+        values = {key: getattr(self, key) for key in self.field_names()}
+        return {k: v for k, v in values.items() if k not in INTRODUCED or v != INTRODUCED[k]}
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -192,16 +194,14 @@ def kl_divergence(proposal_logits_BV: torch.Tensor, aligner_logits_BV: torch.Ten
     """Return KL(P_M || Q) (B,) in nats, of the raw logits over the whole vocabulary."""
     log_p = torch.log_softmax(proposal_logits_BV, dim=-1)
     log_q = torch.log_softmax(aligner_logits_BV, dim=-1)
-    # In the far tail p is exactly 0 and log p - log q may be infinite: such a term is 0, not NaN. If the
-    # logits are NaN, so is p, and the result must be NaN too (`checked` refuses the draw). The sum is
+    # If p is exactly 0, its term is 0 though log p - log q may be infinite; NaN logits keep NaN. The sum is
     # float64 because threads may split a long row differently in another batch, which must not move the gate.
     p = log_p.exp()
     terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
     return terms.sum(dim=-1, dtype=torch.float64)
 
 
-# ---- the five modes: -> (B, V) log-probs -------------------------------------------------------------------
-# Their arguments: (z_P, z_Q, log P~, params, seen, candidates).
+# ---- the modes: (z_P, z_Q, log P~, params, seen, candidates) -> (B, V) log-probs ---------------------------
 
 
 def _par(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
@@ -210,25 +210,24 @@ def _par(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
 
 def _product(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
     if params.temperature == 0:
-        scores = penalise_repetition(z_q, seen, params.repetition_penalty).masked_fill(
-            log_nucleus == NEG_INF, NEG_INF
-        )
-        best = scores == scores.amax(dim=-1, keepdim=True)  # the limit: Q decides, P~ breaks ties
-        return point_mass(log_nucleus.masked_fill(~best, NEG_INF))
+        return _low_temperature_limit(log_nucleus, z_q, params, seen)
     log_q = penalise_repetition(z_q / params.temperature, seen, params.repetition_penalty)
     return torch.log_softmax(keep_top_k(keep_top_p(log_nucleus + log_q, params.top_p), params.top_k), dim=-1)
 
 
+def _low_temperature_limit(log_p, z_q, params, seen) -> torch.Tensor:
+    """Return the limit of p * Q^(1/T) for T -> 0: Q decides inside the support of p, and p breaks ties."""
+    scores = penalise_repetition(z_q, seen, params.repetition_penalty).masked_fill(log_p == NEG_INF, NEG_INF)
+    best = scores == scores.amax(dim=-1, keepdim=True)
+    return point_mass(log_p.masked_fill(~best, NEG_INF))
+
+
 def _snis(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
     if candidates is None:
-        raise ValueError(
-            "sample_mode=snis needs candidates (B, n_candidates), drawn from the proposal's nucleus"
-        )
+        raise ValueError("sample_mode=snis needs candidates (B, n_candidates) from the proposal's nucleus")
     counts = torch.zeros_like(z_q).scatter_add(-1, candidates, torch.ones_like(candidates, dtype=z_q.dtype))
     if params.temperature == 0:
-        scores = penalise_repetition(z_q, seen, params.repetition_penalty).masked_fill(counts == 0, NEG_INF)
-        best = scores == scores.amax(dim=-1, keepdim=True)  # the limit: Q decides, the count breaks ties
-        return point_mass(counts.masked_fill(~best, NEG_INF))
+        return _low_temperature_limit(counts.log(), z_q, params, seen)
     log_q = penalise_repetition(z_q / params.temperature, seen, params.repetition_penalty)
     return torch.log_softmax(counts.log() + log_q, dim=-1)
 
@@ -236,9 +235,8 @@ def _snis(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
 def _mds(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
     expert_temperature = 1.0 if params.expert_temperature is None else params.expert_temperature
     if params.base_temperature == 0 and expert_temperature == 0:
-        log_product = point_mass(
-            z_p + z_q
-        )  # both sharpened alike: two separate one-hots may have no common token
+        # Both are sharpened alike: two separate one-hots may have no common token.
+        log_product = point_mass(z_p + z_q)
     elif params.base_temperature == 0:
         log_product = point_mass(z_p)
     elif expert_temperature == 0:
@@ -247,8 +245,7 @@ def _mds(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
         log_product = torch.log_softmax(z_p / params.base_temperature, dim=-1)
         log_product = log_product + torch.log_softmax(z_q / expert_temperature, dim=-1)
     log_product = log_product - log_product.logsumexp(dim=-1, keepdim=True)
-    floor = torch.full_like(log_product, 1e-10).log()
-    return warp(torch.logaddexp(log_product, floor), params, seen)
+    return warp(torch.logaddexp(log_product, torch.full_like(log_product, 1e-10).log()), params, seen)
 
 
 SAMPLE_MODES: dict[str, Callable[..., torch.Tensor]] = {
@@ -274,22 +271,19 @@ def next_token_law(
 ) -> Law:
     """Return the law of the next token, with the fall-back mask and the divergence that decided it.
 
-    It is computed in float32, or in float64 if the logits are float64.
-
     Args:
-        proposal_logits_BV, aligner_logits_BV: raw logits; if one is None, the other model decodes alone, by
-            its own settings.
+        proposal_logits_BV, aligner_logits_BV: raw logits, computed with in float32, or float64 if they are
+            float64. If one is None, the other model decodes alone, by its own settings.
         seen: (B, V) bool for the repetition penalties.
         candidates: (B, N) ids for snis.
 
     Raises:
         ValueError: if both logits are None, their shapes differ, or snis lacks candidates.
     """
-    if proposal_logits_BV is None and aligner_logits_BV is None:
-        raise ValueError("both logits are None: give the proposal's, the aligner's, or both")
     z_p, z_q = (None if z is None else wide(z) for z in (proposal_logits_BV, aligner_logits_BV))
     logits = z_q if z_p is None else z_p
-    assert logits is not None
+    if logits is None:
+        raise ValueError("both logits are None: give the proposal's, the aligner's, or both")
     never, zero = logits.new_zeros(len(logits), dtype=torch.bool), logits.new_zeros(len(logits))
     if z_p is None:
         return Law(warp(logits, params, seen), never, zero, None)
@@ -354,8 +348,7 @@ def token_logprobs(
 
 # ---- counter-based Gumbel noise ----------------------------------------------------------------------------
 # SplitMix64's finaliser (Steele, Lea, Flood 2014) over a Weyl sequence, in wrapping int64 arithmetic, which
-# torch computes alike on every device. The noise of a token depends only on (seed, row, position, stream,
-# token).
+# torch computes alike on every device.
 
 
 def signed(value: int) -> int:
@@ -431,8 +424,7 @@ class Noise:
     def draw(
         self, logprobs: torch.Tensor, rows: torch.Tensor | slice = ALL, columns: int | slice = ALL
     ) -> torch.Tensor:
-        """Draw one token per law (N,) from laws (N, V) at these rows and columns, row by row."""
-        # NaN counts as support: a law of NaN is drawn from densely, and `checked` refuses its token.
+        """Draw one token per law (N,) from laws (N, V) at these rows and columns; NaN counts as support."""
         support = int((logprobs != NEG_INF).sum(dim=-1).max()) if self.sparse else self.vocab_size
         if 4 * support <= self.vocab_size:
             ranked, tokens = torch.topk(logprobs, support, dim=-1)

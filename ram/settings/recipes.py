@@ -17,7 +17,15 @@ from ram.errors import UserError, nearest, pick
 from ram.log import log
 from ram.models import checkpoints, run_folder
 from ram.settings.compose import GROUPS, compose, has_key, key_of, leaves, set_overrides, set_values
-from ram.settings.schema import Settings, Tables, check_sampling, check_training, decisive, settings_of
+from ram.settings.schema import (
+    INTRODUCED,
+    Settings,
+    Tables,
+    check_sampling,
+    check_training,
+    decisive,
+    settings_of,
+)
 from ram.storage.files import differences, how_to_get
 
 STAGE_KEYS = {  # keys of a stage that are not keys of config.yaml, by kind
@@ -25,8 +33,6 @@ STAGE_KEYS = {  # keys of a stage that are not keys of config.yaml, by kind
     "sample": {"kind", "only_if", "proposal", "dataset"},
     "world": {"kind", "only_if"},
 }
-# Keys that are younger than finished runs may be, with the value that such runs were trained with.
-INTRODUCED = {"loss.sampled_fraction": 1.0}
 
 
 @dataclass

@@ -31,6 +31,10 @@ from ram.settings.compose import resolved
 T = TypeVar("T")
 NO_EFFECT = "changes neither weights nor samples"
 Neutral = Annotated[T, NO_EFFECT]  # a key that is not part of a run's identity
+# Other keys that are younger than finished runs, with the value that those were trained with.
+INTRODUCED: dict[str, Any] = {
+    "loss.sampled_fraction": 1.0,
+}
 
 
 class ModelSettings(Section):

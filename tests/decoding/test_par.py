@@ -461,3 +461,13 @@ def test_laws_of_nan_alone_are_refused_with_a_large_vocabulary():
     rows = torch.arange(2).unsqueeze(1)
     noise = par.Noise(0, rows, torch.zeros_like(rows), par.LARGE_VOCABULARY)
     assert par.checked(noise.draw(law.logprobs), law).tolist() == [-1, -1]
+
+
+def test_key_younger_than_finished_answers_does_not_change_their_identity(monkeypatch):
+    """The key is left out at the value that those answers were decoded with, and counts at any other."""
+    before = PARParams().identity()
+    assert set(before) == set(PARParams.field_names())
+    monkeypatch.setattr(par, "INTRODUCED", {"eos_priority": False})
+    rest = {key: value for key, value in before.items() if key != "eos_priority"}
+    assert PARParams().identity() == rest
+    assert PARParams(eos_priority=True).identity() == rest | {"eos_priority": True}

@@ -368,7 +368,7 @@ def test_rewards_do_not_depend_on_the_batch(reward_folder, tmp_path, monkeypatch
 
 def test_other_models_are_refused_as_reward_model(tmp_path):
     folder = save_model_folder(tmp_path / "lm", tiny_model(len(TOKENIZER), 0), TOKENIZER)
-    with pytest.raises(UserError, match="is no reward model: expected a sequence classifier"):
+    with pytest.raises(UserError, match="is not a reward model: expected a sequence classifier"):
         reward_judge(folder).compare(ROWS, ANSWERS, REFERENCES, tmp_path / "cache")
     with pytest.raises(UserError, match="no model at"):
         reward_judge("nowhere").check()
