@@ -1,8 +1,7 @@
 """The training loop: batch -> micro-batches -> losses -> update -> evaluation -> checkpoint.
 
-The loss of an update is the sum over its examples, divided once by their number. It does not depend on how
-the batch is cut into micro-batches or processes. Weights stay in float32; only the forward pass computes in a
-narrower dtype. Random choices depend only on (seed, position), so a resumed run equals an uninterrupted one.
+The loss of an update does not depend on how its batch is cut into micro-batches or processes. Weights stay in
+float32. Random choices depend only on (seed, position), so a resumed run equals an uninterrupted one.
 """
 
 import contextlib
@@ -46,7 +45,7 @@ class BasicTrainer:
         settings: A resolved run configuration (config/config.yaml).
         card: Facts to store beside exported weights.
         reference: The frozen model of dpo and ipo.
-        origin: The settings, data and weights that the run is made from. It is stored in its training states.
+        origin: The settings, data and weights that the run is made from; stored in its training states.
 
     Raises:
         Diverged: The loss is not finite, or the sampled term runs away.
