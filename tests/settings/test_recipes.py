@@ -223,7 +223,7 @@ REFUSED = {
         r"batch_size=6 is not a multiple",
     ),
     "trainer": ([*TRAIN, "trainer=BasicTrainr"], r"unknown trainer .* did you mean 'BasicTrainer'"),
-    "dropped trainer": ([*TRAIN, "trainer=TensorParallelTrainer"], r"use FSDPTrainer"),
+    "dropped trainer": ([*TRAIN, "trainer=TensorParallelTrainer"], r"use trainer=FSDPTrainer"),
     "optimizer": ([*TRAIN, "optimizer=RMSProp"], r"unknown optimizer 'RMSProp': did you mean 'RMSprop'"),
     "master weights": (
         [*TRAIN, "model.policy_dtype=bfloat16"],
