@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check lint, format, spelling and shell scripts. Installs the development tools into .venv if they are missing.
+# Check lint, format, types, spelling and shell scripts. Installs the development tools into .venv if they are missing.
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 make_venv
@@ -10,5 +10,6 @@ if ! cmp -s pyproject.toml .venv/pyproject.installed; then
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/pyright --pythonpath .venv/bin/python
 .venv/bin/codespell
 .venv/bin/shellcheck bin/*.sh .ci/run
