@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +134,15 @@ def test_user_error_of_a_process_has_no_traceback():
 def test_ctrl_c_during_imports_has_no_traceback(tmp_path, entry):
     (tmp_path / "torch.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    result = subprocess.run([sys.executable, *entry], cwd=ROOT, env=env, capture_output=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, *entry],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        timeout=60,
+        # The tests may run in the background, and children of background jobs inherit that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert (result.returncode, result.stderr, result.stdout) == (-2, b"", b"")
 
 

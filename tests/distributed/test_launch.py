@@ -64,7 +64,7 @@ def test_signals_reach_every_process(number, code, tmp_path):
     running.send_signal(number)
     _, errors = running.communicate(timeout=120)
     assert running.returncode == code
-    assert "stopped: what is finished stands" in errors and "Traceback" not in errors
+    assert "stopped: finished work is kept" in errors and "Traceback" not in errors
 
 
 def test_processes_end_with_their_launcher(tmp_path):
@@ -95,7 +95,7 @@ def test_processes_end_with_their_launcher(tmp_path):
         (("nothing.py",), {}, "expected a script"),
         (("train.py",), {"NPROC": "two"}, "NPROC=two: expected a number of at least 1"),
         (("train.py",), {"NPROC": "²"}, "expected a number of at least 1"),
-        (("train.py",), {"NNODES": "2"}, "no RDZV_ENDPOINT"),
+        (("train.py",), {"NNODES": "2"}, "RDZV_ENDPOINT is not set"),
         (("train.py",), {"NNODES": "2", "RDZV_ENDPOINT": "localhost:abc"}, "did not find each other"),
     ],
 )
