@@ -144,14 +144,14 @@ def _check(settings: dict[str, Any]) -> None:
 
 def _check_finished(marker: Path, identity: str) -> None:
     """Raises UserError unless `marker` belongs to the wanted world and its files are as they were made."""
-    folder, remedy = marker.parent, "stages=[world] overwrite=true makes it anew"
+    folder, remedy = marker.parent, "run stages=[world] overwrite=true to create it again"
     manifest, _ = read_manifest(marker, "identity", "files", remedy)
     if manifest.changes(identity):
         raise UserError(
             f"{folder} holds a toy data set of other settings or another seed: set overwrite=true"
         )
     if damaged := manifest.damaged(digests_in(folder)):
-        raise UserError(f"{folder / damaged[0]} is missing or not as it was made; {remedy}")
+        raise UserError(f"{folder / damaged[0]} is missing or was changed; {remedy}")
 
 
 def _row(rng: random.Random, fact: dict[str, str], styles: dict[str, float]) -> dict[str, str]:

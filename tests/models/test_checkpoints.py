@@ -254,7 +254,7 @@ def test_run_does_not_remove_the_weights_it_starts_from(stage):
     train.train_stage(stage(), overwrite=False)
     before = snapshot(stage().output)
     source = stage().output / "step-8"
-    with pytest.raises(UserError, match=r"step-8, which lies in its own run folder .*exp_flag"):
+    with pytest.raises(UserError, match=r"step-8, which is in its own run folder .*exp_flag"):
         train.train_stage(stage(f"model.name_or_path={source}"), overwrite=True)
     assert snapshot(stage().output) == before
 
