@@ -151,7 +151,8 @@ def test_row_id_and_seed_decide_the_draw():
     """The same prompt gives other text for another row id or seed, and the same text for the same two."""
     roles, params, _ = CASES["par"]
     first, second, again = run(roles, params, ["abc"] * 3, row_ids=[0, 1, 0], stop=())
-    assert first == again and first.token_ids != second.token_ids
+    assert_same([first], [again])  # a CPU's kernel may round two rows of one batch differently
+    assert first.token_ids != second.token_ids
     assert run(roles, params, ["abc"], seed=SEED + 1, stop=())[0].token_ids != first.token_ids
 
 
