@@ -5,7 +5,7 @@
 Clients ask one request after the other and never pause. `one`: a single client; `many`: 16; `mixed`: 16 that
 ask for three aligners in turn (copies of the one, so that answers are as long); `alone`: 16 that ask for
 the proposal alone, for which the aligner drafts; `offline`: the same rows by
-`decoding.generate`, 16 at a time. First tokens are of a single request in an idle engine: the pair's, and the
+`ram.decoding.generate`, 16 at once. First tokens are of a request in an idle engine: the pair's, and the
 proposal's alone in an engine without aligners. Contenders take turns in one process; figures are medians over
 the rounds. Without arguments it takes the demo's pair (`bash bin/demo.sh` first). The last line is one JSON
 object.

@@ -2,7 +2,7 @@
 
     python benchmarks/larger_pair.py --output /tmp/larger_pair
 
-Texts are lists of the toy world's facts, whose lengths spread as widely as those of HH's answers. Form is
+Texts are lists of facts of the toy data set, whose lengths spread as widely as those of HH's answers. Form is
 easy, so both models learn it; which value a fact has is only for the larger one to remember. The weights are
 not kept in the repository.
 """

@@ -4,7 +4,7 @@
 
 Starts `serve.py` as a user would, with three aligners, and asks it over keep-alive connections: streamed and
 not, of every aligner and of the proposal alone, with seeds of their own. Every answer must be what
-`decoding.generate` gives for its pair and seed. First one client of an aligner, 16 of it and 16 of all models
+`ram.decoding.generate` gives for its pair and seed. One client of an aligner, 16 of it and 16 of all models
 take turns for their speed, then so many `--clients` ask for `--seconds`, each again as soon as it is
 answered; last, twice as many as the server may hold come at once: as many as it holds must be served, the
 others told to come again (429, Retry-After). Its figures must say afterwards that nothing is held. Without
@@ -40,7 +40,7 @@ Asked = tuple[str, int, int]  # model, row of the prompts, seed
 
 
 class Expected:
-    """What each request must be answered, by `decoding.generate`."""
+    """What each request must be answered, by `ram.decoding.generate`."""
 
     def __init__(self, proposal: str, aligners: dict[str, str], prompts: list[str], new_tokens: int) -> None:
         tokenizer, _ = checkpoints.load_pair(proposal, next(iter(aligners.values())))

@@ -49,16 +49,6 @@ def logged(monkeypatch):
 
 
 @pytest.fixture
-def data_dir(tmp_path):
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def prepare(data_dir):
-    return lambda *arguments: prepare_data.main([*map(str, arguments), "--data-dir", str(data_dir)])
-
-
-@pytest.fixture
 def put(tmp_path):
     """Writes rows, or text unchanged, to a file in a separate folder."""
 

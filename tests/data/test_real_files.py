@@ -6,7 +6,6 @@ from tiny import SHARED, needs_shared
 
 import pipeline
 from preference_datasets import get_dataset
-from ram.data import prepare as prepare_data
 from ram.errors import UserError
 from ram.evaluation import context
 from ram.evaluation.judges.dummy import DummyJudge
@@ -14,16 +13,6 @@ from ram.storage.files import BadRows, read_rows
 
 pytestmark = needs_shared
 REAL = SHARED / "data"
-
-
-@pytest.fixture
-def data_dir(tmp_path):
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def prepare(data_dir):
-    return lambda *arguments: prepare_data.main([*map(str, arguments), "--data-dir", str(data_dir)])
 
 
 def rows_of(path):

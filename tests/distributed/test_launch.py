@@ -15,8 +15,7 @@ from tiny import byte_tokenizer, save_model_folder, tiny_model
 
 import train
 from ram.distributed import processes
-from ram.errors import UserError
-from ram.storage.files import fingerprint, only_run, write_json
+from ram.storage.files import fingerprint, write_json
 
 
 def launch(*command, cwd=ROOT, **environment):
@@ -244,17 +243,6 @@ def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
 def children(pid):
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in found.split()]
-
-
-def test_a_second_run_is_kept_out(tmp_path):
-    """Whoever writes a file or folder has it alone, and leaves no lock that could go stale."""
-    with only_run(tmp_path / "run"):
-        with pytest.raises(UserError, match="another run is writing it"), only_run(tmp_path / "run"):
-            pass
-        with only_run(tmp_path / "other"):
-            pass
-    with only_run(tmp_path / "run"):
-        pass
 
 
 def test_a_signal_that_comes_twice_is_one(monkeypatch):

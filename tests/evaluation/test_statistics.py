@@ -20,5 +20,5 @@ def test_simple_judges_and_bootstrap(tmp_path):
     assert (low, high) == statistics.bootstrap_interval(values, 1000, seed=0)
     assert 0.37 < low < 0.43 and 0.57 < high < 0.63  # 0.5 +- 1.96 * 0.05
     assert statistics.bootstrap_interval([0.25] * 9, 100, seed=1) == (0.25, 0.25)
-    with pytest.raises(UserError, match="judge=exact needs the toy world's rows"):
+    with pytest.raises(UserError, match="judge=exact needs the rows of the toy data set"):
         ExactJudge().compare([{"instruction": "x"}], ["a"], ["b"], tmp_path)

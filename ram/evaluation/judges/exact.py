@@ -15,8 +15,8 @@ class ExactJudge(Judge):
     def compare(self, rows: Rows, answers: Texts, references: Texts, cache: Path) -> list[Judgement]:
         if missing := {"entity", "attribute", "value"} - set(rows[0] if rows else ()):
             raise UserError(
-                f"judge=exact needs the toy world's rows, but these lack {', '.join(sorted(missing))}; "
-                "use another judge (config/judge/*.yaml)"
+                "judge=exact needs the rows of the toy data set, but these lack "
+                f"{', '.join(sorted(missing))}; use another judge (config/judge/*.yaml)"
             )
         judgements = []
         for row, answer, reference in zip(rows, answers, references, strict=True):
