@@ -4,4 +4,4 @@ set -euo pipefail
 source "$(dirname "$0")/env.sh"
 bash bin/style.sh
 make_venv
-"$PYTHON" -m pytest "$@"
+"$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"
