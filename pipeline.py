@@ -9,6 +9,10 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from ram import environment
+
+if __name__ == "__main__":
+    environment.check()
 # No traceback if Ctrl-C is pressed during the imports, which take seconds. `start` in utils.py undoes this.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -12,6 +12,11 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+from ram import environment
+
+if __name__ == "__main__":
+    environment.check()
+
 from ram.errors import UserError, nearest, run_entry_point
 from ram.log import log, setup_logging
 from ram.serving import http, terminal

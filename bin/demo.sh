@@ -4,7 +4,8 @@
 #   bash bin/demo.sh seed=1     other data and other weights
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
-make_venv
+# shellcheck disable=SC2119 # no argument is meant
+make_python
 "$PYTHON" train.py experiment=demo "$@"
 "$PYTHON" pipeline.py experiment=demo "$@"
 "$PYTHON" train.py experiment=demo_mixture "$@"
