@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from preference_datasets import DATASETS
-from ram import environment
 from ram.distributed import processes
 from ram.errors import Preempted, UserError, nearest, pick, run_entry_point
 from ram.evaluation.judges.base import load_judges

@@ -54,12 +54,12 @@ def _readable() -> Iterator[None]:
 def preflight(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a command as Hydra takes them, checked because Hydra's own refusals are long.
 
-    A stage accepts keys that its recipe does not list, so `stage.NAME.key=` becomes `++stage.NAME.key=`. As
-    `stage.NAME.loss` is the loss's name, `stage.NAME.loss.key=` becomes `++stage.NAME.loss_settings.key=`.
-    Arguments with flags such as --help and --multirun are left to Hydra.
+    Stages and systems accept keys that their recipe does not list, so `stage.NAME.key=` becomes
+    `++stage.NAME.key=`. As `stage.NAME.loss` is the loss's name, `stage.NAME.loss.key=` becomes
+    `++stage.NAME.loss_settings.key=`. Arguments with flags such as --multirun are left to Hydra.
     """
-    opened = ("stage.", "evaluation.tasks.", "evaluation.systems.", "evaluation.paper.")
-    arguments = [f"++{argument}" if argument.startswith(opened) else argument for argument in arguments]
+    opened = r"(stage|evaluation\.(tasks|systems|paper))[.=]"
+    arguments = [f"++{argument}" if re.match(opened, argument) else argument for argument in arguments]
     arguments = [re.sub(r"^(\+\+stage\.[^.=]+\.(?:loss|model))\.", r"\1_settings.", a) for a in arguments]
     if not any(argument.startswith("-") for argument in arguments):
         repeated = any(key_of(argument) == "ablation" for argument in arguments)
@@ -207,7 +207,7 @@ def _explain(overrides: Sequence[str], error: Exception, name: str) -> str:
                 known = leaves(unresolved(_compose(groups, name)))
             except Exception:  # the chosen files do not compose
                 break
-            if key not in known:
+            if key not in known and not any(other.startswith(f"{key}.") for other in known):
                 return f"unknown key {key!r}: {nearest(key, known) or f'config/{name}.yaml lists them all'}"
             return f"{override}: not a value that {key} can take; quote text with special characters"
     return str(error).strip().splitlines()[0]
