@@ -6,7 +6,8 @@ set -euo pipefail
 source "$(dirname "$0")/env.sh"
 # shellcheck disable=SC2119 # no argument is meant
 make_python
-"$PYTHON" train.py experiment=demo "$@"
-"$PYTHON" pipeline.py experiment=demo "$@"
-"$PYTHON" train.py experiment=demo_mixture "$@"
-"$PYTHON" pipeline.py experiment=demo_mixture "$@"
+for command in "train.py experiment=demo" "train.py experiment=demo_mixture" \
+    "pipeline.py experiment=demo_mixture" "pipeline.py experiment=demo"; do
+    # shellcheck disable=SC2086 # two words
+    "$PYTHON" $command console=brief "$@"
+done
