@@ -6,6 +6,7 @@
 """
 
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,21 @@ from ram.evaluation.context import EvaluationContext
 from ram.evaluation.judges.base import Judgement
 from ram.evaluation.report import gather, wandb_run
 from ram.evaluation.systems import System, job_of
-from ram.log import log
+from ram.log import labelled, log, notice
 from ram.storage import provenance
 from ram.storage.files import fingerprint, read_rows, write_json, write_jsonl
 
 
 def generate(context: EvaluationContext) -> None:
     """Make every system's file of answers."""
-    for name, system in context.systems.items():
-        answer_files.answer_file(system.output, context.job(name), context.config.overwrite)
+    made, began, n = 0, time.monotonic(), len(context.systems)
+    for number, (name, system) in enumerate(context.systems.items(), start=1):
+        with labelled(f"{context.task}: answers of {name}, {number} of {n} systems"):
+            made += answer_files.answer_file(system.output, context.job(name), context.config.overwrite)
+    done = (
+        f"{made} of {n} systems in {time.monotonic() - began:.0f} s" if made else f"{n} systems, done before"
+    )
+    notice(f"{context.task}: answers of {done}")
 
 
 def compute_influence(context: EvaluationContext) -> None:
@@ -32,7 +39,8 @@ def compute_influence(context: EvaluationContext) -> None:
     config = context.config
     for system in context.pairs:
         job = context.job(system.name)
-        influence.figures_file(system.output, job, config.evaluation.examples, config.overwrite)
+        with labelled(context.task):
+            influence.figures_file(system.output, job, config.evaluation.examples, config.overwrite)
 
 
 # ---- judging -----------------------------------------------------------------------------------------------
@@ -112,11 +120,11 @@ def leaderboard(context: EvaluationContext) -> None:
     for row in context.board:
         if warning := statistics.gate_warning(row):
             log.warning(warning)
-    tables.write_leaderboard(folder, context.board)
+    tables.write_leaderboard(folder, context.board, evaluation.columns)
     write_json(folder / "results.json", gather.results(context))
     log.info(
         f"{config.experiment_name}, task {task}, judge {config.judge.name}, "
-        f"against {evaluation.reference}\n\n{tables.console(context.board)}\n"
+        f"against {evaluation.reference}\n\n{tables.console(context.board, evaluation.columns)}\n"
     )
     if systems := evaluation.paper.get(task):
         caption = (

@@ -113,6 +113,7 @@ class EvaluationSettings(Section):
     reference: str
     ablation: dict[str, str]
     steps: list[str]
+    columns: list[str]
     bootstrap: Count
     verify_rows: CountOrZero
     examples: CountOrZero
@@ -133,6 +134,7 @@ class Settings(Section):
     baselines: Neutral[bool]
     stages: Neutral[list[str] | None]
     dry_run: Neutral[bool]
+    console: Neutral[Literal["auto", "brief", "full"]]
     trust_remote_code: Neutral[bool]
     overwrite: Neutral[bool]
     seed: CountOrZero

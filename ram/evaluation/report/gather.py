@@ -107,6 +107,7 @@ def gather(context: EvaluationContext) -> dict[str, Any]:
         "title": f"{config.experiment_name}: {context.task}",
         "notes": notes,
         "board": context.board,
+        "columns": config.evaluation.columns,
         "curves": training_curves(context.stages),
         "reference": config.evaluation.reference,
         "systems": [
@@ -257,6 +258,6 @@ def rebuild(path: Path) -> dict[str, Any]:
     if manifest.damaged({"report": fingerprint(plain(report))}.get):
         raise UserError(f"{folder / SAVED}: was changed after it was written; {remedy}")
     page.write_report(folder / "report.html", report)
-    tables.write_shown_tables(folder, report["board"])
+    tables.write_shown_tables(folder, report["board"], report.get("columns", ()))
     log.info(f"report   {folder / 'report.html'}")
     return report
