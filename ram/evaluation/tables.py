@@ -49,11 +49,12 @@ def merge_leaderboards(output_dir: Path) -> None:
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """Return the leaderboard as text, header first, without columns that are empty in all rows."""
-    optional = ("both", "fallback_fraction", "lc_win_rate")
-    has_both, has_pair, has_lc = (any(key in row for row in rows) for key in optional)
+    optional = ("both", "fallback_fraction", "lc_win_rate", "nll")
+    has_both, has_pair, has_lc, has_nll = (any(key in row for row in rows) for key in optional)
     header = ["system", "n", "win rate", "95 % interval", "equal length"]
     header += (["AlpacaEval LC"] if has_lc else []) + ["p"]
     header += ["correct", "aligned", "both"] if has_both else []
+    header += ["nats/token"] if has_nll else []
     header += ["length"] + (["changed", "fell back", "mean KL", "acceptance"] if has_pair else [])
     lines = [header]
     for row in rows:
@@ -68,6 +69,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             "-" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
         ]
         line += [f"{row[key]:.3f}" for key in ("correct", "aligned", "both") if has_both]
+        line += [f"{row['nll']:.3f}" if "nll" in row else "-"] if has_nll else []
         line.append(f"{row['average_length']:.0f}")
         keys = ("changed_fraction", "fallback_fraction", "mean_kl", "acceptance") if has_pair else ()
         line += [f"{row[key]:.2f}" if "fallback_fraction" in row else "-" for key in keys]

@@ -59,6 +59,7 @@ def preflight(arguments: Sequence[str]) -> list[str]:
     Arguments with flags such as --help and --multirun are left to Hydra.
     """
     opened = ("stage.", "evaluation.tasks.", "evaluation.systems.", "evaluation.paper.")
+    opened += ("evaluation.likelihood_sweep.",)
     arguments = [f"++{argument}" if argument.startswith(opened) else argument for argument in arguments]
     arguments = [re.sub(r"^(\+\+stage\.[^.=]+\.(?:loss|model))\.", r"\1_settings.", a) for a in arguments]
     if not any(argument.startswith("-") for argument in arguments):

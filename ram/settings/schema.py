@@ -114,6 +114,8 @@ class EvaluationSettings(Section):
     ablation: dict[str, str]
     steps: list[str]
     bootstrap: Count
+    likelihood: str | None
+    likelihood_sweep: dict[str, list[Any]]
     verify_rows: CountOrZero
     examples: CountOrZero
 
