@@ -1,6 +1,7 @@
 """Entry point of evaluation: `python pipeline.py experiment=llama_uc`, run after train.py.
 
-    generate (answers) -> influence (token-level figures) -> judge -> verify -> leaderboard -> report
+    generate (answers) -> influence (token-level figures) -> likelihood -> judge -> verify -> leaderboard
+    -> report
 
 Finished work is reused. `python pipeline.py report=FOLDER` makes a report again from the data saved there.
 """
@@ -23,7 +24,7 @@ from omegaconf import DictConfig
 
 from ram.distributed import processes
 from ram.errors import UserError, pick, run_entry_point
-from ram.evaluation import closing, length_control, steps, tables
+from ram.evaluation import closing, length_control, likelihood, steps, tables
 from ram.evaluation.context import EvaluationContext, open_context
 from ram.evaluation.judges import endpoint
 from ram.evaluation.judges.base import Judge
@@ -49,13 +50,15 @@ test_files = {
 STEPS: dict[str, Callable[[EvaluationContext], None]] = {
     "generate": steps.generate,
     "influence": steps.compute_influence,
+    "likelihood": steps.measure_likelihood,
     "judge": steps.judge,
     "verify": steps.verify,
     "leaderboard": steps.leaderboard,
     "report": steps.report,
 }
 ON_ALL_PROCESSES = {"generate", "influence"}
-IMPLIED = {"leaderboard": {"judge", "verify"}, "report": {"judge", "verify", "leaderboard"}}
+BOARD = {"likelihood", "judge", "verify"}
+IMPLIED = {"leaderboard": BOARD, "report": {*BOARD, "leaderboard"}}
 
 
 def test_file(config: Settings, task: str) -> Path:
@@ -114,6 +117,7 @@ def run(composed: DictConfig, overrides: list[str]) -> None:
                 continue
             folder = Path(config.report_dir) / (task if len(tasks) > 1 else "")
             context = open_context(config, task, path, folder, stages, judge, set(overridden))
+            likelihood.check(context)
             if config.dry_run:
                 describe(context)
             else:

@@ -343,9 +343,9 @@ def test_interrupted_run_finishes_identically(finished, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "steps, executed",
     [
-        (["report"], "judge verify leaderboard report"),
+        (["report"], "likelihood judge verify leaderboard report"),
         (["judge", "generate"], "generate judge"),
-        (["influence", "leaderboard"], "influence judge verify leaderboard"),
+        (["influence", "leaderboard"], "influence likelihood judge verify leaderboard"),
         (["verify"], "verify"),
         ([], ""),
     ],

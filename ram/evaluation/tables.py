@@ -60,11 +60,12 @@ def cells(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[list[str]]:
         columns: keys of the rows that are shown too, if any row has them.
     """
     columns = [key for key in columns if any(key in row for row in rows)]
-    optional = ("both", "fallback_fraction", "lc_win_rate")
-    has_both, has_pair, has_lc = (any(key in row for row in rows) for key in optional)
+    optional = ("both", "fallback_fraction", "lc_win_rate", "nll")
+    has_both, has_pair, has_lc, has_nll = (any(key in row for row in rows) for key in optional)
     header = ["system", "n", "win rate", "95 % interval", "equal length"]
     header += (["AlpacaEval LC"] if has_lc else []) + ["p"]
     header += ["correct", "aligned", "both"] if has_both else []
+    header += ["nats/token"] if has_nll else []
     header += map(heading, columns)
     header += ["length"] + (["changed", "fell back", "mean KL", "acceptance"] if has_pair else [])
     lines = [header]
@@ -80,6 +81,7 @@ def cells(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[list[str]]:
             "-" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
         ]
         line += [f"{row[key]:.3f}" for key in ("correct", "aligned", "both") if has_both]
+        line += [f"{row['nll']:.3f}" if "nll" in row else "-"] if has_nll else []
         line += [
             f"{row[key]:.3f}" if isinstance(row.get(key), float) else str(row.get(key, "-"))
             for key in columns

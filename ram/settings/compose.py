@@ -60,7 +60,7 @@ def preflight(arguments: Sequence[str]) -> list[str]:
     `++stage.NAME.loss_settings.key=`. Arguments with flags such as --multirun are left to Hydra.
     """
     check_flags(arguments)
-    opened = r"(stage|evaluation\.(tasks|systems|paper))[.=]"
+    opened = r"(stage|evaluation\.(tasks|systems|paper|likelihood_sweep))[.=]"
     arguments = [f"++{argument}" if re.match(opened, argument) else argument for argument in arguments]
     arguments = [re.sub(r"^(\+\+stage\.[^.=]+\.(?:loss|model))\.", r"\1_settings.", a) for a in arguments]
     if not any(argument.startswith("-") for argument in arguments):

@@ -115,6 +115,8 @@ class EvaluationSettings(Section):
     steps: list[str]
     columns: list[str]
     bootstrap: Count
+    likelihood: str | None
+    likelihood_sweep: dict[str, list[Any]]
     verify_rows: CountOrZero
     examples: CountOrZero
 
