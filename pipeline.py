@@ -1,6 +1,7 @@
 """Entry point of evaluation: `python pipeline.py experiment=llama_uc`, run after train.py.
 
-    generate (answers) -> influence (token-level figures) -> judge -> verify -> leaderboard -> report
+    generate (answers) -> influence (token-level figures) -> likelihood -> judge -> verify -> leaderboard
+    -> report
 
 Finished work is reused. `python pipeline.py report=FOLDER` makes a report again from the data saved there.
 """
@@ -9,6 +10,10 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from ram import environment
+
+if __name__ == "__main__":
+    environment.check()
 # No traceback if Ctrl-C is pressed during the imports, which take seconds. `start` in utils.py undoes this.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -19,15 +24,16 @@ from omegaconf import DictConfig
 
 from ram.distributed import processes
 from ram.errors import UserError, pick, run_entry_point
-from ram.evaluation import length_control, steps, tables
+from ram.evaluation import closing, length_control, likelihood, steps, tables
 from ram.evaluation.context import EvaluationContext, open_context
 from ram.evaluation.judges import endpoint
 from ram.evaluation.judges.base import Judge
 from ram.evaluation.report import gather
-from ram.log import log
+from ram.log import notice, use_console
 from ram.models import checkpoints
 from ram.settings import compose, recipes
 from ram.settings.schema import Settings, settings_of
+from ram.storage.files import how_to_get
 from utils import TABLES, start
 
 # data set -> task -> file under data_dir/test. Rows: instruction, output (the reference), generator; for HH
@@ -44,13 +50,15 @@ test_files = {
 STEPS: dict[str, Callable[[EvaluationContext], None]] = {
     "generate": steps.generate,
     "influence": steps.compute_influence,
+    "likelihood": steps.measure_likelihood,
     "judge": steps.judge,
     "verify": steps.verify,
     "leaderboard": steps.leaderboard,
     "report": steps.report,
 }
 ON_ALL_PROCESSES = {"generate", "influence"}
-IMPLIED = {"leaderboard": {"judge", "verify"}, "report": {"judge", "verify", "leaderboard"}}
+BOARD = {"likelihood", "judge", "verify"}
+IMPLIED = {"leaderboard": BOARD, "report": {*BOARD, "leaderboard"}}
 
 
 def test_file(config: Settings, task: str) -> Path:
@@ -72,7 +80,7 @@ def run_steps(context: EvaluationContext) -> None:
 def describe(context: EvaluationContext) -> None:
     """Log a task's systems, for the dry run."""
     for system in context.systems.values():
-        log.info(
+        notice(
             f"{context.task}: {system.name}\n  proposal {system.pair.proposal}\n  aligner  "
             f"{system.pair.aligner}\n  writes   {system.folder}/output.json ({len(context.rows)} rows)"
         )
@@ -81,6 +89,7 @@ def describe(context: EvaluationContext) -> None:
 def run(composed: DictConfig, overrides: list[str]) -> None:
     """Evaluate every task of a recipe, then rebuild the leaderboard of all systems evaluated so far."""
     config = settings_of(composed, TABLES)
+    use_console(config.console)
     if config.report is not None:
         gather.rebuild(Path(config.report))
         return
@@ -94,22 +103,37 @@ def run(composed: DictConfig, overrides: list[str]) -> None:
         pick(STEPS, step, "step")
     judge: Judge = config.judge
     judge.check()
-    overridden = {compose.key_of(override) for override in overrides}
+    overridden = {compose.key_of(override): override.partition("=")[2] for override in overrides}
+    files = {task: test_file(config, task) for task in tasks}
+    # A missing file stops its own task, not the others.
+    missing = {task: path for task, path in files.items() if not path.is_file()}
+    if len(missing) == len(tasks):
+        missing = {}
     processes.start()
+    contexts: list[EvaluationContext] = []
     try:
-        for task in tasks:
+        for task, path in files.items():
+            if task in missing:
+                continue
             folder = Path(config.report_dir) / (task if len(tasks) > 1 else "")
-            path = test_file(config, task)
-            context = open_context(config, task, path, folder, stages, judge, overridden)
+            context = open_context(config, task, path, folder, stages, judge, set(overridden))
+            likelihood.check(context)
             if config.dry_run:
                 describe(context)
             else:
                 run_steps(context)
+                contexts.append(context)
     finally:
         endpoint.log_spending()
     if processes.is_rank0():
         tables.merge_leaderboards(Path(config.output_dir))
+        boards = [context for context in contexts if context.board]
+        if boards:
+            closing.say(boards, overridden.get("experiment"), overrides)
     processes.barrier()
+    if missing:
+        listed = ", ".join(f"{task} ({path})" for task, path in missing.items())
+        raise UserError(f"not evaluated, because there is no test file: {listed}; {how_to_get(Path(listed))}")
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")

@@ -310,8 +310,9 @@ def load_tokenized(
         examples += dataset
     data = tokenize_cached(examples, f"{'+'.join(names)}.{split}", tokenizer, settings)
     cut = {key: count for key, count in data.counts.items() if key.endswith("_cut") and count}
-    note = ", ".join(f"{count} {key.replace('_', ' ')}" for key, count in cut.items()) or "none cut"
-    log.info(f"{'+'.join(names)} {split}: {len(data):,} examples, {data.counts['tokens']:,} tokens, {note}")
+    sizes = [f"{len(data):,} examples", f"{data.counts['tokens']:,} tokens"]
+    sizes += [f"{count} {key.replace('_', ' ')}" for key, count in cut.items()]
+    log.info(f"{'+'.join(names)} {split}: {', '.join(sizes)}")
     return data
 
 

@@ -11,6 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ram import environment
+
+if __name__ == "__main__":
+    environment.check()
 # No traceback if Ctrl-C is pressed during the imports, which take seconds. `start` in utils.py undoes this.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -27,8 +31,8 @@ from ram.data.catalogue import hub_cache
 from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.errors import UserError, run_entry_point
-from ram.log import log, pick_dtype
-from ram.models import checkpoints, lora, run_folder
+from ram.log import brief, labelled, log, log_path, notice, pick_dtype, use_console
+from ram.models import checkpoints, hub, lora, run_folder
 from ram.settings import recipes
 from ram.settings.checks import nested
 from ram.settings.schema import settings_of
@@ -42,10 +46,12 @@ from utils import TABLES, seed_everything, start
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Runner = Callable[[recipes.Stage, bool], None]  # runs a stage; true: even if it is finished
+# Runs a stage, even a finished one if the second argument is true; returns what a brief console says.
+Runner = Callable[[recipes.Stage, bool], str]
+BEFORE = "done before"
 
 
-def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
+def train_stage(stage: recipes.Stage, overwrite: bool) -> str:
     """Train one model into its run folder; a finished run of other settings there is renamed."""
     config, run_dir = stage.config, stage.output
     identity = recipes.identity(config)
@@ -74,8 +80,8 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
         changed = run_folder.manifest_of(done | {"settings": settings}).changes(identity | inputs)
         if not changed:
             run_folder.check_finished(run_dir, done)
-            log.info(f"stage {stage.name}: done before, {run_dir}")
-            return
+            log.info(f"stage {stage.name}: {BEFORE}, {run_dir}")
+            return BEFORE
 
     if source and Path(source).resolve().is_relative_to(run_dir.resolve()):
         raise UserError(
@@ -106,6 +112,9 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
         run_folder.write_done(run_dir, record)
         resume.clear(run_dir)
     processes.barrier()
+    return f"{config.loss.name} of {config.model.name}" + (
+        f", held-out loss {metrics['loss']:.3f}" if "loss" in metrics else ""
+    )
 
 
 def make_trainer(
@@ -180,29 +189,31 @@ def sample_job(stage: recipes.Stage) -> tuple[AnswerJob, BadRows]:
     return job, bad
 
 
-def sample_stage(stage: recipes.Stage, overwrite: bool) -> None:
+def sample_stage(stage: recipes.Stage, overwrite: bool) -> str:
     """Answer every training prompt once with the proposal."""
     job, bad = sample_job(stage)
     if processes.is_rank0():
         bad.report(stage.output.with_name(f"{stage.output.name}.bad_rows.jsonl"))
-    answer_files.answer_file(stage.output, job, overwrite)
+    made = answer_files.answer_file(stage.output, job, overwrite)
+    return f"{len(job.prompts):,} answers" if made else BEFORE
 
 
 def locked(run_stage: Runner) -> Runner:
     """Return a function that runs a stage while no other process writes its output."""
 
-    def alone(stage: recipes.Stage, overwrite: bool) -> None:
+    def alone(stage: recipes.Stage, overwrite: bool) -> str:
         with only_run(stage.output):
-            run_stage(stage, overwrite)
+            return run_stage(stage, overwrite)
 
     return alone
 
 
-def world_stage(stage: recipes.Stage, overwrite: bool) -> None:
+def world_stage(stage: recipes.Stage, overwrite: bool) -> str:
     """Write the toy data set's files and tokenizer."""
     config = stage.config
     with processes.rank0_first():
         toy_world.build_world(stage.output, config.world, config.seed, overwrite and processes.is_rank0())
+    return "the toy data set"
 
 
 RUN: dict[str, Runner] = {"train": locked(train_stage), "sample": sample_stage, "world": locked(world_stage)}
@@ -210,10 +221,18 @@ RUN: dict[str, Runner] = {"train": locked(train_stage), "sample": sample_stage, 
 
 def describe_weights(stage: recipes.Stage, source: str) -> str:
     """Return the size of a folder of weights, or their origin if there is no such folder."""
-    folder, hub_id = Path(source), stage.config.model.hub_id
+    folder = Path(source)
     if folder.is_dir():
         return f"{sum(f.stat().st_size for f in folder.glob('*.safetensors')) / 1e6:,.1f} MB"
-    return f"hub: {hub_id}" if hub_id and not stage.config.model.archive else "missing"
+    return f"hub: {hub_id}" if (hub_id := hub_id_of(stage)) else "missing"
+
+
+def hub_id_of(stage: recipes.Stage) -> str | None:
+    """Return the hub id that a stage's weights are loaded from, None if they are local, made here or new."""
+    model = stage.config.model
+    if stage.kind != "train" or model.archive or model.architecture or Path(stage.source or "").is_dir():
+        return None
+    return model.hub_id
 
 
 def describe(stage: recipes.Stage) -> str:
@@ -270,20 +289,34 @@ def main(config: DictConfig) -> None:
 def run(composed: DictConfig, overrides: list[str]) -> None:
     """Resolve and check all stages, then run those in `stages`."""
     config = settings_of(composed, TABLES)
+    use_console(config.console)
     checkpoints.remote_code["trust_remote_code"] = config.trust_remote_code
     stages = recipes.resolve(overrides, TABLES)
     running = recipes.select(stages, config.stages)
+    reasons: dict[str, str] = {}
     if config.dry_run:
         for stage in running:
-            log.info(describe(stage))
+            notice(describe(stage))
+        hub_ids = dict.fromkeys(filter(None, map(hub_id_of, running)))
+        reasons = {hub_id: reason for hub_id in hub_ids if (reason := hub.unreachable(hub_id))}
+        for hub_id, reason in reasons.items():
+            log.warning(f"weights of {hub_id} cannot be reached: {reason}")
     recipes.check_inputs(stages, running)
     check_samples(stages, running)
     if config.dry_run:
-        log.info(f"{len(running)} stages: everything they need is there or made by an earlier one")
+        rest = "everything else they need is" if reasons else "everything they need is"
+        notice(f"{len(running)} stages: {rest} there or made by an earlier one")
         return
     processes.start()
-    for stage in running:
-        RUN[stage.kind](stage, config.overwrite)
+    if brief():
+        notice(f"{config.experiment_name}: {len(running)} stages; every line is in {log_path()}")
+    width = max((len(stage.name) for stage in running), default=0)
+    for number, stage in enumerate(running, start=1):
+        label = f"stage {number:>{len(str(len(running)))}} of {len(running)}  {stage.name:<{width}}"
+        began = time.monotonic()
+        with labelled(label.rstrip()):
+            said = RUN[stage.kind](stage, config.overwrite)
+        notice(f"{label}  {said}, {time.monotonic() - began:.0f} s" if said != BEFORE else f"{label}  {said}")
     processes.barrier()  # a process that ends early breaks the others' connections
 
 

@@ -278,9 +278,8 @@ class BasicTrainer:
         try:
             if settings.do_first_eval and not self.updates:
                 self.evaluate(metrics)
-            bar = progress(
-                total=self.total_examples, initial=self.examples, desc=self.run_dir.name, unit="ex"
-            )
+            shown = {"total": self.total_examples, "initial": self.examples, "desc": self.run_dir.name}
+            bar = progress(main=True, unit="ex", **shown)
             with processes.stop_signals() as signals:
                 for rows in itertools.islice(batches, self.updates, None):
                     start = time.monotonic()
@@ -290,6 +289,7 @@ class BasicTrainer:
                     row["examples_per_second"] = len(rows) / seconds
                     row["tokens_per_second"] = (self.tokens - tokens_before) / seconds
                     metrics.write("train", self.counters() | row)
+                    bar.set_postfix_str(f"loss {row['loss']:.3g}", refresh=False)
                     bar.update(len(rows))
                     self.after_update(metrics)
                     self.saver.check()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from preference_datasets import DATASETS
+from ram import environment
 from ram.distributed import processes
 from ram.errors import Preempted, UserError, nearest, pick, run_entry_point
 from ram.evaluation.judges.base import load_judges
@@ -47,6 +48,8 @@ def seed_everything(seed: int) -> None:
 def start(command: str, main: Callable[..., Any]) -> None:
     """Run a command: restore Ctrl-C, check the command line, open the log file, call `main`.
 
+    With --help it prints the manual instead.
+
     Args:
         command: its name, which begins the log file's name in _log.
         main: the function that Hydra wraps.
@@ -55,8 +58,13 @@ def start(command: str, main: Callable[..., Any]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def checked() -> None:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            sys.stdout.write(f"{sys.modules['__main__'].__doc__}\n{compose.manual('config')}")
+            return
         sys.argv[1:] = compose.preflight(sys.argv[1:])
         setup_logging(Path("_log") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}.log")
+        if note := environment.note():
+            log.warning(note)
         main()
 
     processes.run(checked)

@@ -4,8 +4,10 @@
 #   bash bin/demo.sh seed=1     other data and other weights
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
-make_venv
-"$PYTHON" train.py experiment=demo "$@"
-"$PYTHON" pipeline.py experiment=demo "$@"
-"$PYTHON" train.py experiment=demo_mixture "$@"
-"$PYTHON" pipeline.py experiment=demo_mixture "$@"
+# shellcheck disable=SC2119 # no argument is meant
+make_python
+for command in "train.py experiment=demo" "train.py experiment=demo_mixture" \
+    "pipeline.py experiment=demo_mixture" "pipeline.py experiment=demo"; do
+    # shellcheck disable=SC2086 # two words
+    "$PYTHON" $command console=brief "$@"
+done

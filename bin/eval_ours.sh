@@ -4,6 +4,7 @@
 # leaderboard of all.
 set -uo pipefail
 source "$(dirname "$0")/env.sh"
+use_python
 failed=()
 for recipe in llama_uc llama_summ llama_hh qwen_uc qwen_summ qwen_hh; do
     "$PYTHON" -m ram.distributed.launch pipeline.py experiment="$recipe" "$@" || failed+=("$recipe")

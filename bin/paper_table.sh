@@ -12,5 +12,6 @@ fi
 experiment="$1_$2"
 shift 2
 source "$(dirname "$0")/env.sh"
+use_python
 "$PYTHON" -m ram.distributed.launch train.py experiment="$experiment" baselines=true "$@"
 exec "$PYTHON" -m ram.distributed.launch pipeline.py experiment="$experiment" baselines=true "$@"

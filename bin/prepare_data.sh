@@ -4,4 +4,5 @@
 #   bash bin/prepare_data.sh hh --from downloads/helpful-base/test.jsonl.gz
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
+use_python
 exec "$PYTHON" -m ram.data.prepare "$@"

@@ -5,4 +5,5 @@
 #   bash bin/serve.sh worker proposal=FOLDER aligner=FOLDER     a worker for FastChat's controller
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
+use_python
 exec "$PYTHON" serve.py "$@"

@@ -4,4 +4,5 @@
 #   bash bin/train_qwen_hh.sh stages=[aligner]    one stage
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
+use_python
 exec "$PYTHON" -m ram.distributed.launch train.py experiment=qwen_hh "$@"

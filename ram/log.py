@@ -1,9 +1,14 @@
-"""Logging, progress bars, and devices and dtypes by name."""
+"""Logging, progress bars, and devices and dtypes by name.
 
+The log file has every line. The console has every line too, or with `console=brief` the lines of level NOTICE
+and above: one line per stage, warnings and results.
+"""
+
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,15 @@ from tqdm import tqdm
 from ram.errors import UserError, pick
 
 log = logging.getLogger("ram")
+BAR_SECONDS = {
+    False: 30.0,
+    True: 60.0,
+}  # between the lines of a bar without a terminal; the key: console is brief
+NOTICE = 25  # level of the lines that a brief console shows, between INFO and WARNING
+_console = {
+    "brief": False,
+    "label": "",
+}  # label: the stage that runs, for the progress bars of a brief console
 
 
 def setup_logging(log_file: Path | None = None) -> None:
@@ -43,6 +57,45 @@ def setup_logging(log_file: Path | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def use_console(mode: str) -> None:
+    """Choose what the console shows; call after `setup_logging`.
+
+    Args:
+        mode: `brief`, `full`, or `auto`: brief if the output is a terminal.
+    """
+    is_brief = mode == "brief" or (mode == "auto" and sys.stdout.isatty())
+    _console["brief"] = is_brief
+    log.handlers[0].setLevel(NOTICE if is_brief else logging.INFO)
+    form = "%(message)s" if is_brief else "%(asctime)s  %(message)s"
+    log.handlers[0].setFormatter(logging.Formatter(form, "%H:%M:%S"))
+
+
+def brief() -> bool:
+    """Return whether the console is brief."""
+    return bool(_console["brief"])
+
+
+def notice(text: str) -> None:
+    """Log a line that a brief console shows too."""
+    log.log(NOTICE, text)
+
+
+def log_path() -> str:
+    """Return the path of the log file, "" if there is none."""
+    files = [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]
+    return os.path.relpath(files[0].baseFilename) if files else ""
+
+
+@contextlib.contextmanager
+def labelled(label: str) -> Iterator[None]:
+    """Name the progress bars of a block on a brief console, e.g. "stage 3 of 9  aligner"."""
+    before, _console["label"] = _console["label"], label
+    try:
+        yield
+    finally:
+        _console["label"] = before
+
+
 def quiet_transformers() -> None:
     """Silence transformers' progress bars and advice; call before the first model is loaded."""
     import transformers
@@ -56,25 +109,39 @@ class _LineBar(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is None:  # tqdm passes an empty message to clear the bar at the end
-            log.info(str(self))
+            notice(str(self))
 
 
-def progress(iterable: Iterable[Any] | None = None, **kwargs: Any) -> tqdm:
+def progress(iterable: Iterable[Any] | None = None, main: bool = False, **kwargs: Any) -> tqdm:
     """Return a progress bar that appears only for slow work and disappears at the end.
 
-    On a terminal it appears after 2 seconds. In a log file or pipe it becomes a line every 30 seconds.
-    Only rank 0 shows it.
+    On a terminal it appears after 2 seconds. In a log file or pipe it becomes a line every 30 seconds, on a
+    brief console every two minutes. Only rank 0 shows it.
 
     Args:
         iterable: The items to iterate over; None for a bar that is updated by hand.
+        main: The bar of the whole stage: a brief console shows it at once, with the stage's name alone.
         kwargs: Further arguments of tqdm.
     """
     if os.environ.get("RANK", "0") != "0":
         return tqdm(iterable, disable=True, **kwargs)
-    if sys.stderr.isatty():
-        return tqdm(iterable, delay=2.0, leave=False, dynamic_ncols=True, **kwargs)
+    on_terminal, interval = sys.stderr.isatty(), BAR_SECONDS[brief()]
+    if brief():
+        label = _console["label"]
+        kwargs["desc"] = label if main and label else f"{label}  {kwargs.get('desc', '')}".strip()
+        bar = "|{bar:24}|" if on_terminal else ""
+        kwargs["bar_format"] = f"{{desc}}  {{percentage:3.0f}} % {bar} {{remaining}} left{{postfix}}"
+    if on_terminal:
+        delay = 0.0 if main and brief() else 2.0
+        return tqdm(iterable, delay=delay, leave=False, dynamic_ncols=True, **kwargs)
     return _LineBar(
-        iterable, delay=30.0, leave=False, mininterval=30.0, maxinterval=60.0, ncols=100, **kwargs
+        iterable,
+        delay=interval,
+        leave=False,
+        mininterval=interval,
+        maxinterval=2 * interval,
+        ncols=100,
+        **kwargs,
     )
 
 

@@ -75,7 +75,9 @@ def test_training_script_starts_its_recipe(name, small_world, caplog):
     assert result.returncode == 0 and [module, launcher, entry] == [*LAUNCHER, "train.py"]
     assert arguments == [f"experiment={name.removeprefix('train_').removesuffix('.sh')}", *overrides]
     run(train, *arguments)
-    assert "everything they need is there" in caplog.text and "ours_sft_" in caplog.text
+    assert "everything else they need is there" in caplog.text and "ours_sft_" in caplog.text
+    assert "weights of meta-llama/" in caplog.text or "weights of Qwen/" in caplog.text
+    assert "cannot be reached: HF_HUB_OFFLINE is set" in caplog.text
     assert not (small_world / "new").exists()
 
 
@@ -83,7 +85,7 @@ def test_training_script_dry_run(small_world):
     overrides = ["dry_run=true", f"data_dir={small_world / 'data'}", f"output_dir={small_world / 'new'}"]
     result = script(TRAINING[0], *overrides)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "everything they need is there" in result.stdout and "ours_sft_" in result.stdout
+    assert "everything else they need is there" in result.stdout and "ours_sft_" in result.stdout
     assert not (small_world / "new").exists()
 
 

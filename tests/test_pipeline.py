@@ -1,8 +1,11 @@
 """The demo from end to end in small: what it leaves, restarts, what a change reaches, what is refused."""
 
+import contextlib
 import csv
+import io
 import json
 import re
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -13,10 +16,14 @@ from small import SMALL, run
 import pipeline
 import train
 import trainers
+from ram import log
 from ram.answers import answer_files
 from ram.errors import UserError
+from ram.models import publish, run_folder
+from ram.settings import serving
 from ram.storage.files import write_json
 from ram.storage.provenance import commit
+from utils import TABLES
 
 SYSTEMS = {
     "proposal",
@@ -38,9 +45,78 @@ def demo(folder, *overrides):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """The folder of a small demo; console.txt in it has what a brief console showed."""
     folder = tmp_path_factory.mktemp("demo")
-    demo(folder)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        demo(folder, "console=brief")
+    log.use_console("full")
+    (folder / "console.txt").write_text(shown.getvalue())
     return folder
+
+
+def test_brief_console_has_a_line_per_stage_and_a_table(finished):
+    """It used to print a line every two seconds: 1,000 for the demo. The last lines can be pasted."""
+    lines = (finished / "console.txt").read_text().splitlines()
+    stages = [line for line in lines if line.startswith("stage ")]
+    assert len(stages) == 10 and stages[0].split()[:5] == ["stage", "1", "of", "10", "world"]
+    assert re.fullmatch(
+        r"stage  3 of 10  general_aligner +sft of toy-small, held-out loss [\d.]+, \d+ s", stages[2]
+    )
+    assert sum(line.startswith(tuple(SYSTEMS)) for line in lines) == len(SYSTEMS)
+    assert f"report      {finished}/report.html" in lines and "facts: answers of 9 of 9 systems" in str(lines)
+    assert len(lines) <= 34
+    table = [line for line in lines if line.startswith("proposal+aligner_sft_only[par]")]
+    assert len(table) == 1 and len(table[0]) <= 80
+    (serve,) = [line.split("bash bin/serve.sh ")[1] for line in lines if line.startswith("serve it")]
+    settings = serving.read_settings(shlex.split(serve), TABLES)
+    assert list(settings.aligners) == ["aligner", "aligner_sft_only"]
+    models = [settings.config.proposal, *settings.aligners.values()]
+    assert all(model.startswith(f"{finished}/model/") for model in models)
+    assert (settings.params.sample_mode, settings.params.base_temperature) == ("par", 0.5)
+    assert settings.config.max_new_tokens == 12
+
+
+def test_recipe_is_served_with_keys_of_the_command_line(finished):
+    """Keys of serve.yaml win over the recipe; others are the recipe's; an untrained pair is refused."""
+    recipe = ["experiment=demo", f"output_dir={finished}"]
+    settings = serving.read_settings([*recipe, "sampling.top_p=0.5", "port=0", "seed=0"], TABLES)
+    assert (settings.params.top_p, settings.params.temperature, settings.config.seed) == (0.5, 1.0, 0)
+    with pytest.raises(
+        UserError, match="no model at .*seed1.*; train it first with the same keys, `python tr"
+    ):
+        serving.read_settings([*recipe, "seed=1"], TABLES)
+    with pytest.raises(UserError, match="unknown key 'prot': did you mean"):
+        serving.read_settings([*recipe, "prot=1"], TABLES)
+
+
+def test_run_is_found_by_folder_and_by_name(finished):
+    run_dir = next(finished.glob("model/ours_sft_*"))
+    weights = str(run_dir / "LATEST")
+    for reference in (weights, str(run_dir)):
+        assert run_folder.find_served(reference) == weights
+    assert run_folder.find_served(run_dir.name, finished) == weights
+    assert run_folder.find_served("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
+    with pytest.raises(UserError, match=f"did you mean '{re.escape(run_dir.name)}'"):
+        run_folder.find_served(run_dir.name[:-1], finished)
+    with pytest.raises(UserError, match="no model at 'x/y/z'"):
+        run_folder.find_served("x/y/z")
+
+
+def test_model_card_has_proposal_mode_settings_and_figures(finished):
+    publish.main([str(next(finished.glob("model/ours_sft_*")))])
+    card = (next(finished.glob("model/ours_sft_*")) / "LATEST" / "README.md").read_text()
+    proposal = next(finished.glob("model/wu_sft_*")).name
+    assert "It is a residual aligner: it decodes together with " in card and f", {proposal}." in card
+    rows = [line.split(" | ") for line in card.splitlines() if line.startswith("| proposal+aligner[")]
+    assert [row[3] for row in rows] == ["par", "par_kl", "product"]
+    assert all(row[1] == proposal and "base_temperature 0.5" in row[4] for row in rows)
+    assert all(
+        "exact, against proposal, toy/facts" in row[5] and "prompts 12, win rate 0." in row[6] for row in rows
+    )
+    assert "| loss.alpha | 0.01 |" in card and "bash bin/serve.sh chat proposal=PROPOSAL aligner=" in card
+    with pytest.raises(UserError, match="no model 'nothing'"):
+        publish.main(["nothing"])
 
 
 def test_demo_leaves_results_leaderboard_and_report(finished):
@@ -267,9 +343,9 @@ def test_interrupted_run_finishes_identically(finished, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "steps, executed",
     [
-        (["report"], "judge verify leaderboard report"),
+        (["report"], "likelihood judge verify leaderboard report"),
         (["judge", "generate"], "generate judge"),
-        (["influence", "leaderboard"], "influence judge verify leaderboard"),
+        (["influence", "leaderboard"], "influence likelihood judge verify leaderboard"),
         (["verify"], "verify"),
         ([], ""),
     ],

@@ -30,19 +30,22 @@ BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # spelling of a single byte in Sente
 # ---- making a file -----------------------------------------------------------------------------------------
 
 
-def answer_file(output: Path, job: AnswerJob, overwrite: bool) -> None:
+def answer_file(output: Path, job: AnswerJob, overwrite: bool) -> bool:
     """Make the file `output`: every record with its answer under `job.key`, in the order of the input.
 
     A finished file of the same job is kept, a file of another job is renamed to `NAME.old`, and an unfinished
     file is continued. Details of the answers go to OUTPUT.trace.jsonl. All processes must call this together.
+
+    Returns:
+        Whether there was anything to do.
     """
     with only_run(output):
-        _answer_file(output, job, overwrite)
+        return _answer_file(output, job, overwrite)
 
 
-def _answer_file(output: Path, job: AnswerJob, overwrite: bool) -> None:
+def _answer_file(output: Path, job: AnswerJob, overwrite: bool) -> bool:
     if processes.from_rank0(lambda: finished(output, job.made_from, overwrite, job.label)):
-        return
+        return False
     _ = job.encoded  # raises if the job cannot work, before anything is written
     parts = PartFiles(output, job.identity, overwrite)
     answer_all(job, parts)
@@ -58,6 +61,7 @@ def _answer_file(output: Path, job: AnswerJob, overwrite: bool) -> None:
         parts.remove()
     processes.barrier()
     log.info(f"saved    {output}")
+    return True
 
 
 def answer_all(job: AnswerJob, parts: PartFiles) -> None:

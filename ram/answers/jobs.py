@@ -10,15 +10,13 @@ from ram.decoding.par import PARParams
 from ram.errors import UserError
 from ram.log import log, pick_device
 from ram.models import checkpoints
+from ram.settings.overrides import MODEL_KEYS
 from ram.storage.files import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ram.settings.schema import SamplingSettings
-
-# The sampling settings of one model alone; the proposal's have the prefix "base_".
-MODEL_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 @dataclass(frozen=True)

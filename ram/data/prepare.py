@@ -17,7 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+from ram import environment
+
+if __name__ == "__main__":
+    environment.check()
+    # Ctrl-C during the imports, which take seconds, ends without a traceback
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from ram.data.prompts import split_dialogue

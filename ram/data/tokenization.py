@@ -137,10 +137,9 @@ def tokenize(
         for name in answers:
             answer_ids = encode(tokenizer, [getattr(example, name) for example in chunk])
             for prompt, answer in zip(prompt_ids, answer_ids, strict=True):
-                room = max_length - len(prompt)
-                fits = len(answer) + 1 <= room  # 1 for the EOS
-                counts[f"{name}s_cut"] += not fits
-                parts[name].append([*answer, eos] if fits else answer[:room])
+                ids = end(answer, max_length - len(prompt), eos)
+                counts[f"{name}s_cut"] += len(ids) <= len(answer)
+                parts[name].append(ids)
     counts["tokens"] = sum(len(ids) for rows in parts.values() for ids in rows)
     flat_ids = {}
     offsets = {}
@@ -148,6 +147,11 @@ def tokenize(
         flat_ids[name] = np.array([token for ids in rows for token in ids], dtype=np.int32)
         offsets[name] = np.cumsum([0] + [len(ids) for ids in rows], dtype=np.int64)
     return TokenizedDataset(flat_ids, offsets, dict(counts))
+
+
+def end(answer_ids: list[int], room: int, eos: int) -> list[int]:
+    """Return an answer with EOS, or its first `room` tokens without EOS if both do not fit."""
+    return [*answer_ids, eos] if len(answer_ids) < room else answer_ids[:room]
 
 
 def tokenize_cached(

@@ -14,6 +14,8 @@ import signal
 import sys
 from typing import NoReturn
 
+from ram import environment
+
 
 def refuse(message: str) -> NoReturn:
     """Print an error and exit with code 2."""
@@ -45,6 +47,7 @@ def main() -> int:
     if not command or not os.path.isfile(command[0]):
         example = "python -m ram.distributed.launch train.py key=value"
         refuse(f"ram.distributed.launch {' '.join(command)}: expected a script, as in `{example}`")
+    environment.check()
     processes = number("NPROC") or devices()
     machines = number("NNODES") or 1
     if processes == machines == 1:

@@ -35,6 +35,8 @@ class EvaluationContext:
         gamed: AlpacaEval's data for its length-controlled win rate, None if that does not apply.
         judgements: by system, in row order; set by the step `judge`.
         board: the leaderboard's rows; set by the step `leaderboard`.
+        likelihood: by system, figures of the held-out likelihood by row; set by the step `likelihood`.
+        notes: lines for the report.
         identical: whether verified answers equal the plain loop's, None if none were verified.
     """
 
@@ -48,6 +50,8 @@ class EvaluationContext:
     gamed: length_control.Gamed | None = None
     judgements: dict[str, list[Judgement]] = field(default_factory=dict)
     board: list[dict[str, Any]] = field(default_factory=list)
+    likelihood: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     identical: bool | None = None
     _jobs: dict[str, AnswerJob] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ from ram.decoding import rows as decoding_rows
 from ram.errors import UserError
 from ram.evaluation import length_control
 from ram.evaluation.judges.base import Judgement
+from ram.settings.overrides import system_override
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:
@@ -135,7 +136,8 @@ def gate_warning(row: dict[str, Any]) -> str | None:
         return None
     return (
         f"warning: {row['system']} fell back to the proposal on {fallen:.0%} of its tokens and the aligner "
-        f"changed {changed:.1%} of them: div_threshold undoes the alignment; compare sample_mode=par"
+        f"changed {changed:.1%} of them: div_threshold undoes the alignment; compare "
+        f"{system_override(row['system'], 'sample_mode', 'par')}"
     )
 
 

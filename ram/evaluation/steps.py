@@ -1,30 +1,37 @@
 """The steps of an evaluation, each a function of one `EvaluationContext`.
 
-    generate -> influence -> judge -> verify -> leaderboard -> report
+    generate -> influence -> likelihood -> judge -> verify -> leaderboard -> report
 
 `generate` and `influence` run on all processes, the others on the first. Finished work is reused.
 """
 
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ram.answers import answer_files, influence
-from ram.evaluation import ablations, statistics, tables
+from ram.evaluation import ablations, likelihood, likelihood_figures, statistics, tables
 from ram.evaluation.context import EvaluationContext
 from ram.evaluation.judges.base import Judgement
 from ram.evaluation.report import gather, wandb_run
 from ram.evaluation.systems import System, job_of
-from ram.log import log
+from ram.log import labelled, log, notice
 from ram.storage import provenance
 from ram.storage.files import fingerprint, read_rows, write_json, write_jsonl
 
 
 def generate(context: EvaluationContext) -> None:
     """Make every system's file of answers."""
-    for name, system in context.systems.items():
-        answer_files.answer_file(system.output, context.job(name), context.config.overwrite)
+    made, began, n = 0, time.monotonic(), len(context.systems)
+    for number, (name, system) in enumerate(context.systems.items(), start=1):
+        with labelled(f"{context.task}: answers of {name}, {number} of {n} systems"):
+            made += answer_files.answer_file(system.output, context.job(name), context.config.overwrite)
+    done = (
+        f"{made} of {n} systems in {time.monotonic() - began:.0f} s" if made else f"{n} systems, done before"
+    )
+    notice(f"{context.task}: answers of {done}")
 
 
 def compute_influence(context: EvaluationContext) -> None:
@@ -32,7 +39,29 @@ def compute_influence(context: EvaluationContext) -> None:
     config = context.config
     for system in context.pairs:
         job = context.job(system.name)
-        influence.figures_file(system.output, job, config.evaluation.examples, config.overwrite)
+        with labelled(context.task):
+            influence.figures_file(system.output, job, config.evaluation.examples, config.overwrite)
+
+
+# ---- likelihood --------------------------------------------------------------------------------------------
+
+
+def measure_likelihood(context: EvaluationContext) -> None:
+    """Measure the held-out likelihood if `evaluation.likelihood` names an anchor, and write its tables."""
+    evaluation = context.config.evaluation
+    if evaluation.likelihood is None:
+        return
+    likelihood.measure(context)
+    columns = likelihood_columns(context)
+    modes = {name: system.params.sample_mode for name, system in context.systems.items()}
+    sweep = likelihood_figures.sweep_rows(context.likelihood, modes)
+    likelihood_figures.write_tables(context.folder, columns, sweep, evaluation.likelihood)
+
+
+def likelihood_columns(context: EvaluationContext) -> dict[str, dict[str, Any]]:
+    """Return each system's columns of the held-out likelihood; empty if it was not measured."""
+    config = context.config
+    return likelihood_figures.columns_of(context.likelihood, config.evaluation.bootstrap, config.seed)
 
 
 # ---- judging -----------------------------------------------------------------------------------------------
@@ -108,15 +137,18 @@ def leaderboard(context: EvaluationContext) -> None:
     """Write the leaderboard, results.json and, if the recipe has them, the paper's table and the ablation."""
     config, folder, task = context.config, context.folder, context.task
     evaluation = config.evaluation
-    context.board = [_leaderboard_row(context, system) for system in context.systems.values()]
+    columns = likelihood_columns(context)
+    context.board = [
+        _leaderboard_row(context, system, columns.get(system.name, {})) for system in context.systems.values()
+    ]
     for row in context.board:
         if warning := statistics.gate_warning(row):
             log.warning(warning)
-    tables.write_leaderboard(folder, context.board)
+    tables.write_leaderboard(folder, context.board, evaluation.columns)
     write_json(folder / "results.json", gather.results(context))
     log.info(
         f"{config.experiment_name}, task {task}, judge {config.judge.name}, "
-        f"against {evaluation.reference}\n\n{tables.console(context.board)}\n"
+        f"against {evaluation.reference}\n\n{tables.console(context.board, evaluation.columns)}\n"
     )
     if systems := evaluation.paper.get(task):
         caption = (
@@ -128,7 +160,9 @@ def leaderboard(context: EvaluationContext) -> None:
         ablations.add_point(folder, task, context.board, config)
 
 
-def _leaderboard_row(context: EvaluationContext, system: System) -> dict[str, Any]:
+def _leaderboard_row(
+    context: EvaluationContext, system: System, likelihoods: dict[str, Any]
+) -> dict[str, Any]:
     """Return a system's figures and where they come from, also written beside its answers."""
     config = context.config
     resamples, seed = config.evaluation.bootstrap, config.seed
@@ -137,7 +171,7 @@ def _leaderboard_row(context: EvaluationContext, system: System) -> dict[str, An
     row |= statistics.summarise(judgements, answers, context.references, resamples, seed)
     if context.gamed:
         row |= statistics.alpaca_figures(judgements, answers, context.references, context.gamed)
-    row |= statistics.style_shares(judgements)
+    row |= statistics.style_shares(judgements) | likelihoods
     first = next(iter(context.systems))
     if system.name != first:
         row |= statistics.paired_difference(judgements, context.judgements[first], resamples, seed)

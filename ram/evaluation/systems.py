@@ -11,6 +11,7 @@ from ram.decoding.par import PARParams
 from ram.errors import UserError, nearest
 from ram.models import checkpoints
 from ram.settings import recipes
+from ram.settings.overrides import ROLES, system_override
 from ram.settings.schema import SamplingSettings, Settings, check_sampling, merged
 from ram.storage.files import fingerprint
 
@@ -80,7 +81,7 @@ def _system(
     earlier: dict[str, System],
 ) -> System:
     where, corrects = f"evaluation.systems.{name}", spec.get("corrects")
-    own = {key: spec[key] for key in spec if key not in ("proposal", "aligner", "corrects", "only_if")}
+    own = {key: spec[key] for key in spec if key not in ROLES}
     by_task = {k: v for k, v in config.evaluation.tasks[task].items() if f"sampling.{k}" not in overridden}
     known = vars(config.sampling)
     for key in [*own, *by_task]:
@@ -104,7 +105,8 @@ def _system(
     pair = Pair(proposal, aligner, settings.dtype, settings.tokenizer_path)
     if proposal and aligner and settings.backend == "endpoint":
         raise UserError(
-            f"{where}: an endpoint answers for one model, not for a pair; give {where}.backend=local"
+            f"{where}: an endpoint answers for one model, not for a pair; give "
+            f"{system_override(name, 'backend', 'local')}"
         )
     main = Path(aligner or proposal or "")
     assert config.evaluation.dataset is not None  # the pipeline refuses an evaluation without a data set

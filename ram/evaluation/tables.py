@@ -17,16 +17,16 @@ Row = dict[str, Any]
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def write_leaderboard(folder: Path, rows: Sequence[Row]) -> None:
+def write_leaderboard(folder: Path, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
     """Write leaderboard.csv with every figure, and leaderboard.md and .tex with those that are shown."""
     write_csv(folder / "leaderboard.csv", rows)
-    write_shown_tables(folder, rows)
+    write_shown_tables(folder, rows, columns)
 
 
-def write_shown_tables(folder: Path, rows: Sequence[Row]) -> None:
-    """Write leaderboard.md and leaderboard.tex."""
-    write_text(folder / "leaderboard.md", markdown(rows))
-    write_text(folder / "leaderboard.tex", latex(rows))
+def write_shown_tables(folder: Path, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
+    """Write leaderboard.md and leaderboard.tex; `columns`: those of `evaluation.columns`."""
+    write_text(folder / "leaderboard.md", markdown(rows, columns))
+    write_text(folder / "leaderboard.tex", latex(rows, columns))
 
 
 def write_system_row(folder: Path, row: Row) -> None:
@@ -47,13 +47,26 @@ def merge_leaderboards(output_dir: Path) -> None:
 # ---- the leaderboard as text -------------------------------------------------------------------------------
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the leaderboard as text, header first, without columns that are empty in all rows."""
-    optional = ("both", "fallback_fraction", "lc_win_rate")
-    has_both, has_pair, has_lc = (any(key in row for row in rows) for key in optional)
+def heading(column: str) -> str:
+    """Return the heading of a further column: `style_well_formed` -> `well formed`."""
+    return column.removeprefix("style_").replace("_", " ")
+
+
+def cells(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[list[str]]:
+    """Return the leaderboard as text, header first, without columns that are empty in all rows.
+
+    Args:
+        rows: the leaderboard.
+        columns: keys of the rows that are shown too, if any row has them.
+    """
+    columns = [key for key in columns if any(key in row for row in rows)]
+    optional = ("both", "fallback_fraction", "lc_win_rate", "nll")
+    has_both, has_pair, has_lc, has_nll = (any(key in row for row in rows) for key in optional)
     header = ["system", "n", "win rate", "95 % interval", "equal length"]
     header += (["AlpacaEval LC"] if has_lc else []) + ["p"]
     header += ["correct", "aligned", "both"] if has_both else []
+    header += ["nats/token"] if has_nll else []
+    header += map(heading, columns)
     header += ["length"] + (["changed", "fell back", "mean KL", "acceptance"] if has_pair else [])
     lines = [header]
     for row in rows:
@@ -68,6 +81,11 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             "-" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
         ]
         line += [f"{row[key]:.3f}" for key in ("correct", "aligned", "both") if has_both]
+        line += [f"{row['nll']:.3f}" if "nll" in row else "-"] if has_nll else []
+        line += [
+            f"{row[key]:.3f}" if isinstance(row.get(key), float) else str(row.get(key, "-"))
+            for key in columns
+        ]
         line.append(f"{row['average_length']:.0f}")
         keys = ("changed_fraction", "fallback_fraction", "mean_kl", "acceptance") if has_pair else ()
         line += [f"{row[key]:.2f}" if "fallback_fraction" in row else "-" for key in keys]
@@ -75,9 +93,17 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def console(rows: Sequence[Row]) -> str:
-    """Return the leaderboard as aligned text."""
-    header, *lines = cells(rows)
+def console(rows: Sequence[Row], columns: Sequence[str] = (), short: bool = False) -> str:
+    """Return the leaderboard as aligned text; `short`: only what answers who won, in 80 columns."""
+    table = cells(rows, columns)
+    if short:
+        kept = [heading(key) for key in columns] or ["correct", "aligned", "both"]
+        if not set(kept) & set(table[0]):
+            kept = ["95 % interval", "length"]
+        kept += ["system", "win rate", "AlpacaEval LC"]
+        places = [place for place, name in enumerate(table[0]) if name in kept]
+        table = [[line[place] for place in places] for line in table]
+    header, *lines = table
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
 
     def aligned(line: list[str]) -> str:
@@ -87,9 +113,9 @@ def console(rows: Sequence[Row]) -> str:
     return "\n".join([aligned(header), "-" * len(aligned(header)), *map(aligned, lines)])
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     """Return the leaderboard as a Markdown table."""
-    return markdown_table([[cell.replace("|", "\\|") for cell in line] for line in cells(rows)])
+    return markdown_table([[cell.replace("|", "\\|") for cell in line] for line in cells(rows, columns)])
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
@@ -103,13 +129,13 @@ SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasc
 SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 
-def latex(rows: Sequence[Row]) -> str:
+def latex(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     """Return the leaderboard as rows of a LaTeX tabular, without its head and rules."""
 
     def escaped(text: str) -> str:
         return "".join(SPECIAL.get(character, character) for character in text)
 
-    return "".join(" & ".join(map(escaped, line)) + " \\\\\n" for line in cells(rows))
+    return "".join(" & ".join(map(escaped, line)) + " \\\\\n" for line in cells(rows, columns))
 
 
 # ---- the paper's table -------------------------------------------------------------------------------------

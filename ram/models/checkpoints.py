@@ -15,7 +15,11 @@ import torch
 from ram.data.tokenization import tokenizer_fingerprint
 from ram.errors import UserError, nearest, pick
 from ram.log import log, pick_dtype, quiet_transformers
+<<<<<<< HEAD
 from ram.models.lora import merged_state, plain_name
+=======
+from ram.models import hub
+>>>>>>> main
 from ram.storage.files import fingerprint, read_json, replacing, write_json
 
 if TYPE_CHECKING:
@@ -63,7 +67,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **remote_code)
     except Exception as error:  # a damaged file makes it raise a dozen unrelated types
-        _check_trust(source, error)
+        _check_access(source, error)
         files = [Path(source) / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
         if Path(source).is_dir() and not any(path.is_file() for path in files):
             raise UserError(
@@ -114,7 +118,7 @@ def load_model(
             **remote_code,
         )
     except Exception as error:  # a damaged file makes it raise a dozen unrelated types
-        _check_trust(source, error)
+        _check_access(source, error)
         hint = "; is one of its files truncated or of another model?" if Path(source).is_dir() else ""
         raise UserError(f"cannot load a model from {source} ({_first_line(error)}){hint}") from None
     missing = sorted(report["missing_keys"])
@@ -147,7 +151,7 @@ def load_reward_model(
             **remote_code,
         )
     except Exception as error:
-        _check_trust(source, error)
+        _check_access(source, error)
         raise UserError(f"cannot load a reward model from {source} ({_first_line(error)})") from None
     if report["missing_keys"] or model.config.num_labels != 1:
         raise UserError(
@@ -343,11 +347,12 @@ def load_pair(
     return tokenizer, next(iter(add_bos.values()), None)
 
 
-def _check_trust(source: str, error: Exception) -> None:
+def _check_access(source: str, error: Exception) -> None:
     if "trust_remote_code" in str(error):
         raise UserError(
             f"{source} needs the code in its folder: review the code, then set trust_remote_code=true"
         ) from None
+    hub.check_gated(source, error)
 
 
 def _first_line(error: Exception) -> str:

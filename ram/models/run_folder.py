@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ram.errors import UserError
-from ram.models.checkpoints import deciding_files, weights_fingerprint
+from ram.errors import UserError, nearest
+from ram.models.checkpoints import deciding_files, find_model, weights_fingerprint
 from ram.storage.files import read_json, write_json
 from ram.storage.provenance import Manifest, cached_sha256, digests_in
 
@@ -62,6 +62,42 @@ def check_finished(run_dir: Path, record: dict[str, Any]) -> None:
             f"{run_dir}: {LATEST} does not hold the weights that {DONE} describes (missing, changed or from "
             "another run); set overwrite=true to train the run again"
         )
+
+
+def find_served(reference: str | None, root: Path = Path("_output")) -> str:
+    """Return the folder, or the hub id, of a model to serve.
+
+    Args:
+        reference: a model folder, a run's folder, a run's name, or a hub id ORG/NAME.
+        root: the folder below which runs are looked for by name.
+
+    Raises:
+        UserError: there is no such model, or several runs have the name.
+    """
+    if reference and Path(reference).is_dir():
+        latest = Path(reference) / LATEST
+        is_run = not (Path(reference) / "config.json").is_file() and latest.is_dir()
+        return find_model(str(latest) if is_run else reference)
+    if (
+        reference
+        and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", reference)
+        and not Path(reference).parent.is_dir()
+    ):
+        return find_model(None, reference)
+    if reference and "/" in reference:
+        return find_model(reference)  # raises
+    runs = {path.parent for pattern in ("model/*", "*/model/*") for path in root.glob(f"{pattern}/{LATEST}")}
+    found = sorted(run for run in runs if run.name == reference)
+    if len(found) > 1:
+        raise UserError(
+            f"{reference!r} is the name of several runs: give one of {', '.join(map(str, found))}"
+        )
+    if found:
+        return str(found[0] / LATEST)
+    hint = nearest(str(reference), {run.name for run in runs}) if runs else "train one, or give its folder"
+    raise UserError(
+        f"no model {reference!r}: expected a folder, a hub id ORG/NAME, or a run below {root}; {hint}"
+    )
 
 
 def saved_steps(run_dir: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from ram.decoding.par import PARParams
 from ram.decoding.requests import BadRequest, Request, TooLong, UnknownAligner
 from ram.errors import UserError
 from ram.log import log, pick_device
-from ram.models import checkpoints
+from ram.models import checkpoints, run_folder
 from ram.serving.fastchat.stream import request_params
 from ram.serving.loop import EngineThread
 from ram.settings import serving
@@ -63,11 +63,11 @@ class Models:
     def __init__(self, settings: Settings) -> None:
         self.settings, config = settings, settings.config
         checkpoints.remote_code["trust_remote_code"] = config.trust_remote_code
-        self.proposal = checkpoints.find_model(config.proposal)
+        self.proposal = run_folder.find_served(config.proposal)
         self.template_stops = prompts.template_stops(config.template)
         self.lock = threading.Lock()  # of the tokenizer, which is not safe to use from two threads at once
         self.tokenizer, proposal_add_bos = checkpoints.load_pair(self.proposal, None)
-        paths = {name: checkpoints.find_model(path) for name, path in settings.aligners.items()}
+        paths = {name: run_folder.find_served(path) for name, path in settings.aligners.items()}
         add_bos = {name: self._check(path) for name, path in paths.items()}
         devices = [pick_device(name) for name in (config.proposal_device, config.aligner_device)]
         self.device = devices[1]

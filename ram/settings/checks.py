@@ -15,8 +15,9 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from ram.errors import UserError, nearest
+from ram.errors import UserError
 from ram.settings import compose
+from ram.settings.aliases import hint
 
 T = TypeVar("T")
 
@@ -158,7 +159,7 @@ def _explain(kind: type, details: ErrorDetails, values: dict[str, Any], prefix: 
             f"reads config/{group}/{name}.yaml"
         )
     if error in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {key!r}: {nearest(key, keys_of(kind, prefix)) or f'see config/{source}.yaml'}"
+        return f"unknown key {key!r}: {hint(key, keys_of(kind, prefix)) or f'see config/{source}.yaml'}"
     if error == "value_error":  # a dataclass that checks itself; its message begins with the key
         return f"{prefix}{context['error']}"
     if error.startswith(("model", "dataclass")):

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ram.errors import UserError, nearest
+from ram.settings.aliases import HYDRA_FLAGS, as_override, hint
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 GROUPS = ("model", "loss", "judge", "experiment", "ablation")
@@ -54,18 +55,27 @@ def _readable() -> Iterator[None]:
 def preflight(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a command as Hydra takes them, checked because Hydra's own refusals are long.
 
-    A stage accepts keys that its recipe does not list, so `stage.NAME.key=` becomes `++stage.NAME.key=`. As
-    `stage.NAME.loss` is the loss's name, `stage.NAME.loss.key=` becomes `++stage.NAME.loss_settings.key=`.
-    Arguments with flags such as --help and --multirun are left to Hydra.
+    Stages and systems accept keys that their recipe does not list, so `stage.NAME.key=` becomes
+    `++stage.NAME.key=`. As `stage.NAME.loss` is the loss's name, `stage.NAME.loss.key=` becomes
+    `++stage.NAME.loss_settings.key=`. Arguments with flags such as --multirun are left to Hydra.
     """
-    opened = ("stage.", "evaluation.tasks.", "evaluation.systems.", "evaluation.paper.")
-    arguments = [f"++{argument}" if argument.startswith(opened) else argument for argument in arguments]
+    check_flags(arguments)
+    opened = r"(stage|evaluation\.(tasks|systems|paper|likelihood_sweep))[.=]"
+    arguments = [f"++{argument}" if re.match(opened, argument) else argument for argument in arguments]
     arguments = [re.sub(r"^(\+\+stage\.[^.=]+\.(?:loss|model))\.", r"\1_settings.", a) for a in arguments]
     if not any(argument.startswith("-") for argument in arguments):
         repeated = any(key_of(argument) == "ablation" for argument in arguments)
         for overrides in _values(arguments) if repeated else [arguments]:
             compose(overrides)
     return arguments
+
+
+def check_flags(arguments: Sequence[str], name: str = "config") -> None:
+    """Raise UserError for a flag, such as `--lr 1e-4`, that is not one of Hydra's; say how it is written."""
+    for flag, following in zip(arguments, [*arguments[1:], None], strict=False):
+        if flag.startswith("-") and not (name == "config" and HYDRA_FLAGS.match(flag)):
+            known = {*leaves(defaults(name)), "experiment", *(GROUPS if name == "config" else ())}
+            raise UserError(as_override(flag, following, known))
 
 
 def _values(arguments: Sequence[str]) -> list[list[str]]:
@@ -129,7 +139,7 @@ def set_values(config: DictConfig, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if not has_key(config, key):
             known = leaves(unresolved(config))
-            raise UserError(f"unknown key {key!r}: {nearest(key, known) or 'see config/config.yaml'}")
+            raise UserError(f"unknown key {key!r}: {hint(key, known) or 'see config/config.yaml'}")
         OmegaConf.update(config, key, value, merge=True)
 
 
@@ -207,7 +217,7 @@ def _explain(overrides: Sequence[str], error: Exception, name: str) -> str:
                 known = leaves(unresolved(_compose(groups, name)))
             except Exception:  # the chosen files do not compose
                 break
-            if key not in known:
-                return f"unknown key {key!r}: {nearest(key, known) or f'config/{name}.yaml lists them all'}"
+            if key not in known and not any(other.startswith(f"{key}.") for other in known):
+                return f"unknown key {key!r}: {hint(key, known) or f'config/{name}.yaml lists them all'}"
             return f"{override}: not a value that {key} can take; quote text with special characters"
     return str(error).strip().splitlines()[0]

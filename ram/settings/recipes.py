@@ -17,6 +17,7 @@ from ram.errors import UserError, nearest, pick
 from ram.log import log
 from ram.models import checkpoints, run_folder
 from ram.settings.compose import GROUPS, compose, has_key, key_of, leaves, set_overrides, set_values
+from ram.settings.overrides import check_names, check_used
 from ram.settings.schema import (
     INTRODUCED,
     LEFT_OUT_IF_NULL,
@@ -109,8 +110,13 @@ def resolve(overrides: Sequence[str], tables: Tables) -> list[Stage]:
     """
     composed = compose(overrides)
     config = settings_of(composed, tables)
+    systems = config.evaluation.systems
+    check_names(config)
+    used = {name: spec for name, spec in systems.items() if applies(spec, config)}
     if not config.stage:
-        return [_stage("run", {"kind": "train"}, composed, {}, tables)]
+        stage = _stage("run", {"kind": "train"}, composed, {}, tables)
+        check_used(overrides, config, {"run": stage}, used)
+        return [stage]
     for override in overrides:
         if (key := key_of(override)) in ("model", "loss"):
             raise UserError(
@@ -128,6 +134,7 @@ def resolve(overrides: Sequence[str], tables: Tables) -> list[Stage]:
         if not applies(spec, config):
             continue
         stages[name] = _stage(name, spec, stage_config(spec, name, overrides), stages, tables)
+    check_used(overrides, config, stages, used)
     return list(stages.values())
 
 

@@ -115,7 +115,10 @@ class EvaluationSettings(Section):
     reference: str
     ablation: dict[str, str]
     steps: list[str]
+    columns: list[str]
     bootstrap: Count
+    likelihood: str | None
+    likelihood_sweep: dict[str, list[Any]]
     verify_rows: CountOrZero
     examples: CountOrZero
 
@@ -135,6 +138,7 @@ class Settings(Section):
     baselines: Neutral[bool]
     stages: Neutral[list[str] | None]
     dry_run: Neutral[bool]
+    console: Neutral[Literal["auto", "brief", "full"]]
     trust_remote_code: Neutral[bool]
     overwrite: Neutral[bool]
     seed: CountOrZero

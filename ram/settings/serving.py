@@ -9,8 +9,9 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+from omegaconf import OmegaConf
 from pydantic import InstanceOf
 
 from ram.decoding.par import PARParams
@@ -27,6 +28,9 @@ from ram.settings.checks import (
     check,
     interval,
 )
+
+if TYPE_CHECKING:
+    from ram.settings.schema import Tables
 
 PROPOSAL = "proposal"  # the name by which the proposal answers alone
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -98,14 +102,34 @@ class Settings:
     admin_key: str | None = field(repr=False)
 
 
-def read_settings(arguments: Sequence[str]) -> Settings:
+def read_settings(arguments: Sequence[str], tables: "Tables | None" = None) -> Settings:
     """Return the settings of `serve.py ARGUMENTS`.
+
+    Args:
+        arguments: the command line. With `experiment=NAME`, keys that serve.yaml does not have are the
+            recipe's, and `seed` belongs to both.
+        tables: names that the files at the top define, to resolve a recipe with.
 
     Raises:
         UserError: a key is unknown, a value cannot work, or a name cannot be an aligner's.
     """
-    overrides = [f"++{a}" if a.startswith(("aligners=", "aligners.")) else a for a in arguments]
-    values = compose.resolved(compose.compose(overrides, "serve"))
+    compose.check_flags(arguments, "serve")
+    recipe, overrides = [], list(arguments)
+    if any(compose.key_of(argument) == "experiment" for argument in arguments):
+        assert tables is not None
+        own = {*compose.leaves(compose.defaults("serve")), "aligners"}
+        of_serve = [a for a in arguments if {compose.key_of(a), compose.key_of(a).split(".")[0]} & own]
+        recipe = [a for a in arguments if a not in of_serve or compose.key_of(a) == "seed"]
+        overrides = of_serve
+    overrides = [f"++{a}" if a.startswith(("aligners=", "aligners.")) else a for a in overrides]
+    composed = compose.compose(overrides, "serve")
+    if recipe and tables is not None:
+        from ram.settings.served import of_recipe  # only recipes need the settings of training
+
+        for key, value in of_recipe(recipe, tables).items():
+            OmegaConf.update(composed, key, value, force_add=True)
+        compose.set_overrides(composed, overrides)
+    values = compose.resolved(composed)
     aligners = {} if values["aligners"] is None else values["aligners"]
     if not isinstance(aligners, dict):
         raise UserError(f"aligners={aligners!r}: expected names and folders, aligners='{{NAME: FOLDER}}'")
@@ -116,7 +140,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     sampling = check(PARParams, values["sampling"], "sampling.", "serve")
     config = check(ServerSettings, values | {"aligners": aligners, "sampling": sampling}, source="serve")
     if not config.proposal:
-        raise UserError("no proposal: give the frozen model's folder, proposal=FOLDER")
+        raise UserError("no proposal: give the frozen model, proposal=FOLDER, or a recipe, experiment=NAME")
     if config.aligner is not None:
         if "aligner" in aligners:
             raise UserError("aligner and aligners.aligner are both given: give one of them")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ram.distributed import processes
 from ram.errors import UserError
@@ -73,12 +72,16 @@ def shard(
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients to a total norm of at most `max_norm`. Return the norm before that."""
+    from torch.distributed.tensor import DTensor  # takes most of a second
+
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def all_finite(model: nn.Module) -> bool:
     """Return whether all weights are finite, on all processes."""
+    from torch.distributed.tensor import DTensor  # takes most of a second
+
     shards = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     return not processes.any_rank(not all(bool(torch.isfinite(shard).all()) for shard in shards))
 

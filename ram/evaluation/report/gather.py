@@ -33,6 +33,7 @@ SAVED, FORMAT = "report.json", 1
 CODES = {decoding_rows.AGREED: "a", decoding_rows.CHANGED: "c", decoding_rows.FELL_BACK: "f"}
 CURVES = ("split", "examples", "loss", "target_logp_per_token", "sampled_logp_per_token")  # of metrics.csv
 SHARES = ("correct", "aligned", "both", "win_rate", "lc_win_rate", "lc_standard_error", "n", "average_length")
+LIKELIHOOD = ("nll", "nll_low", "nll_high", "coverage", "kl_to_anchor", "margin", "pairwise_accuracy")
 DECODING = ("changed_fraction", "fallback_fraction", "mean_kl", "acceptance")
 
 
@@ -70,7 +71,7 @@ def results(context: EvaluationContext) -> dict[str, Any]:
     """
     table = {}
     for row in context.board:
-        table[row["system"]] = {key: row[key] for key in (*SHARES, *DECODING) if key in row}
+        table[row["system"]] = {key: row[key] for key in (*SHARES, *LIKELIHOOD, *DECODING) if key in row}
         table[row["system"]]["win_rate_ci95"] = [row["win_rate_low"], row["win_rate_high"]]
         if "both_low" in row:
             table[row["system"]]["both_ci95"] = [row["both_low"], row["both_high"]]
@@ -99,6 +100,7 @@ def gather(context: EvaluationContext) -> dict[str, Any]:
         f"{context.task}, seed {config.seed}, judge {config.judge.name}, answers compared with "
         f"{config.evaluation.reference}."
     ]
+    notes += context.notes
     notes += [warning for row in context.board if (warning := statistics.gate_warning(row))]
     figures = {
         name: influence.read_figures(system.output, context.job(name)) for name, system in systems.items()
@@ -107,6 +109,7 @@ def gather(context: EvaluationContext) -> dict[str, Any]:
         "title": f"{config.experiment_name}: {context.task}",
         "notes": notes,
         "board": context.board,
+        "columns": config.evaluation.columns,
         "curves": training_curves(context.stages),
         "reference": config.evaluation.reference,
         "systems": [
@@ -257,6 +260,6 @@ def rebuild(path: Path) -> dict[str, Any]:
     if manifest.damaged({"report": fingerprint(plain(report))}.get):
         raise UserError(f"{folder / SAVED}: was changed after it was written; {remedy}")
     page.write_report(folder / "report.html", report)
-    tables.write_shown_tables(folder, report["board"])
+    tables.write_shown_tables(folder, report["board"], report.get("columns", ()))
     log.info(f"report   {folder / 'report.html'}")
     return report

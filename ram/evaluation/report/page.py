@@ -80,6 +80,25 @@ COLUMNS = {
     ),
     "correct": Column("Correct", ".3f", "share of answers that name the right value and no other"),
     "aligned": Column("Aligned", ".3f", "share of answers in the target style"),
+    "nll": Column(
+        "Nats/token",
+        ".3f",
+        "held-out negative log-likelihood of the test file's answers at temperature 1, smoothed with 0.01 of "
+        "the anchor's distribution; lower is better; range: 95 % bootstrap over prompts",
+    ),
+    "nll_difference": Column(
+        "Difference", "+.3f", "of nats per token from the first system, row by row; range: 95 % bootstrap"
+    ),
+    "nll_undecided": Column(
+        "Undecided against", "", "systems whose order in nats per token changes with the share of the anchor"
+    ),
+    "coverage": Column("Coverage", ".3f", "share of the answers' tokens in the support; a diagnostic"),
+    "kl_to_anchor": Column(
+        "KL to anchor", ".3f", "divergence from the anchor's distribution, nats per token of the answers"
+    ),
+    "pairwise_accuracy": Column(
+        "Pairwise", ".3f", "share of prompts with the known answer more probable than the worse one"
+    ),
     "average_length": Column("Length", ",.0f", "characters per answer, mean over prompts"),
     "changed_fraction": Column(
         "Changed", ".3f", "share of tokens that differ from those the proposal alone would have drawn"
@@ -215,6 +234,9 @@ def _cell(number: int, row: dict[str, Any], key: str) -> Cell:
         low, high = finite(row.get(f"{key}_low")), finite(row.get(f"{key}_high"))
         interval = "" if low is None or high is None else f" {low:{spec}}{DASH}{high:{spec}}"
         return Cell(column.style, shown, interval=interval, bar=_bar(value, low, high, key == "win_rate"))
+    low, high = finite(row.get(f"{key}_low")), finite(row.get(f"{key}_high"))
+    if isinstance(value, float) and low is not None and high is not None:
+        shown += f" ({low:{spec}} to {high:{spec}})"
     alert = MOSTLY_FELL_BACK if key == "fallback_fraction" and (value or 0) > 0.5 else ""
     return Cell(column.style, shown, alert=alert)
 
@@ -269,6 +291,14 @@ def _plots(report: dict[str, Any]) -> dict[str, Any] | None:
         charts.scatter("Win rate by length", points, units, (average, 0.5)),
         charts.boxes("Lengths of answers", lengths, "characters"),
     ]
+    likely = [
+        Point(row["system"], x, y, finite(row.get("nll_low")), finite(row.get("nll_high")))
+        for row in report["board"]
+        if (x := finite(row.get("kl_to_anchor"))) is not None and (y := finite(row.get("nll"))) is not None
+    ]
+    if likely:
+        units = ("KL to the anchor, nats per token", "nats per token")
+        drawings.append(charts.scatter("Held-out likelihood", likely, units, (None, likely[0].y)))
     return {"charts": drawings, "pairs": _histograms(report)}
 
 

@@ -1,0 +1,297 @@
+"""Held-out likelihood: how probable each system makes the test file's answers. No judge, no sampling.
+
+    test rows -> token ids -> one teacher-forced pass of each model -> every distribution -> likelihood.jsonl
+    -> figures of `likelihood_figures` -> leaderboard, report, likelihood.md, likelihood_sweep.csv
+
+All systems score the same tokens. A system's `table` distribution is what decoding draws from at temperature
+1, without penalties and without `eos_priority`; `decoded` has the system's own settings. A nucleus gives some
+tokens probability 0, so the ranked figure mixes a share of the anchor's own distribution into every system's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ram.answers import answer_files
+from ram.data.tokenization import encode, end, tokenizer_fingerprint
+from ram.decoding import scoring
+from ram.decoding.par import PARParams
+from ram.decoding.scoring import RAW, Row, Scheme
+from ram.errors import UserError, pick
+from ram.evaluation.context import EvaluationContext
+from ram.evaluation.systems import System
+from ram.log import log, pick_device, progress
+from ram.models import checkpoints
+from ram.storage.files import fingerprint, read_rows
+from ram.storage.provenance import is_made_from, write_marked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EPSILONS = (0.01, 0.1, 0.001)  # the anchor's share; the first one ranks
+TABLE, DECODED = "table", "decoded"
+# Keys that decide the distribution in one mode only.
+ONLY_IN = {
+    "div_threshold": "par_kl",
+    "kl_fallback": "par_kl",
+    "expert_temperature": "mds",
+    "mixture_weight": "mixture",
+}
+AT_ONCE = 64  # rows between two steps of the progress bar
+VERSION = 1  # increase it if the figures of unchanged inputs change
+
+Figures = list[dict[str, Any]]  # of a system, one per row
+
+
+@dataclass(frozen=True)
+class TestTokens:
+    """The tokens that all systems score.
+
+    Attributes:
+        targets: the test file's answers.
+        bytes: UTF-8 bytes of each target's text, as far as it was not cut.
+        worse: the answers that a target is compared with (`rejected`, or the anchor's own); empty if there
+            are none.
+    """
+
+    targets: list[Row]
+    bytes: list[int]
+    worse: list[Row]
+
+
+def check(context: EvaluationContext) -> None:
+    """Raise UserError if the anchor or a value of the sweep cannot work."""
+    if context.config.evaluation.likelihood is not None:
+        _anchor(context)
+        for system in context.systems.values():
+            schemes_of(context, system)
+
+
+def measure(context: EvaluationContext) -> None:
+    """Set `context.likelihood` and log which systems have none; do nothing without an anchor."""
+    if context.config.evaluation.likelihood is None:
+        return
+    anchor = _anchor(context)
+    tokens = test_tokens(context, anchor)
+    models: dict[str, PreTrainedModel] = {}
+    for name, system in context.systems.items():
+        if reason := left_out(context, system, anchor, tokens):
+            context.notes.append(f"{name} has no held-out likelihood: {reason}.")
+            log.info(context.notes[-1])
+        else:
+            context.likelihood[name] = _system_figures(context, system, anchor, tokens, models)
+
+
+def _anchor(context: EvaluationContext) -> System:
+    name = context.config.evaluation.likelihood
+    assert name is not None
+    anchor = pick(context.systems, name, "evaluation.likelihood")
+    if anchor.is_pair or anchor.corrects or anchor.settings.backend == "endpoint":
+        raise UserError(
+            f"evaluation.likelihood={name}: expected a system of one local model, whose own distribution "
+            "smooths all others, e.g. the proposal alone"
+        )
+    return anchor
+
+
+def left_out(context: EvaluationContext, system: System, anchor: System, tokens: TestTokens) -> str | None:
+    """Return why a system has no likelihood, None if it has one."""
+    if system.corrects:
+        return "it rewrites another system's answers"
+    if system.settings.backend == "endpoint":
+        return "its model is behind an endpoint"
+    if system.is_pair and system.params.sample_mode == "snis":
+        return "snis has no fixed distribution, it depends on the candidates that were drawn"
+    if system is not anchor:
+        own, shared = (context.job(s.name).encoded[0] for s in (system, anchor))
+        if tokenizer_fingerprint(own) != tokenizer_fingerprint(shared):
+            return f"its tokenizer differs from that of {anchor.name}"
+        if _targets(context, system)[0] != tokens.targets:
+            return f"its prompts or lengths differ from those of {anchor.name}"
+    return None
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------
+
+
+def test_tokens(context: EvaluationContext, anchor: System) -> TestTokens:
+    """Return the tokens to score; answers end in EOS if they are complete."""
+    targets, sizes = _targets(context, anchor)
+    records = [record for _, record in context.rows]
+    tokenizer, prompt_ids = context.job(anchor.name).encoded
+    worse: list[Row] = []
+    if all(isinstance(record.get("rejected"), str) for record in records):
+        worse = _ended(anchor, tokenizer, prompt_ids, [record["rejected"] for record in records])
+    elif anchor.output.is_file():
+        answers = answer_files.read_answers(anchor.output, context.job(anchor.name))
+        worse = _ended(anchor, tokenizer, prompt_ids, [answer["text"] for answer in answers])
+        for place, answer in enumerate(answers):
+            if answer["finish_reason"] == "length":  # it was cut, so it has no EOS
+                ids = encode(tokenizer, [answer["text"]])[0]
+                worse[place] = Row(prompt_ids[place], ids or worse[place].token_ids)
+    return TestTokens(targets, sizes, worse)
+
+
+def _targets(context: EvaluationContext, system: System) -> tuple[list[Row], list[int]]:
+    """Return the test file's answers as a system's settings cut them, and their bytes."""
+    tokenizer, prompt_ids = context.job(system.name).encoded
+    texts = [record[system.settings.output_key] for _, record in context.rows]
+    rows = _ended(system, tokenizer, prompt_ids, texts)
+    sizes = []
+    for row, text in zip(rows, texts, strict=True):
+        complete = row.token_ids[-1] == tokenizer.eos_token_id
+        kept = text if complete else str(tokenizer.decode(list(row.token_ids)))
+        sizes.append(len(kept.encode("utf-8", "replace")))
+    return rows, sizes
+
+
+def _ended(
+    system: System,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt_ids: Sequence[Sequence[int]],
+    texts: Sequence[str],
+) -> list[Row]:
+    """Return prompts and answers as training would see them."""
+    longest, eos = system.settings.max_length, tokenizer.eos_token_id
+    assert isinstance(eos, int), "a tokenizer without EOS is refused when it is loaded"
+    answers = zip(prompt_ids, encode(tokenizer, texts), strict=True)
+    return [Row(prompt, end(ids, longest - len(prompt), eos)) for prompt, ids in answers]
+
+
+# ---- distributions -----------------------------------------------------------------------------------------
+
+
+def table_params(system: System, **changes: Any) -> PARParams:
+    """Return a system's settings at temperature 1, with no penalty and no forced end.
+
+    In `product` the ratio of the temperatures is the exponent of the aligner's probabilities, so it is kept:
+    P^(1/a) Q^(1/b) at temperature 1 is P Q^(a/b).
+
+    Args:
+        changes: settings that differ from the system's.
+    """
+    params = replace(system.params, **changes)
+    base, own = params.base_temperature, params.temperature
+    has_exponent = params.sample_mode == "product" and base > 0 and own > 0
+    common = {
+        "temperature": own / base if has_exponent else 1.0,
+        "base_temperature": 1.0,
+        "expert_temperature": None,
+        "repetition_penalty": 1.0,
+        "base_repetition_penalty": 1.0,
+        "eos_priority": False,
+    }
+    return replace(params, **common | {key: value for key, value in changes.items() if key in common})
+
+
+def schemes_of(context: EvaluationContext, system: System) -> dict[str, Scheme]:
+    """Return the distributions of a system by name: `table`, `decoded`, and `KEY=VALUE` of a sweep."""
+    params = {TABLE: table_params(system), DECODED: replace(system.params, eos_priority=False)}
+    if system.is_pair and system.params.sample_mode == "snis":
+        return {}
+    if system.is_pair:
+        for key, values in context.config.evaluation.likelihood_sweep.items():
+            pick(vars(PARParams()), key, "key of evaluation.likelihood_sweep")
+            if ONLY_IN.get(key, system.params.sample_mode) != system.params.sample_mode:
+                continue
+            for value in values:
+                try:
+                    params[f"{key}={value}"] = table_params(system, **{key: value})
+                except ValueError as error:
+                    raise UserError(f"evaluation.likelihood_sweep.{error}") from None
+    roles = [path and _role(path, system) for path in (system.pair.proposal, system.pair.aligner)]
+    return {name: Scheme(own, *roles) for name, own in params.items()}
+
+
+def _role(path: str, system: System) -> str:
+    """Return the name of a model in a pass: its path, and the type that it computes in."""
+    return f"{path} {system.pair.dtype}"
+
+
+# ---- scores ------------------------------------------------------------------------------------------------
+
+
+def _system_figures(
+    context: EvaluationContext,
+    system: System,
+    anchor: System,
+    tokens: TestTokens,
+    models: "dict[str, PreTrainedModel]",
+) -> Figures:
+    """Return a system's figures by row, read back if a file of the same inputs has them.
+
+    Args:
+        models: by path, those that are loaded; only the ones that this system needs stay.
+    """
+    schemes, path = schemes_of(context, system), system.folder / "likelihood.jsonl"
+    anchor_path = anchor.pair.proposal or anchor.pair.aligner
+    assert anchor_path is not None
+    base_role = _role(anchor_path, anchor)
+    inputs = fingerprint(
+        [
+            [VERSION, EPSILONS, tokens.targets, tokens.worse, tokens.bytes],
+            [system.pair.fingerprint(), system.pair.dtype],
+            [checkpoints.weights_fingerprint(anchor_path), anchor.pair.dtype],
+            {name: scheme.params.identity() for name, scheme in schemes.items()},
+        ]
+    )
+    if not context.config.overwrite and is_made_from(path, inputs):
+        return [row for _, row in read_rows(path)]
+    wanted = {base_role: (anchor_path, anchor, anchor.settings.proposal_device)}
+    for path_of_role, device in (
+        (system.pair.aligner, system.settings.aligner_device),
+        (system.pair.proposal, system.settings.proposal_device),
+    ):
+        if path_of_role:
+            wanted[_role(path_of_role, system)] = (path_of_role, system, device)
+    for unused in models.keys() - wanted.keys():
+        del models[unused]
+    for role, (source, owner, device) in wanted.items():
+        if role not in models:
+            models[role] = checkpoints.load_model(source, owner.pair.dtype, pick_device(device))
+    tokenizer, _ = context.job(system.name).encoded
+    rows = [*tokens.targets, *tokens.worse]
+    every = [Scheme(RAW, base_role, None), *schemes.values()]
+    scored = []
+    for start in progress(range(0, len(rows), AT_ONCE), desc=f"{system.name}: likelihood", unit="chunk"):
+        chunk = rows[start : start + AT_ONCE]
+        scored += zip(*scoring.score(models, tokenizer, chunk, every, anchor=base_role), strict=True)
+    figures = []
+    for place, (row_id, _) in enumerate(context.rows):
+        base, *own = scored[place]
+        laws = {
+            name: _sums(scores, base.logprobs, len(tokenizer))
+            for name, scores in zip(schemes, own, strict=True)
+        }
+        row = {"row": row_id, "tokens": len(base.logprobs), "bytes": tokens.bytes[place], "laws": laws}
+        if tokens.worse:
+            base, first, *_ = scored[len(tokens.targets) + place]
+            row["worse"] = float(smoothed(first.logprobs, base.logprobs, EPSILONS[0]).sum())
+        figures.append(row)
+    write_marked(path, figures, inputs)
+    return figures
+
+
+def smoothed(logprobs: torch.Tensor, base: torch.Tensor | float, epsilon: float) -> torch.Tensor:
+    """Return log[(1 - epsilon) p + epsilon u] in float64, for log p and log u."""
+    own = logprobs.double() + math.log1p(-epsilon)
+    return torch.logaddexp(own, torch.as_tensor(base).double() + math.log(epsilon))
+
+
+def _sums(scores: scoring.Scores, base: torch.Tensor, vocab_size: int) -> dict[str, Any]:
+    """Return a row's sums over its tokens.
+
+    `logp` is None if a token is outside the support. `smoothed` has one entry for each of EPSILONS.
+    """
+    assert scores.kl is not None
+    logp = float(scores.logprobs.double().sum())
+    return {
+        "logp": logp if math.isfinite(logp) else None,
+        "smoothed": [float(smoothed(scores.logprobs, base, epsilon).sum()) for epsilon in EPSILONS],
+        "uniform": float(smoothed(scores.logprobs, -math.log(vocab_size), EPSILONS[0]).sum()),
+        "covered": int(scores.covered.sum()),
+        "kl": float(scores.kl.double().sum()),
+    }
