@@ -15,11 +15,8 @@ import torch
 from ram.data.tokenization import tokenizer_fingerprint
 from ram.errors import UserError, nearest, pick
 from ram.log import log, pick_dtype, quiet_transformers
-<<<<<<< HEAD
-from ram.models.lora import merged_state, plain_name
-=======
 from ram.models import hub
->>>>>>> main
+from ram.models.lora import merged_state, plain_name
 from ram.storage.files import fingerprint, read_json, replacing, write_json
 
 if TYPE_CHECKING:
