@@ -292,7 +292,7 @@ def check_lora(config: Settings) -> None:
         raise UserError(
             "sample_during_eval=true: decoding needs merged weights; set it to false, or lora=null"
         )
-    if config.lora.base_dtype == "bfloat16" and config.model.fsdp_policy_mp != "bfloat16":
+    if config.lora.base_dtype == "bfloat16" and config.model.fsdp_policy_mp in (None, "float32"):
         raise UserError(
             f"lora.base_dtype=bfloat16, but the forward pass computes in {config.model.fsdp_policy_mp}: set "
             "model.fsdp_policy_mp=bfloat16 too"
