@@ -32,7 +32,7 @@ from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.errors import UserError, run_entry_point
 from ram.log import brief, labelled, log, log_path, notice, pick_dtype, use_console
-from ram.models import checkpoints, hub, run_folder
+from ram.models import checkpoints, hub, lora, run_folder
 from ram.settings import recipes
 from ram.settings.checks import nested
 from ram.settings.schema import settings_of
@@ -137,7 +137,10 @@ def make_trainer(
         assert architecture is not None
         model = checkpoints.new_model(architecture, tokenizer, config.seed)
     else:
-        model = checkpoints.load_model(source, "float32")
+        dtype = "float32" if config.lora is None else config.lora.base_dtype
+        model = checkpoints.load_model(source, dtype)
+    if config.lora is not None:
+        lora.add_adapters(model, config.lora, config.seed)
     reference = None
     if loss.needs_reference and not config.loss.reference_free:
         dtype = config.model.reference_dtype

@@ -90,7 +90,8 @@ class BasicTrainer:
             self.model.base_model.compile(dynamic=True)
 
         self.total_examples, self.total_updates, self.warmup = run_length(settings, len(train_data))
-        self.optimizer = pick_optimizer(settings.optimizer)(self.model.parameters(), lr=settings.lr)
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = pick_optimizer(settings.optimizer)(trained, lr=settings.lr)
         limit = settings.n_eval_examples
         self.n_heldout = len(eval_data) if limit is None else min(limit, len(eval_data))
         self.updates = self.examples = 0

@@ -16,6 +16,7 @@ from ram.data.tokenization import tokenizer_fingerprint
 from ram.errors import UserError, nearest, pick
 from ram.log import log, pick_dtype, quiet_transformers
 from ram.models import hub
+from ram.models.lora import merged_state, plain_name
 from ram.storage.files import fingerprint, read_json, replacing, write_json
 
 if TYPE_CHECKING:
@@ -214,13 +215,12 @@ def export_model(
         dtype: dtype of the weights. bfloat16 rounds away most of the changes of a small learning rate such
             as 2e-7; float32 keeps them.
         card: Content of `ram.json`.
-        state: The full weights by name, for a sharded model; modified in place.
+        state: The full weights by name, for a sharded model; modified in place. Adapters are merged.
     """
     target = pick_dtype(dtype, torch.device("cpu"))
     # Tied weights appear in the state under several names, but only once here.
-    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    if state is None:
-        state = model.state_dict()
+    names = {plain_name(name) for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    state = merged_state(model, dict(model.state_dict()) if state is None else state)
     # Convert one tensor at a time, so that there are never two copies of all weights in memory.
     for name in list(state):
         value = state.pop(name)

@@ -20,6 +20,7 @@ from ram.settings.compose import GROUPS, compose, has_key, key_of, leaves, set_o
 from ram.settings.overrides import check_names, check_used
 from ram.settings.schema import (
     INTRODUCED,
+    LEFT_OUT_IF_NULL,
     Settings,
     Tables,
     check_sampling,
@@ -201,7 +202,7 @@ def _files(names: Sequence[str], data_dir: Path, tables: Tables) -> list[Path]:
 
 
 def run_name(config: Settings, tables: Tables) -> str:
-    """Return the run folder's name: {prefix}{loss}_{data set}_{model}_b{batch}_lr{lr}[_a{alpha}][_@flag]."""
+    """Return {prefix}{loss}_{data set}_{model}_b{batch}_lr{lr}[_a{alpha}][_lora{r}][_@flag]: a run's name."""
     if config.exp_name:
         return config.exp_name
     data = "+".join(parse_name(name, tables.datasets)[0] for name in config.datasets)
@@ -210,12 +211,15 @@ def run_name(config: Settings, tables: Tables) -> str:
     alpha = getattr(config.loss, "alpha", None)
     if alpha is not None and float(alpha) != 1e-4:
         name += f"_a{float(alpha)}"
+    if config.lora is not None:
+        name += f"_lora{config.lora.r}"
     return f"{name}_@{config.exp_flag}" if config.exp_flag else name
 
 
 def identity(config: Settings) -> dict[str, Any]:
     """Return what makes two training runs the same: dotted key -> value of each key that decides weights."""
-    return leaves(decisive(config))
+    keys = leaves(decisive(config))
+    return {key: value for key, value in keys.items() if value is not None or key not in LEFT_OUT_IF_NULL}
 
 
 def recorded_identity(record: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:

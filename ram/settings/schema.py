@@ -13,6 +13,7 @@ from pydantic import InstanceOf
 from ram.data.catalogue import Source, parse_name
 from ram.decoding.par import PARParams
 from ram.errors import UserError, pick
+from ram.models.lora import LoraSettings
 from ram.settings.checks import (
     Count,
     CountOrZero,
@@ -35,6 +36,7 @@ Neutral = Annotated[T, NO_EFFECT]  # a key that is not part of a run's identity
 INTRODUCED: dict[str, Any] = {
     "loss.sampled_fraction": 1.0,
 }
+LEFT_OUT_IF_NULL = {"lora"}  # keys without which an identity is what it was before they existed
 
 
 class ModelSettings(Section):
@@ -165,6 +167,7 @@ class Settings(Section):
     lr_schedule: Literal["constant", "cosine"]
     warmup_steps: NotNegative  # a count, or a share below 1
     max_grad_norm: Positive
+    lora: InstanceOf[LoraSettings] | None
     activation_checkpointing: Neutral[bool]
     packed: Neutral[bool]
     compile: Neutral[bool]
@@ -216,6 +219,8 @@ def settings_of(composed: DictConfig, tables: Tables) -> Settings:
             kind = kind_of(values[section].get("name"))
             values[section] = check(kind, values[section], f"{section}.")
     values["sampling"] = sampling_settings(values["sampling"])
+    if values["lora"] is not None:
+        values["lora"] = check(LoraSettings, values["lora"], "lora.")
     return check(Settings, values)
 
 
@@ -274,8 +279,24 @@ def check_training(config: Settings, tables: Tables) -> None:
         )
     if config.n_examples is None and config.n_epochs is None:
         raise UserError("n_epochs and n_examples are both null: give one of them")
+    if config.lora is not None:
+        check_lora(config)
     if config.sample_during_eval:
         check_sampling(config.sampling)
+
+
+def check_lora(config: Settings) -> None:
+    """Raise UserError for keys that low-rank adapters cannot be combined with."""
+    assert config.lora is not None
+    if config.sample_during_eval:
+        raise UserError(
+            "sample_during_eval=true: decoding needs merged weights; set it to false, or lora=null"
+        )
+    if config.lora.base_dtype == "bfloat16" and config.model.fsdp_policy_mp in (None, "float32"):
+        raise UserError(
+            f"lora.base_dtype=bfloat16, but the forward pass computes in {config.model.fsdp_policy_mp}: set "
+            "model.fsdp_policy_mp=bfloat16 too"
+        )
 
 
 def check_sampling(sampling: SamplingSettings) -> None:

@@ -53,10 +53,9 @@ class Saver:
             facts: The run's counters, and `origin`: the settings, data and weights that the run is made from.
         """
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-        from torch.distributed.checkpoint.state_dict import get_state_dict
 
         self.wait()
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = _state_of(model, optimizer)
         stager = DefaultStager(StagingOptions(False, False, False, False))
         state = stager.stage({"model": weights, "optimizer": moments})
         self.thread = threading.Thread(target=self._write, args=(state, facts), daemon=True)
@@ -163,13 +162,24 @@ def newest(run_dir: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load a state into the model and the optimizer, for any number of processes that wrote it."""
     from torch.distributed.checkpoint import state_dict_loader
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = _state_of(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     with dcp_errors_as_oserror(folder):
         state_dict_loader.load(state, checkpoint_id=folder, no_dist=processes.count() == 1)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    options = StateDictOptions(
+        strict=len(weights) == len(model.state_dict())
+    )  # frozen weights are not stored
+    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    set_state_dict(model, optimizer, **parts, options=options)
+
+
+def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], Any]:
+    """Return the trained weights and the optimizer's moments; frozen weights come from the run's source."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    return get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
 
 
 def clear(run_dir: Path) -> None:

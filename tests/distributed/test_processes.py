@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
-from training_runs import TOKENIZER, dataset, path_of, settings, trainer, weights
+from training_runs import RUNS, TOKENIZER, dataset, path_of, settings, trainer, weights
 
 from ram.errors import UserError
+from ram.models import lora
 from ram.training import resume, sharding
 from trainers import BasicTrainer, FSDPTrainer, Preempted
 
@@ -23,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAT = ("lr=1e-3", "eval_every=16", "save_every=8", "n_epochs=2", "keep_states=3")
 
 
-LOSSES = ("ours_sft", "dpo")
+KINDS = ("ours_sft", "dpo", *(["lora"] if find_spec("peft") else []))
 # Adadelta's step is smooth at a gradient of 0: it changes by at most lr times the change of the gradient. The
 # steps of RMSprop and Adam jump there and would turn a rounding error into a share of a whole step.
 SPREAD = ("gradient_accumulation_steps=2", "optimizer=Adadelta", "lr=1", *FLAT[1:])
@@ -42,7 +44,7 @@ def torchrun(count, folder, stop):
             str(ROOT / "tests" / "helpers" / "fsdp_run.py"),
             str(folder),
             str(stop),
-            ",".join(LOSSES),
+            ",".join(KINDS),
             *SPREAD,
         ],
         capture_output=True,
@@ -68,13 +70,13 @@ def near(actual, expected):
 def same_weights(folder, run):
     """Compare an export, which is float32, with a run's float64 weights."""
     saved = load_file(folder / "LATEST" / "model.safetensors")
-    for name, weight in weights(run).items():
+    for name, weight in lora.merged_state(run.model, weights(run)).items():
         torch.testing.assert_close(saved[name].double(), weight, rtol=2 * 2**-24, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
-    """Runs of each loss by two processes, stopped after 4 updates, and resumed by three processes.
+    """Runs of each kind by two processes, stopped after 4 updates, and resumed by three processes.
 
     Returns the folders and the output of both.
     """
@@ -84,39 +86,39 @@ def spread(tmp_path_factory):
     return folder / "two", two, folder / "three", torchrun(3, folder / "three", 0)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_two_processes_stopped_and_three_going_on_equal_one(loss, spread, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_stopped_and_three_going_on_equal_one(kind, spread, tmp_path):
     """Two processes follow one process's path; told to stop they save; three, and one, go on to the same end.
 
     Three do not divide a batch of 8 or a weight of 16; of the 2 rows that 18 leave, one of them has none.
     The models are float64, so that little more than FSDP's own float32 sums is rounded.
     """
     two, said_by_two, three, said_by_three = spread
-    overrides = (f"loss={loss}", *SPREAD)
+    overrides = (*RUNS[kind], *SPREAD)
 
     def run_of_one(folder):
         reference = None
-        if loss == "dpo":
+        if kind == "dpo":
             reference = tiny_model(len(TOKENIZER), seed=7, layers=2, dtype=torch.float64)
         return trainer(folder, *overrides, n=18, reference=reference, dtype=torch.float64)
 
     one = run_of_one(tmp_path / "one")
     one.train()
-    assert said_by_two.count("2 processes") == len(LOSSES) and states(two / loss)[-1] == "000000004"
-    near(path_of_folder(two / loss), path_of(one)[:4])
-    assert not (two / loss / "LATEST").exists()
+    assert said_by_two.count("2 processes") == len(KINDS) and states(two / kind)[-1] == "000000004"
+    near(path_of_folder(two / kind), path_of(one)[:4])
+    assert not (two / kind / "LATEST").exists()
 
     alone = tmp_path / "alone"  # what two processes saved, gone on from by one
-    shutil.copytree(two / loss, alone)
+    shutil.copytree(two / kind, alone)
     last = run_of_one(alone)
     last.train(resume.newest(alone, {"it": 1}))
     near(path_of(last), path_of(one))
     same_weights(alone, one)
 
-    assert said_by_three.count("resuming after 26 of 36 examples") == len(LOSSES)
-    near(path_of_folder(three / loss), path_of(one))
-    same_weights(three / loss, one)
-    assert (three / loss / "LATEST" / "config.json").read_text().count("LlamaForCausalLM") == 1
+    assert said_by_three.count("resuming after 26 of 36 examples") == len(KINDS)
+    near(path_of_folder(three / kind), path_of(one))
+    same_weights(three / kind, one)
+    assert (three / kind / "LATEST" / "config.json").read_text().count("LlamaForCausalLM") == 1
 
 
 def path_of_folder(folder):

@@ -1,8 +1,8 @@
-"""Train the tests' tiny model in float64 with FSDPTrainer, once for each loss; torchrun runs this file.
+"""Train the tests' tiny model in float64 with FSDPTrainer, once for each kind; torchrun runs this file.
 
-test_processes.py reads the files that it leaves in FOLDER/LOSS.
+test_processes.py reads the files that it leaves in FOLDER/KIND.
 
-    fsdp_run.py FOLDER STOP LOSS,LOSS [key=value ...]
+    fsdp_run.py FOLDER STOP KIND,KIND [key=value ...]
 
 STOP: the number of updates after which every process is told to stop; 0 = never.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tiny import tiny_model
-from training_runs import TOKENIZER, dataset, settings
+from training_runs import RUNS, TOKENIZER, dataset, model_of, settings
 
 import trainers
 import utils
@@ -33,14 +33,14 @@ class Told(trainers.FSDPTrainer):
 
 
 def main():
-    folder, stop, losses, *overrides = sys.argv[1:]
+    folder, stop, kinds, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
     utils.setup_logging()
     utils.quiet_transformers()
     processes.start(alone=True)
     Told.stop_after = int(stop)
-    for loss in losses.split(","):
-        train(Path(folder) / loss, f"loss={loss}", *overrides)
+    for kind in kinds.split(","):
+        train(Path(folder) / kind, *RUNS[kind], *overrides)
 
 
 def train(folder, *overrides):
@@ -48,7 +48,7 @@ def train(folder, *overrides):
     reference = None
     if config.loss.name == "dpo":
         reference = tiny_model(len(TOKENIZER), seed=7, layers=2, dtype=torch.float64)
-    model = tiny_model(len(TOKENIZER), seed=0, layers=2, dtype=torch.float64)
+    model = model_of(config, dtype=torch.float64)
     if processes.is_rank0():
         folder.mkdir(parents=True, exist_ok=True)
     processes.barrier()

@@ -11,8 +11,10 @@ import pytest
 import small
 import torch
 from tiny import byte_tokenizer, tiny_model
+from transformers import LlamaForCausalLM
 
 from ram.data.tokenization import Example, TokenizedDataset, tokenize
+from ram.models import lora
 from ram.settings.schema import Settings
 from ram.training import resume
 from ram.training.metrics import MetricsLog
@@ -36,6 +38,12 @@ WORDS = [
     "to",
     "there",
 ]
+# Kinds of runs that many processes are tried with.
+RUNS = {
+    "ours_sft": ("loss=ours_sft",),
+    "dpo": ("loss=dpo",),
+    "lora": ("loss=sft", "lora={r: 2, alpha: 6}"),
+}
 # Settings of the runs that are stopped and resumed: a state every 8 examples, all of them kept.
 RESUMABLE = ("lr=1e-3", "eval_every=16", "save_every=8", "n_epochs=2", "keep_states=3")
 
@@ -69,6 +77,14 @@ def settings(*overrides: str) -> Settings:
     return small.settings(*base, *overrides)
 
 
+def model_of(config: Settings, seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """Make the tiny model of a run, with its adapters if it has some."""
+    model = tiny_model(len(TOKENIZER), seed=seed, layers=2, dtype=dtype)
+    if config.lora is not None:
+        lora.add_adapters(model, config.lora, config.seed)
+    return model
+
+
 def trainer(
     run_dir: Path,
     *overrides: str,
@@ -80,9 +96,8 @@ def trainer(
 ) -> BasicTrainer:
     """Make a trainer of a tiny model on `n` examples, with 6 held-out ones."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    model = tiny_model(len(TOKENIZER), seed=seed, layers=2, dtype=dtype)
-    heldout = dataset(6, seed=99)
     config = settings(*overrides)
+    model, heldout = model_of(config, seed, dtype), dataset(6, seed=99)
     return BasicTrainer(config, model, TOKENIZER, dataset(n), heldout, run_dir, card or {}, reference)
 
 
@@ -121,9 +136,8 @@ def stopped_run(run_dir: Path, after: int, *overrides: str, number: int = signal
                 os.kill(os.getpid(), number)
 
     run_dir.mkdir(parents=True)
-    model = tiny_model(len(TOKENIZER), seed=0, layers=2)
-    heldout = dataset(6, seed=99)
     config = settings(*overrides)
+    model, heldout = model_of(config), dataset(6, seed=99)
     run = Interrupted(config, model, TOKENIZER, dataset(20), heldout, run_dir, {}, None, {"it": 1})
     with pytest.raises(Preempted) as error:
         run.train()
