@@ -1,6 +1,7 @@
 """Commands as users type them: the scripts of bin/, the README, and common mistakes."""
 
 import csv
+import json
 import os
 import shlex
 import subprocess
@@ -163,3 +164,11 @@ def test_mistakes_in_whole_processes(command, tmp_path):
         timeout=300,
     )
     check_mistake(command, result.returncode, result.stderr, tmp_path)
+
+
+@pytest.mark.slow
+def test_gpu_check_passes_in_tiny_shapes():
+    """`bin/gpu_check.sh` ends with one JSON object and exit status 0, with or without a GPU."""
+    done = script("gpu_check.sh")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["failed"] == []
