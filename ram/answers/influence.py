@@ -16,10 +16,12 @@ import torch
 
 from ram.answers import answer_files
 from ram.answers.jobs import AnswerJob
-from ram.decoding.par import PARParams, next_token_law, seen_mask, warp, wide
+from ram.decoding.par import NEG_INF, PARParams, next_token_law, seen_mask, warp, wide
 from ram.decoding.rows import eos_token_ids
 from ram.distributed import processes
 from ram.log import log, progress
+from ram.models.abilities import whole_logits
+from ram.models.vocabulary import Vocabulary, vocabulary
 from ram.storage.files import fingerprint, only_run, read_rows
 from ram.storage.parts import PartFiles
 from ram.storage.provenance import is_made_from, write_marked
@@ -57,18 +59,19 @@ def token_figures(
     figures: dict[str, Any] = {"logp": [], "logp_proposal": [], "kl": [], "candidates": []}
     if not answer_ids:
         return figures
-    proposal_logits_TV = answer_logits(proposal, tokenizer, prompt_ids, answer_ids)
+    ids = vocabulary(tokenizer, proposal, aligner)
+    proposal_logits_TV = answer_logits(proposal, ids, prompt_ids, answer_ids)
     device = proposal_logits_TV.device
-    aligner_logits_TV = answer_logits(aligner, tokenizer, prompt_ids, answer_ids).to(device)
-    assert proposal_logits_TV.shape == aligner_logits_TV.shape == (len(answer_ids), len(tokenizer))
+    aligner_logits_TV = answer_logits(aligner, ids, prompt_ids, answer_ids).to(device)
+    assert proposal_logits_TV.shape == aligner_logits_TV.shape == (len(answer_ids), ids.size)
     eos = eos_token_ids(tokenizer, proposal, aligner)
     has_pair_law = params.sample_mode != "snis"
     # All other figures are the same in every mode, so par stands in for snis.
     law_params = params if has_pair_law else replace(params, sample_mode="par")
     answer = torch.as_tensor(list(answer_ids), device=device)
-    seen = seen_mask(torch.as_tensor([list(prompt_ids)], device=device), len(tokenizer))
+    seen = seen_mask(torch.as_tensor([list(prompt_ids)], device=device), ids.size)
     assert seen is not None
-    size = max(1, AT_ONCE // len(tokenizer))
+    size = max(1, AT_ONCE // ids.size)
     for start in range(0, len(answer_ids), size):
         chunk = slice(start, start + size)
         tokens = answer[chunk]
@@ -93,15 +96,12 @@ def token_figures(
 
 
 def answer_logits(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt_ids: Sequence[int],
-    answer_ids: Sequence[int],
+    model: "PreTrainedModel", ids: Vocabulary, prompt_ids: Sequence[int], answer_ids: Sequence[int]
 ) -> torch.Tensor:
-    """Return the logits that predict each of T answer tokens, cut to the tokenizer's vocabulary: (T, V)."""
-    ids = torch.as_tensor([[*prompt_ids, *answer_ids[:-1]]], device=model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer_ids)).logits
-    return logits[0, :, : len(tokenizer)]
+    """Return the logits that predict each of T answer tokens, cut to the vocabulary: (T, V)."""
+    logits = whole_logits(model, [*prompt_ids, *answer_ids[:-1]], len(answer_ids))[:, : ids.size]
+    unused = torch.tensor(ids.unused, dtype=torch.int64, device=logits.device)
+    return logits.index_fill(-1, unused, NEG_INF)
 
 
 def logps_of(logprobs: torch.Tensor, tokens: torch.Tensor) -> list[float | None]:

@@ -19,6 +19,7 @@ from ram.models import checkpoints, run_folder
 from ram.settings.compose import GROUPS, compose, has_key, key_of, leaves, set_overrides, set_values
 from ram.settings.schema import (
     INTRODUCED,
+    OMITTED,
     Settings,
     Tables,
     check_sampling,
@@ -208,7 +209,8 @@ def run_name(config: Settings, tables: Tables) -> str:
 
 def identity(config: Settings) -> dict[str, Any]:
     """Return what makes two training runs the same: dotted key -> value of each key that decides weights."""
-    return leaves(decisive(config))
+    values = leaves(decisive(config))
+    return {key: value for key, value in values.items() if key not in OMITTED or OMITTED[key] != value}
 
 
 def recorded_identity(record: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:

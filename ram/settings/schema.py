@@ -35,6 +35,10 @@ Neutral = Annotated[T, NO_EFFECT]  # a key that is not part of a run's identity
 INTRODUCED: dict[str, Any] = {
     "loss.sampled_fraction": 1.0,
 }
+# Keys that are younger than all records. At this value an identity leaves them out, so it stays the same.
+OMITTED: dict[str, Any] = {
+    "dropout": "none",
+}
 
 
 class ModelSettings(Section):
@@ -163,6 +167,7 @@ class Settings(Section):
     max_grad_norm: Positive
     activation_checkpointing: Neutral[bool]
     packed: Neutral[bool]
+    dropout: Literal["none", "config"]
     compile: Neutral[bool]
     divergence: Neutral[DivergenceSettings]
 
