@@ -7,6 +7,7 @@ decoding needs and transformers has no place for: `add_bos`, lengths, the traini
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CARD = "ram.json"
+# Masks and tables that older versions of transformers stored beside the weights; they are computed now.
+BUFFERS = r"(masked_bias|attn\.bias|attention\.bias|inv_freq|position_ids)$"
 BLOCK = 1 << 20  # bytes
 
 
@@ -137,7 +140,7 @@ def load_model(
             f"{source} lacks {len(missing)} weights that its config.json requires ({missing[0]}, ...): its "
             "files do not match; download or train the model again"
         )
-    surplus = sorted(report["unexpected_keys"])
+    surplus = sorted(name for name in report["unexpected_keys"] if not re.search(BUFFERS, name))
     if surplus:  # transformers would leave them out
         raise UserError(
             f"{source} has {len(surplus)} weights that its config.json has no place for ({surplus[0]}, ...): "

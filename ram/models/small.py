@@ -24,8 +24,9 @@ SIZES: dict[str, int] = {
     r"hidden_size|d_model|n_embd|embedding_size|embedding_dim|emb_dim|word_embed_proj_dim|lru_width"
     r"|(in|out)put_embedding_size|attention_hidden_size|(audio|vision)?_?embed_dim": WIDTH,
     r"((encoder|decoder|num|num_encoder|num_decoder|swa_num|global_num)_)?attention_heads|n_heads?|num_heads"
-    r"|linear_num_heads|index_n_heads|linear_num_value_heads|num_query_groups": HEADS,
+    r"|linear_num_heads|linear_num_value_heads|num_query_groups": HEADS,
     r"linear_num_key_heads": KEY_HEADS,
+    r"index_n_heads": 16,  # with few heads many scores are 0, and which of them are the largest is arbitrary
     r"(swa_|global_|index_|linear_)?head_dim|d_head|dim_head|attention_head_size|kv_channels"
     r"|qk_(rope|nope)_head_dim|linear_(key|value)_head_dim": HEAD_SIZE,
     r"qk_head_dim": 2 * HEAD_SIZE,
@@ -108,7 +109,10 @@ def _small(values: dict[str, Any], longest: int) -> dict[str, Any]:
         elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             value = _small_rope(value)
         elif isinstance(value, list | tuple) and count and len(value) == count:
-            value = value[:kept]
+            value = [
+                _small_size(key, size, values, longest, kept) if type(size) is int and size > 1 else size
+                for size in value[:kept]
+            ]
         elif _is_indices(value) and count and value and max(value) < count:
             value = [index for index in value if index < kept]
         elif key.endswith("_token_id"):
@@ -176,8 +180,9 @@ def _layers(values: dict[str, Any]) -> tuple[int, int]:
     kinds = list(_kinds(count, per_layer, inside))
     kept = max((kinds.index(kind) + 1 for kind in set(kinds)), default=0)
     periods = [value for key, value in values.items() if re.fullmatch(PERIODS, key) and type(value) is int]
-    periods += [len(value) for value in lists if value and all(isinstance(kind, str) for kind in value)]
-    kept = max([2, kept, *(period for period in periods if period < count)])
+    named = [value for value in lists if value and all(isinstance(kind, str) for kind in value)]
+    periods += [len(value) for value in named if len(value) < count]
+    kept = max([2, kept, *(period for period in periods if period <= count)])
     return count, min(count, kept)
 
 

@@ -47,7 +47,7 @@ class Result(NamedTuple):
     """What a model type may do, and what it may not.
 
     Args:
-        training: the forward pass of training; None if the type is refused or cannot be built.
+        training: the forward pass of training, or "no"; None if the type is refused or cannot be built.
         decoding: the way to decode.
         served: whether the server takes it.
         note: why a faster path is not used, why it is refused, or why it cannot be built.
@@ -80,11 +80,13 @@ def survey(name: str) -> Result:
         "cache": cache_objection(model, LONGEST),
     }
     training = next((path for path in ("packed", "padded") if objections[path] is None), "row by row")
+    if alone := passes.objection_to(logps.alone_logps, model, LONGEST):
+        training, objections = "no", objections | {"training": alone}
     decoding = next((path for path in ("engine", "cache") if objections[path] is None), "whole forwards")
     note = "; ".join(f"{path}: {reason}" for path, reason in objections.items() if reason is not None)
     fault = ""
     try:
-        fault = training_fault(model) or decoding_fault(model)
+        fault = (training != "no" and training_fault(model)) or decoding_fault(model)
     except Exception as error:
         fault = f"it raises {_line(error)}"
     return Result(name, training, decoding, decoding == "engine", note, fault)
@@ -100,7 +102,7 @@ def model_of(name: str) -> Any:
 
     config = CONFIG_MAPPING[name](**COMPLETED.get(name, {}))
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if kind.config_class is type(abilities.text_config(config)):
+    if kind.config_class is not type(config):  # a composite type whose text model stands alone
         config = abilities.text_config(config)
     try:
         config = small_config(config, 10**9)  # every window is shorter than the longest row
@@ -113,7 +115,7 @@ def _refused(model: Any) -> bool:
     """Whether training and decoding both refuse a model in a line."""
     attempts = (
         lambda: passes.pick([model], LONGEST),
-        lambda: generation.generate(model, None, Ids(), [[8]], PARParams(), max_new_tokens=1),  # pyright: ignore
+        lambda: generation.generate(model, None, Ids(), [[8] * LONGEST], PARParams(), max_new_tokens=1),  # pyright: ignore
     )
     for attempt in attempts:
         try:

@@ -18,6 +18,7 @@ from ram.distributed import processes
 from ram.errors import UserError
 from ram.log import log
 from ram.models.abilities import (
+    ALONE,
     SIZES,
     Truth,
     check_decodable,
@@ -46,7 +47,7 @@ NONLINEAR = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 PASSES: list[tuple[str, Callable[..., Answers]]] = [
     ("packed training", packed_logps),
     ("padded training", padded_logps),
-    ("training row by row", alone_logps),
+    (ALONE, alone_logps),
 ]
 
 
@@ -93,6 +94,9 @@ def pick(models: Sequence["PreTrainedModel"], longest: int, packed: bool = True)
                 use_packed(model)
             return forward
         fall_back(wrong[0], name, instead, wrong[1])
+    for model in models:
+        if (reason := objection_to(alone_logps, model, longest)) is not None:
+            raise UserError(f"{type(model).__name__} cannot be trained: {reason}; choose another model")
     return alone_logps
 
 
@@ -133,14 +137,17 @@ def _difference(forward: Callable[..., Answers], model: Any, truth: Truth) -> fl
     ids = {part: np.concatenate(values) for part, values in parts.items()}
     offsets = {part: np.cumsum([0, *map(len, values)]) for part, values in parts.items()}
     data, worst, before = TokenizedDataset(ids, offsets, {}), 0.0, model.config._attn_implementation
+    _silence(model)
     try:
         if forward is packed_logps:
             use_packed(model)
-        sums, _ = forward(model, data, range(len(SIZES["prompt"])), ("target", "negative"), 0)
+        for training in (False, True):  # some models compute something else in training
+            model.train(training)
+            sums, _ = forward(model, data, range(len(SIZES["prompt"])), ("target", "negative"), 0)
+            for answer, values in expected.items():
+                worst = max(worst, distance(sums[answer], torch.stack(values)))
     finally:
-        model.set_attn_implementation(before)
-    for answer, values in expected.items():
-        worst = max(worst, distance(sums[answer], torch.stack(values)))
+        model.eval().set_attn_implementation(before)
     return worst
 
 
@@ -165,7 +172,12 @@ def settle_dropout(model: "PreTrainedModel", keep: bool) -> None:
         log.info(
             f"dropout is off in training (the model's configuration has {asked}; dropout=config keeps it)"
         )
-    for module in model.modules() if not keep else ():
+    if not keep:
+        _silence(model)
+
+
+def _silence(model: Any) -> None:
+    for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for key in [key for key, value in vars(module).items() if _is_noise(key, value)]:
@@ -174,5 +186,5 @@ def settle_dropout(model: "PreTrainedModel", keep: bool) -> None:
 
 def _is_noise(key: str, value: Any) -> bool:
     """Return whether a setting makes training's forward pass random; classifiers' have no effect here."""
-    named = re.search(r"drop|jitter", key) and not re.search(r"classifier|summary", key)
+    named = re.search(r"drop|^(input_)?jitter_noise$", key) and not re.search(r"classifier|summary", key)
     return bool(named) and isinstance(value, float) and value > 0
