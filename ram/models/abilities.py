@@ -148,8 +148,8 @@ def check_decodable(model: Any, longest: int) -> None:
     """Raises UserError if no way to decode a model is right."""
     if hasattr(model, "base_model") and (reason := whole_objection(model, longest)):
         raise UserError(
-            f"{type(model).__name__} cannot decode: {reason}; expected a causal language model, in which no "
-            "token sees later ones (is_decoder=true in config.json?)"
+            f"{type(model).__name__} cannot decode: {reason}; expected a causal language model (is_decoder=true "
+            "in config.json?)"
         )
 
 
@@ -224,6 +224,8 @@ def _checked(model: Any, config: Any, attention: str, path: str, probe: Probe) -
         return f"it fails ({_line(error)})"
     if difference <= TOLERANCE:
         return None
+    if path == WHOLE:
+        return f"a token's law depends on later tokens, by up to {difference:.2g} nats"
     return f"it differs from whole forwards by {difference:.2g} nats"
 
 
