@@ -4,7 +4,7 @@ prompts -> token ids -> engine.Engine (or reference.decode_batches) -> Generatio
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ram.data.tokenization import encode
 from ram.decoding import reference
@@ -43,8 +43,9 @@ def check_pair(
         raise ValueError("proposal and aligner are both None: give at least one model")
     for name, model in models.items():
         rows, limit = text_config(model.config).vocab_size, max_positions(model.config)
-        for use, ids in (("EOS", [tokenizer.eos_token_id]), ("a prompt", highest)):
-            check_ids([token for token in ids if token is not None], rows, f"the {name}", use)
+        check_ids(highest, rows, f"the {name}", "a prompt")
+        if tokenizer.eos_token_id is not None:
+            check_ids([cast(int, tokenizer.eos_token_id)], rows, f"the {name}", "EOS")
         if limit is not None and longest > limit:
             raise ValueError(
                 f"prompt + max_new_tokens = {longest} positions, but the {name} holds {limit}: "
@@ -177,7 +178,7 @@ def decode_rows(
         return
 
     count = min(batch_size, len(ids))
-    size, unused = vocabulary(tokenizer, verifier, *others, *drafters)
+    size, unused = vocabulary(tokenizer, verifier, *others)  # a drafter decides no text
     limits = Limits(size, count, count * longest, longest, share_prefixes=False, unused=unused)
     engine = Engine(
         open_model(verifier, limits),

@@ -8,7 +8,7 @@ batch it is decoded in, nor on the loop.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -69,7 +69,8 @@ class _Cached:
         return logits[:, -1, : self.vocab_size]
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        self.cache.reorder_cache(rows.to(self.model.device))  # selects, and unlike others knows all layers
+        # It selects rows, too, and knows all kinds of layers.
+        self.cache.reorder_cache(cast(torch.LongTensor, rows.to(self.model.device)))
 
 
 class _Whole:

@@ -171,7 +171,8 @@ def eos_token_ids(tokenizer: "PreTrainedTokenizerBase", *models: "PreTrainedMode
         for source in (getattr(model, "config", None), getattr(model, "generation_config", None)):
             value: int | list[int] | None = getattr(source, "eos_token_id", None)
             ids.update([value] if isinstance(value, int) else value or [])
-        ids.update(filter(None.__ne__, [getattr(model, "tokenizer_eos", None)]))
+        if (own := getattr(model, "tokenizer_eos", None)) is not None:
+            ids.add(own)
     if tokenizer.eos_token_id is not None:
         ids.add(cast(int, tokenizer.eos_token_id))
     return tuple(sorted(ids))

@@ -148,8 +148,8 @@ def check_decodable(model: Any, longest: int) -> None:
     """Raises UserError if no way to decode a model is right."""
     if hasattr(model, "base_model") and (reason := whole_objection(model, longest)):
         raise UserError(
-            f"{type(model).__name__} cannot decode: {reason}; expected a causal language model (is_decoder=true "
-            "in config.json?)"
+            f"{type(model).__name__} cannot decode: {reason}; expected a causal language model, as with "
+            "is_decoder=true in its config.json"
         )
 
 

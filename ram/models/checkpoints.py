@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -355,7 +355,9 @@ def load_pair(
                 f"the tokenizer of the {name} ({sources[name]}, {len(other)} tokens) differs from "
                 f"{first_source} ({len(tokenizer)} tokens): a pair needs one vocabulary"
             )
-        vocabulary.check_ids([tokenizer.eos_token_id], rows[name], f"the {name} ({sources[name]})", "EOS")
+        vocabulary.check_ids(
+            [cast(int, tokenizer.eos_token_id)], rows[name], f"the {name} ({sources[name]})", "EOS"
+        )
     # The drafter may differ in add_bos: wrong drafts are rejected, so they cost speed only.
     sources.pop("drafter", None)
     cards = {name: read_card(path) for name, path in sources.items()}

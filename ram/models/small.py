@@ -154,10 +154,10 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
             value = _small_rope(value)
         elif key == "original_max_position_embeddings" and value is not None:
             value = POSITIONS
-        elif key in ("short_factor", "long_factor"):
+        elif key in ("short_factor", "long_factor") and value is not None:
             share = rope.get("partial_rotary_factor", 1.0)
             value = list(value)[: int(HEAD_SIZE * share) // 2]
-        elif key == "mrope_section":
+        elif key == "mrope_section" and value is not None:
             value = [HEAD_SIZE // 4, *[HEAD_SIZE // 8] * (len(value) - 1)]
         result[key] = value
     return result

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -115,7 +115,9 @@ def _refused(model: Any) -> bool:
     """Whether training and decoding both refuse a model in a line."""
     attempts = (
         lambda: passes.pick([model], LONGEST),
-        lambda: generation.generate(model, None, Ids(), [[8] * LONGEST], PARParams(), max_new_tokens=1),  # pyright: ignore
+        lambda: generation.generate(
+            model, None, cast(Any, Ids()), [[8] * LONGEST], PARParams(), max_new_tokens=1
+        ),
     )
     for attempt in attempts:
         try:
@@ -163,9 +165,8 @@ def decoding_fault(model: Any) -> str:
     )
     expected = [_whole_answer(model, prompt, row, params) for row, prompt in enumerate(prompts)]
     for speculative in (True, False):
-        answers = generation.generate(
-            model, None, Ids(), prompts, params, max_new_tokens=NEW, speculative=speculative
-        )  # pyright: ignore[reportArgumentType]
+        settings = {"max_new_tokens": NEW, "speculative": speculative}
+        answers = generation.generate(model, None, cast(Any, Ids()), prompts, params, **settings)
         for answer, own in zip(answers, expected, strict=True):
             if answer.token_ids != own[: len(answer.token_ids)]:
                 return f"speculative={str(speculative).lower()} gives other tokens than whole forwards"
