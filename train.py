@@ -32,7 +32,7 @@ from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.errors import UserError, run_entry_point
 from ram.log import brief, labelled, log, log_path, notice, pick_dtype, use_console
-from ram.models import checkpoints, hub, lora, run_folder
+from ram.models import checkpoints, hub, lora, run_folder, vocabulary
 from ram.settings import recipes
 from ram.settings.checks import nested
 from ram.settings.schema import settings_of
@@ -73,6 +73,10 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> str:
             split: load_tokenized(config.datasets, split, tokenizer, config, bad, loss.needs_negative)
             for split in ("train", "heldout")
         }
+    if source is not None:
+        rows = vocabulary.rows_in(source)
+        used = [int(ids.max()) for part in data.values() for ids in part.ids.values() if len(ids)]
+        vocabulary.check_ids(used, rows, source, f"{tokenizer_source}, with which the data were encoded,")
     inputs = {"data": data["train"].key, "weights": source and checkpoints.weights_fingerprint(source)}
     changed = ""
     if done is not None:

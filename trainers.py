@@ -23,7 +23,7 @@ from ram.distributed import processes
 from ram.errors import Preempted, UserError, pick
 from ram.log import log, pick_device, pick_dtype, progress
 from ram.models import checkpoints, run_folder
-from ram.training import logps, packing, resume, sharding
+from ram.training import logps, packing, passes, resume, sharding
 from ram.training.losses import LOSSES
 from ram.training.metrics import MetricsLog, averages, show_samples
 from ram.training.optimizers import lr_factor, pick_optimizer, run_length
@@ -114,18 +114,7 @@ class BasicTrainer:
         self.model = self.model.to(self.device)
         if self.reference is not None:
             self.reference = self.reference.to(self.device).eval()
-        self.logps = self.pick_forward()
-
-    def pick_forward(self):
-        """Return the packed forward pass, or the padded one if configured or if a model cannot be packed."""
-        if not self.settings.packed:
-            return logps.padded_logps
-        for model in filter(None, (self.model, self.reference)):
-            reason = logps.prepare(model, self.settings.max_length, self.autocast)
-            if reason is not None:
-                log.info(f"packed=true does not work with this model: {reason}; using padded forward passes")
-                return logps.padded_logps
-        return logps.packed_logps
+        self.logps = passes.prepare(self.model, self.reference, self.settings)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.compute_dtype is None:
@@ -152,6 +141,7 @@ class BasicTrainer:
                 None computes all.
         """
         policy, counts = self.forward(self.model, data, rows, drawn)
+        router_loss = policy.pop(logps.ROUTER_LOSS, 0.0)
         reference = None
         if self.reference is not None:
             with torch.no_grad():
@@ -161,6 +151,7 @@ class BasicTrainer:
             # Dividing by the fraction keeps the expectation of the loss (inverse probability weighting).
             weights["negative_weight"] = torch.from_numpy(drawn).to(policy["target"]) / self.fraction
         losses, metrics = self.loss.function(policy | weights, reference, self.settings.loss)
+        losses = losses + router_loss
         assert losses.shape == (len(rows),)
         sums = {key: value.detach().double().sum().item() for key, value in metrics.items()}
         sums["loss"] = losses.detach().double().sum().item()
@@ -423,7 +414,7 @@ class FSDPTrainer(BasicTrainer):
                 "sample_during_eval=true: FSDPTrainer holds no whole model to decode with; set it to false"
             )
         processes.start(alone=True)
-        forward = self.pick_forward()
+        forward = passes.prepare(self.model, self.reference, self.settings)
         block_name, offload = settings.model.block_name, settings.cpu_offload
         for model in filter(None, (self.model, self.reference)):
             sharding.shard(model, block_name, self.device, self.compute_dtype, forward, offload)

@@ -2,10 +2,16 @@
 
 import gc
 import os
+import shutil
 import signal
+import tempfile
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"
+    RAM_ABILITIES=tempfile.mkdtemp(prefix="ram-abilities-"),
+    HF_HUB_OFFLINE="1",
+    WANDB_MODE="offline",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
 )
 
 import pytest
@@ -20,6 +26,8 @@ def one_thread():
     torch.set_num_threads(1)
     utils.setup_logging()
     utils.quiet_transformers()
+    yield
+    shutil.rmtree(os.environ["RAM_ABILITIES"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

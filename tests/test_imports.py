@@ -1,6 +1,7 @@
 """The shape of the project: import order, late imports, file sizes, private strings."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
             yield from modules or [node.module]
 
 
+@functools.cache
 def layers() -> dict[str, int]:
     """Room or top-level file -> its line in the import order of docs/architecture.md."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -34,8 +36,8 @@ def layers() -> dict[str, int]:
 
 
 def room(module: str) -> str:
-    """`ram.decoding.par` -> `ram.decoding`; a top-level file is its own room."""
-    return ".".join(module.split(".")[:2])
+    """`ram.decoding.par` -> `ram.decoding`; a top-level file, or a module in the order, is its own room."""
+    return module if module in layers() else ".".join(module.split(".")[:2])
 
 
 def upward_imports(module: str, source: str, order: dict[str, int]) -> list[str]:

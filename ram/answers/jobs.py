@@ -9,7 +9,7 @@ from ram.data.tokenization import encode_prompts
 from ram.decoding.par import PARParams
 from ram.errors import UserError
 from ram.log import log, pick_device
-from ram.models import checkpoints
+from ram.models import checkpoints, vocabulary
 from ram.settings.overrides import MODEL_KEYS
 from ram.storage.files import fingerprint
 
@@ -150,6 +150,9 @@ class AnswerJob:
         if add_bos != self.add_bos:
             log.info(f"{self.label}: add_bos={str(add_bos).lower()}, as the models were trained")
         prompt_ids, n_cut = encode_prompts(tokenizer, self.prompts, limit, add_bos)
+        for path in filter(None, (pair.proposal, pair.aligner)):
+            used = [token for ids in prompt_ids for token in ids]
+            vocabulary.check_ids(used, vocabulary.rows_in(path), path, f"a prompt of {self.label}")
         empty_rows = [row for row, ids in zip(self.row_ids, prompt_ids, strict=True) if not ids]
         if empty_rows:
             raise UserError(

@@ -182,7 +182,10 @@ def tokenize_cached(
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return a hash that is equal if two fast tokenizers give the same ids and have the same BOS and EOS."""
+    """Return a hash that is equal if two tokenizers give the same ids and have the same BOS and EOS."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:  # written in Python: its class and its ids
+        facts = [type(tokenizer).__name__, tokenizer.get_vocab(), str(tokenizer.init_kwargs)]
+        return fingerprint([*facts, tokenizer.bos_token_id, tokenizer.eos_token_id])
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("padding", "truncation"):  # set by the last call, no property of the tokenizer
         backend.pop(state, None)

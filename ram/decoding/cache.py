@@ -18,6 +18,15 @@ import torch
 from transformers import Cache, DynamicLayer
 
 from ram.decoding.positions import Allocation, LinePositions, PagedPositions
+from ram.models.abilities import (
+    Truth,
+    attention_of,
+    distance,
+    keep,
+    max_positions,
+    objection,
+    text_config,
+)
 from ram.models.llama import JointForward, LlamaForward, is_plain_llama
 
 if TYPE_CHECKING:
@@ -37,6 +46,7 @@ class Limits:
         columns: tokens of the longest row.
         share_prefixes: whether rows with a common beginning share its positions; otherwise each row has a
             line of `columns` positions.
+        unused: ids below `vocab_size` that name no token and are never drawn.
     """
 
     vocab_size: int
@@ -44,6 +54,7 @@ class Limits:
     positions: int
     columns: int
     share_prefixes: bool = True
+    unused: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -58,26 +69,49 @@ class ServedModel:
         weights = list(self.model.parameters())
         self.parameters = sum(weight.numel() for weight in weights)
         self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        self.layers = self.model.config.num_hidden_layers
-        self.vocab_size, self.max_positions = self.pool.vocab_size, max_positions(self.model)
+        self.layers = text_config(self.model.config).num_hidden_layers
+        self.vocab_size, self.max_positions = self.pool.vocab_size, max_positions(self.model.config)
 
 
-def max_positions(model: "PreTrainedModel") -> int | None:
-    """Return the longest context of a model, or None if its configuration sets none."""
-    return getattr(model.config, "max_position_embeddings", None)
+def pool_objection(model: Any, longest: int) -> str | None:
+    """Return why a model cannot be decoded with a pool, or None if it can.
+
+    Args:
+        longest: tokens of the longest row.
+    """
+    if not hasattr(model, "base_model"):
+        return "it is no transformers model"
+    if model._is_stateful:
+        return "it keeps a state, which cannot take back a rejected draft"
+    return objection(model, "the pool of keys and values", _pool_difference, longest)
 
 
-def caches_by_position(*models: Any) -> bool:
-    """Return whether the models keep all keys and values by position: no sliding window, no state."""
-    for model in models:
-        if not hasattr(model, "base_model"):  # not a transformers model
-            return False
-        config = model.config
-        kinds = getattr(config, "layer_types", None) or ["full_attention"]
-        window = getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")
-        if set(kinds) != {"full_attention"} or window or model._is_stateful:
-            return False
-    return True
+def _pool_difference(model: Any, truth: Truth) -> float:
+    """How far a pool is from the truth: ragged rows, read in pieces, the last of which hold wrong drafts."""
+    rows, longest = truth.rows, max(map(len, truth.rows))
+    limits = Limits(truth.logprobs[0].shape[-1], len(rows), len(rows) * longest, longest)
+    pool = TransformersPool(model, limits)
+    for line, row in enumerate(rows):
+        assert pool.admit(line, row, len(row)) is not None
+    lines, read, worst = torch.arange(len(rows)), [0] * len(rows), 0.0
+    while unread := max(len(row) - start for row, start in zip(rows, read, strict=True)):
+        counts = [min(len(row) - start, 4) for row, start in zip(rows, read, strict=True)]
+        if not any(read):
+            counts = [len(row) - 12 for row in rows]
+        ids = torch.zeros(len(rows), max(counts), dtype=torch.int64)
+        places = torch.full_like(ids, longest)
+        for line, (row, start, count) in enumerate(zip(rows, read, counts, strict=True)):
+            ids[line, :count] = torch.tensor(row[start : start + count])
+            places[line, :count] = torch.arange(start, start + count)
+        kept = [count - (count > 3 and unread > 4 and any(read)) for count in counts]
+        for line, count in enumerate(kept):
+            ids[line, count : counts[line]] = rows[line][0]  # a draft that is rejected
+        (logits,) = pool([Part(ids, places, lines, None, longest)])
+        for line, count in enumerate(kept):
+            expected = truth.logprobs[line][read[line] : read[line] + count]
+            worst = max(worst, distance(logits[line, :count].log_softmax(-1), expected) if count else 0.0)
+        read = [start + count for start, count in zip(read, kept, strict=True)]
+    return worst
 
 
 @torch.inference_mode()
@@ -85,13 +119,18 @@ def open_model(model: "PreTrainedModel", limits: Limits) -> ServedModel:
     """Allocate a model's pool. Any thread may call this: it changes no engine.
 
     Raises:
-        ValueError: if the model does not keep keys and values by position, lacks rows for the vocabulary, or
-            if memory has no room for the pool.
+        ValueError: if the model cannot be decoded with a pool, lacks rows for the vocabulary, or if memory
+            has no room for the pool.
     """
-    if not caches_by_position(model) or model.config.vocab_size < limits.vocab_size:
+    if reason := pool_objection(model, limits.columns):
         raise ValueError(
-            f"{type(model).__name__} cannot be served: expected a transformers decoder without a sliding "
-            f"window or a state, with at least the tokenizer's {limits.vocab_size} vocabulary rows"
+            f"{type(model).__name__} cannot be served: its keys and values cannot be kept by position, since "
+            f"{reason}; `generate` decodes it more slowly"
+        )
+    if (rows := text_config(model.config).vocab_size) < limits.vocab_size:
+        raise ValueError(
+            f"{type(model).__name__} cannot be served: it has {rows} vocabulary rows, expected at least the "
+            f"tokenizer's {limits.vocab_size}"
         )
     try:
         pool = (LlamaPool if is_plain_llama(model) else TransformersPool)(model, limits)
@@ -234,7 +273,9 @@ class TransformersPool(Pool):
     def __init__(self, model: "PreTrainedModel", limits: Limits) -> None:
         super().__init__(model, limits)
         self.model, self.cache = model, _PoolCache(self)
-        self.last = min(limits.columns, max_positions(model) or limits.columns) - 1
+        self.last = min(limits.columns, max_positions(model.config) or limits.columns) - 1
+        self.unused = torch.tensor(limits.unused, dtype=torch.int64, device=self.device)
+        self.adds_mask = attention_of(model) == "eager"
         self.kind, self.steps = (type(self), id(self)), Steps
 
     @staticmethod
@@ -244,14 +285,22 @@ class TransformersPool(Pool):
     def forward(self, part: Part) -> torch.Tensor:
         self.cache.part = part = part.to(self.device)
         self.cache.write, self.cache.index = self.write_index(part), self.read_index(part)
+        mask = part.visible()
+        if self.adds_mask:  # eager attention adds its mask: a Boolean one would hide nothing
+            dtype = self.model.dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        needed = part.ids.shape[1] - part.first
         logits = self.model(
             input_ids=part.ids,
-            attention_mask=part.visible(),
+            attention_mask=mask,
             position_ids=part.places.clamp(max=self.last),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=part.ids.shape[1] - part.first,
-        ).logits[..., : self.vocab_size]
+            **keep(self.model, needed),
+        ).logits
+        logits = logits[:, -needed:, : self.vocab_size]
+        if self.limits.unused:
+            logits = logits.index_fill(-1, self.unused, float("-inf"))
         return part.pick(logits)
 
 
@@ -286,7 +335,7 @@ class LlamaPool(Pool):
 
     def __init__(self, model: "PreTrainedModel", limits: Limits) -> None:
         super().__init__(model, limits)
-        self.run = run = LlamaForward(model, limits.columns, limits.vocab_size)
+        self.run = run = LlamaForward(model, limits.columns, limits.vocab_size, limits.unused)
         self.kind, self.steps = run.kind, DenseSteps if limits.share_prefixes else Steps
         shape = (self.positions.size, 2 * run.kv_heads, run.head_size)
         self.stored = [run.embedding.new_zeros(shape) for _ in run.layers]

@@ -4,17 +4,19 @@ prompts -> token ids -> engine.Engine (or reference.decode_batches) -> Generatio
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ram.data.tokenization import encode
 from ram.decoding import reference
-from ram.decoding.cache import Limits, caches_by_position, open_model
+from ram.decoding.cache import Limits, open_model, pool_objection
 from ram.decoding.drafting import Counted, DraftPolicy, Fixed
 from ram.decoding.engine import Engine
 from ram.decoding.par import PARParams
 from ram.decoding.requests import Failed, Request, Tokens
 from ram.decoding.rows import DecodingRow, Generation, StopWatch
 from ram.log import log
+from ram.models.abilities import fall_back, max_positions, text_config
+from ram.models.vocabulary import check_ids, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,19 +29,23 @@ def check_pair(
     aligner: "PreTrainedModel | None",
     tokenizer: "PreTrainedTokenizerBase",
     longest: int,
+    highest: Sequence[int] = (),
 ) -> None:
-    """Raises ValueError if there is no model, or one lacks vocabulary rows or positions."""
+    """Raises ValueError or UserError if there is no model, or one lacks positions or rows for ids in use.
+
+    Args:
+        longest: positions that prompt and answer may need.
+        highest: the highest token id of each prompt.
+    """
     named = ("proposal", proposal), ("aligner", aligner)
     models = {name: model for name, model in named if model is not None}
     if not models:
         raise ValueError("proposal and aligner are both None: give at least one model")
     for name, model in models.items():
-        rows, limit = model.config.vocab_size, getattr(model.config, "max_position_embeddings", None)
-        if rows < len(tokenizer):
-            raise ValueError(
-                f"the {name} has {rows} vocabulary rows, the tokenizer {len(tokenizer)} tokens: "
-                "they do not belong together"
-            )
+        rows, limit = text_config(model.config).vocab_size, max_positions(model.config)
+        check_ids(highest, rows, f"the {name}", "a prompt")
+        if tokenizer.eos_token_id is not None:
+            check_ids([cast(int, tokenizer.eos_token_id)], rows, f"the {name}", "EOS")
         if limit is not None and longest > limit:
             raise ValueError(
                 f"prompt + max_new_tokens = {longest} positions, but the {name} holds {limit}: "
@@ -152,14 +158,19 @@ def decode_rows(
     if len(row_ids) != len(ids):
         raise ValueError(f"{len(row_ids)} row_ids for {len(ids)} prompts: expected one per prompt")
     longest = max((len(row) for row in ids), default=0) + max_new_tokens
-    check_pair(proposal, aligner, tokenizer, longest)
+    check_pair(proposal, aligner, tokenizer, longest, [max(row) for row in ids])
     if drafter is not None and proposal is not None and aligner is not None:
         raise ValueError("a pair drafts with its aligner: give a drafter for one model alone")
     if not ids:
         return
     verifier, *others = (model for model in (proposal, aligner) if model is not None)
     drafters = [] if drafter is None else [drafter]
-    if not (speculative and caches_by_position(verifier, *others, *drafters)):
+    objections = []
+    for model in (verifier, *others, *drafters) if speculative else ():
+        if reason := pool_objection(model, longest):
+            fall_back(model, "the decoding engine", "the plain loop", reason)
+            objections.append(reason)
+    if not speculative or objections:
         settings = {"max_new_tokens": max_new_tokens, "seed": seed, "row_ids": row_ids, "stop": stop}
         settings |= {"stop_token_ids": stop_token_ids, "batch_size": batch_size}
         for rows in reference.decode_batches(proposal, aligner, tokenizer, ids, params, **settings):
@@ -167,7 +178,8 @@ def decode_rows(
         return
 
     count = min(batch_size, len(ids))
-    limits = Limits(len(tokenizer), count, count * longest, columns=longest, share_prefixes=False)
+    size, unused = vocabulary(tokenizer, verifier, *others)  # a drafter decides no text
+    limits = Limits(size, count, count * longest, longest, share_prefixes=False, unused=unused)
     engine = Engine(
         open_model(verifier, limits),
         tokenizer,

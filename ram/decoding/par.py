@@ -245,7 +245,8 @@ def _mds(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
         log_product = torch.log_softmax(z_p / params.base_temperature, dim=-1)
         log_product = log_product + torch.log_softmax(z_q / expert_temperature, dim=-1)
     log_product = log_product - log_product.logsumexp(dim=-1, keepdim=True)
-    return warp(torch.logaddexp(log_product, torch.full_like(log_product, 1e-10).log()), params, seen)
+    mixed = torch.logaddexp(log_product, torch.full_like(log_product, 1e-10).log())
+    return warp(mixed.masked_fill(z_p == NEG_INF, NEG_INF), params, seen)  # ids without a token stay out
 
 
 SAMPLE_MODES: dict[str, Callable[..., torch.Tensor]] = {

@@ -165,12 +165,14 @@ def append_token(
 
 
 def eos_token_ids(tokenizer: "PreTrainedTokenizerBase", *models: "PreTrainedModel | None") -> tuple[int, ...]:
-    """Return every id that ends an answer: EOS of the tokenizer and of each model's two configurations."""
+    """Return every id that ends an answer: EOS of the tokenizer, and of each model's files."""
     ids: set[int] = set()
     for model in models:
         for source in (getattr(model, "config", None), getattr(model, "generation_config", None)):
             value: int | list[int] | None = getattr(source, "eos_token_id", None)
             ids.update([value] if isinstance(value, int) else value or [])
+        if (own := getattr(model, "tokenizer_eos", None)) is not None:
+            ids.add(own)
     if tokenizer.eos_token_id is not None:
         ids.add(cast(int, tokenizer.eos_token_id))
     return tuple(sorted(ids))

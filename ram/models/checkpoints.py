@@ -7,15 +7,16 @@ decoding needs and transformers has no place for: `add_bos`, lengths, the traini
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ram.data.tokenization import tokenizer_fingerprint
 from ram.errors import UserError, nearest, pick
 from ram.log import log, pick_dtype, quiet_transformers
-from ram.models import hub
+from ram.models import hub, vocabulary
+from ram.models.abilities import max_positions
 from ram.models.lora import merged_state, plain_name
 from ram.storage.files import fingerprint, read_json, replacing, write_json
 
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CARD = "ram.json"
+# Masks and tables that older versions of transformers stored beside the weights; they are computed now.
+BUFFERS = r"(masked_bias|attn\.bias|attention\.bias|inv_freq|position_ids)$"
 BLOCK = 1 << 20  # bytes
 
 
 # Whether code in a model's folder may run; the entry points set it from the configuration. It is passed to
 # transformers even if false, because without it transformers would ask on the terminal.
 remote_code = {"trust_remote_code": False}
+# EOS of each tokenizer that was loaded, by its source; a model's configuration may name another.
+_eos: dict[str, Any] = {}
 
 
 def find_model(path: str | None, hub_id: str | None = None, quiet: bool = False) -> str:
@@ -45,6 +50,11 @@ def find_model(path: str | None, hub_id: str | None = None, quiet: bool = False)
     if path and Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise UserError(f"{path} is not a model folder: no config.json; give a transformers folder")
+        if (Path(path) / "adapter_config.json").is_file():  # transformers would load the base alone
+            raise UserError(
+                f"{path} holds an adapter (adapter_config.json) beside a model's weights and would be loaded "
+                "without it: merge the adapter into them (peft's merge_and_unload), or remove its files"
+            )
         return str(path)
     if not hub_id:
         raise UserError(
@@ -57,7 +67,7 @@ def find_model(path: str | None, hub_id: str | None = None, quiet: bool = False)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer of a folder or hub id; raises UserError if it is unusable or has no EOS."""
+    """Load the tokenizer of a folder or hub id; raises UserError if it is unusable or has no EOS."""
     from transformers import AutoTokenizer
 
     quiet_transformers()
@@ -77,6 +87,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
             f"the tokenizer in {source} has no EOS token, so answers could not end; set eos_token in "
             "its tokenizer_config.json"
         )
+    vocabulary.id_range(tokenizer)  # refuses absurd ids
+    _eos[source] = tokenizer.eos_token_id
     return tokenizer
 
 
@@ -96,7 +108,7 @@ def load_model(
         source: Folder or hub id.
         dtype: See `pick_dtype`.
         device: The device to load to.
-        attention: transformers' attention implementation.
+        attention: transformers' attention implementation, for models that have it; others get "eager".
 
     Raises:
         UserError: If the folder is damaged or its weights do not match its config.json.
@@ -106,6 +118,8 @@ def load_model(
     quiet_transformers()
     device = torch.device(device)
     try:
+        if (config := Path(source) / "config.json").is_file():
+            vocabulary.read_config(config)  # refuses absurd sizes
         model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source,
             dtype=pick_dtype(dtype, device),
@@ -116,6 +130,9 @@ def load_model(
         )
     except Exception as error:  # a damaged file makes it raise a dozen unrelated types
         _check_access(source, error)
+        if attention != "eager" and "does not support an attention implementation" in str(error):
+            log.info(f"{source}: loaded with eager attention, since its model has no {attention} attention")
+            return load_model(source, dtype, device, "eager")
         hint = "; is one of its files truncated or of another model?" if Path(source).is_dir() else ""
         raise UserError(f"cannot load a model from {source} ({_first_line(error)}){hint}") from None
     missing = sorted(report["missing_keys"])
@@ -124,6 +141,13 @@ def load_model(
             f"{source} lacks {len(missing)} weights that its config.json requires ({missing[0]}, ...): its "
             "files do not match; download or train the model again"
         )
+    surplus = sorted(name for name in report["unexpected_keys"] if not re.search(BUFFERS, name))
+    if surplus:  # transformers would leave them out
+        raise UserError(
+            f"{source} has {len(surplus)} weights that its config.json has no place for ({surplus[0]}, ...): "
+            "its files do not match; take config.json and weights from one model"
+        )
+    model.tokenizer_eos = _eos.get(source)  # ends answers, also if the configuration names another EOS
     return model.to(device).eval()
 
 
@@ -176,7 +200,7 @@ def new_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, 
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     kind: Any = pick(CONFIG_MAPPING, settings.pop("model_type", None), "model.architecture.model_type")
     try:
-        config = kind(vocab_size=len(tokenizer), pad_token_id=None, **special, **settings)
+        config = kind(vocab_size=vocabulary.id_range(tokenizer), pad_token_id=None, **special, **settings)
         # A config stores unknown keys as attributes; compare with one that was built from defaults.
         default = kind()
         unknown = [key for key in settings if hasattr(config, key) and not hasattr(default, key)]
@@ -251,13 +275,11 @@ def check_context(source: str | None, longest: int, architecture: dict[str, Any]
     """
     path = Path(source) / "config.json" if source else None
     if path is not None and path.is_file():
-        config = read_json(path)
-        if not isinstance(config, dict):
-            raise UserError(f"{path}: expected a transformers config, got a {type(config).__name__}")
+        config = vocabulary.read_config(path)
     else:
         config = {} if source else architecture or {}
-    limit = config.get("max_position_embeddings", config.get("n_positions"))
-    if isinstance(limit, int) and longest > limit:
+    limit = max_positions(config)
+    if limit is not None and longest > limit:
         name = source or "model.architecture"
         raise UserError(f"max_length={longest}, but {name} holds {limit} positions; lower max_length")
 
@@ -311,30 +333,31 @@ def load_pair(
         The tokenizer, and `add_bos` from the models' cards (None if no card has it).
 
     Raises:
-        UserError: If the tokenizers differ, a model has too few vocabulary rows, or only one of proposal and
-            aligner was trained with a BOS token.
+        UserError: If the tokenizers differ in more than EOS and unused ids, a model has no row for EOS, or
+            only one of proposal and aligner was trained with a BOS token.
     """
     roles = {"proposal": proposal, "aligner": aligner, "drafter": drafter}
     sources = {name: path for name, path in roles.items() if path is not None}
     if not sources:
         raise UserError("no model: give a proposal or an aligner")
     tokenizers = {name: load_tokenizer(path) for name, path in sources.items()}
-    first_source = next(iter(sources.values()))
-    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else next(iter(tokenizers.values()))
+    # The largest one knows the EOS of all.
+    first = max(tokenizers, key=lambda name: vocabulary.id_range(tokenizers[name]))
+    tokenizer, first_source = tokenizers[first], sources[first]
+    if tokenizer_path:
+        tokenizer, first_source = load_tokenizer(tokenizer_path), tokenizer_path
+    rows = {name: vocabulary.rows_in(path) for name, path in sources.items()}
+    ranges = [vocabulary.id_range(other) for other in (tokenizer, *tokenizers.values())]
+    size = min([*ranges, *(count for count in rows.values() if count is not None)])
     for name, other in tokenizers.items():
-        if tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer):
+        if vocabulary.shared_fingerprint(other, size) != vocabulary.shared_fingerprint(tokenizer, size):
             raise UserError(
                 f"the tokenizer of the {name} ({sources[name]}, {len(other)} tokens) differs from "
-                f"{tokenizer_path or first_source} ({len(tokenizer)} tokens): a pair needs "
-                "one vocabulary"
+                f"{first_source} ({len(tokenizer)} tokens): a pair needs one vocabulary"
             )
-        config = Path(sources[name]) / "config.json"
-        rows = read_json(config).get("vocab_size") if config.is_file() else None
-        if rows is not None and rows < len(tokenizer):
-            raise UserError(
-                f"the {name} ({sources[name]}) has {rows} vocabulary rows, the tokenizer {len(tokenizer)} "
-                "tokens: they do not match"
-            )
+        vocabulary.check_ids(
+            [cast(int, tokenizer.eos_token_id)], rows[name], f"the {name} ({sources[name]})", "EOS"
+        )
     # The drafter may differ in add_bos: wrong drafts are rejected, so they cost speed only.
     sources.pop("drafter", None)
     cards = {name: read_card(path) for name, path in sources.items()}

@@ -8,7 +8,7 @@ Shapes: N tokens of all rows, H heads, K key-value heads, D head size, E hidden 
 T tokens that see S places.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,9 +55,10 @@ class LlamaForward:
     Args:
         columns: positions for which rotary angles are tabulated.
         vocab_size: logits beyond it are cut off.
+        unused: ids below it whose logits are -inf.
     """
 
-    def __init__(self, model: Any, columns: int, vocab_size: int) -> None:
+    def __init__(self, model: Any, columns: int, vocab_size: int, unused: Sequence[int] = ()) -> None:
         config, base = model.config, model.model
         self.columns, self.vocab_size = columns, vocab_size
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -65,19 +66,26 @@ class LlamaForward:
         self.eps, self.hidden = config.rms_norm_eps, (config.hidden_size,)
         self.embedding, self.norm = base.embed_tokens.weight, base.norm.weight
         head_bias = model.lm_head.bias
-        self.head = model.lm_head.weight[:vocab_size], None if head_bias is None else head_bias[:vocab_size]
+        head_bias = None if head_bias is None else head_bias[:vocab_size]
+        if unused:
+            bias = self.embedding.new_zeros(vocab_size) if head_bias is None else head_bias.clone()
+            head_bias = bias.index_fill(0, torch.tensor(unused, device=bias.device), float("-inf"))
+        self.head = model.lm_head.weight[:vocab_size], head_bias
         self.layers = [self._layer(layer) for layer in base.layers]
         positions = torch.arange(columns, device=model.device).unsqueeze(0)
         cos, sin = (table[0].unsqueeze(1) for table in base.rotary_emb(self.embedding[:1], positions))
         # (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin): the minus sign goes into the table.
         half = self.head_size // 2
         self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        # Models of equal kind can share a forward.
+        # Models of equal kind can share a forward: every size and setting is equal, only the weights differ.
+        tensors = [value for layer in self.layers for value in _flat(layer)]
+        shapes = tuple(None if value is None else value.shape for value in (*tensors, *self.head))
         self.kind = (
-            (type(model), model.dtype, model.device, str(getattr(config, "rope_parameters", None)))
-            + (self.embedding.shape, self.head[0].shape, columns, len(self.layers), config.intermediate_size)
-            + (self.heads, self.kv_heads, self.eps)
-        )
+            type(model),
+            model.dtype,
+            model.device,
+            str(getattr(config, "rope_parameters", None)),
+        ) + (self.embedding.shape, shapes, columns, self.head_size, self.heads, self.kv_heads, self.eps)
 
     def _layer(self, layer: Any) -> tuple:
         attention, mlp = layer.self_attn, layer.mlp
@@ -208,6 +216,11 @@ class JointForward(LlamaForward):
     def add_linear(self, x: torch.Tensor, y: torch.Tensor, weights: Any) -> torch.Tensor:
         parts = zip(x.split(self.counts), y.split(self.counts), weights, strict=True)
         return torch.cat([add_linear(x_part, y_part, *pair) for x_part, y_part, pair in parts])
+
+
+def _flat(values: Any) -> Iterator[torch.Tensor | None]:
+    for value in values:
+        yield from _flat(value) if isinstance(value, tuple) else (value,)
 
 
 # ---- linear layers -----------------------------------------------------------------------------------------

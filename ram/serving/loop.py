@@ -9,13 +9,15 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from ram.decoding.cache import Limits, ServedModel, max_positions, open_model
+from ram.decoding.cache import Limits, ServedModel, open_model
 from ram.decoding.drafting import Clocked
 from ram.decoding.engine import Engine
 from ram.decoding.requests import EngineError, Event, Failed, Finished, Request, TokenLogprobs, Tokens
 from ram.decoding.rows import CHANGED, FELL_BACK, ShownText
 from ram.decoding.scheduler import Ticket
 from ram.log import log
+from ram.models.abilities import max_positions
+from ram.models.vocabulary import vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,8 +127,9 @@ class EngineThread:
         max_waiting: int = 256,
         max_read: int = 256,
     ) -> None:
-        columns = min(max_tokens, max_positions(proposal) or max_tokens)
-        self.limits = Limits(len(tokenizer), max_rows, max_tokens, columns)
+        columns = min(max_tokens, max_positions(proposal.config) or max_tokens)
+        size, unused = vocabulary(tokenizer, proposal, *aligners.values())
+        self.limits = Limits(size, max_rows, max_tokens, columns, unused=unused)
         self.max_open = max_rows + max_waiting
         verifier = open_model(proposal, self.limits)
         self.engine = Engine(verifier, tokenizer, Clocked(), max_read=max_read)

@@ -20,6 +20,7 @@ from ram.decoding.requests import BadRequest, Request, TooLong, UnknownAligner
 from ram.errors import UserError
 from ram.log import log, pick_device
 from ram.models import checkpoints, run_folder
+from ram.models.abilities import max_positions
 from ram.serving.fastchat.stream import request_params
 from ram.serving.loop import EngineThread
 from ram.settings import serving
@@ -281,4 +282,4 @@ class Models:
 
 def positions(model: "PreTrainedModel") -> int:
     """Return the longest context of a model; a very large number if its configuration sets none."""
-    return getattr(model.config, "max_position_embeddings", None) or 1 << 31
+    return max_positions(model.config) or 1 << 31

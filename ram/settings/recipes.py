@@ -20,7 +20,7 @@ from ram.settings.compose import GROUPS, compose, has_key, key_of, leaves, set_o
 from ram.settings.overrides import check_names, check_used
 from ram.settings.schema import (
     INTRODUCED,
-    LEFT_OUT_IF_NULL,
+    OMITTED,
     Settings,
     Tables,
     check_sampling,
@@ -218,8 +218,8 @@ def run_name(config: Settings, tables: Tables) -> str:
 
 def identity(config: Settings) -> dict[str, Any]:
     """Return what makes two training runs the same: dotted key -> value of each key that decides weights."""
-    keys = leaves(decisive(config))
-    return {key: value for key, value in keys.items() if value is not None or key not in LEFT_OUT_IF_NULL}
+    values = leaves(decisive(config))
+    return {key: value for key, value in values.items() if key not in OMITTED or OMITTED[key] != value}
 
 
 def recorded_identity(record: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:

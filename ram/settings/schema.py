@@ -36,7 +36,11 @@ Neutral = Annotated[T, NO_EFFECT]  # a key that is not part of a run's identity
 INTRODUCED: dict[str, Any] = {
     "loss.sampled_fraction": 1.0,
 }
-LEFT_OUT_IF_NULL = {"lora"}  # keys without which an identity is what it was before they existed
+# Keys that are younger than all records. At this value an identity leaves them out, so it stays the same.
+OMITTED: dict[str, Any] = {
+    "dropout": "none",
+    "lora": None,
+}
 
 
 class ModelSettings(Section):
@@ -170,6 +174,7 @@ class Settings(Section):
     lora: InstanceOf[LoraSettings] | None
     activation_checkpointing: Neutral[bool]
     packed: Neutral[bool]
+    dropout: Literal["none", "config"]
     compile: Neutral[bool]
     divergence: Neutral[DivergenceSettings]
 

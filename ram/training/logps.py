@@ -5,9 +5,8 @@ at once. The linear layers see one row of T tokens. Attention runs segment by se
 only to be masked.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ram.data.tokenization import TokenizedDataset
+from ram.models.abilities import text_config
 from ram.training.losses import IGNORE_INDEX, head_logps, sequence_logps
 from ram.training.packing import Segments, collate, pack
 
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION = "packed"  # name under which transformers knows `attention`
-# Configuration keys of models whose logits are more than a linear function of the last hidden state ...
-NONLINEAR = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-# ... and of models whose attention does not reach back to the first token.
-WINDOWS = ("sliding_window", "attention_chunk_size")
+ROUTER_LOSS = "router_loss"
 BLOCK = 128  # tokens; examples below this size are cheaper in one masked call than in one call per segment
 
 # Per answer name: sums of log-probabilities (B,), and the number of tokens in each sum (0 if left out).
@@ -220,6 +217,17 @@ def attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def use_packed(model: "PreTrainedModel") -> None:
+    """Replace a model's attention by that of `packed_logps`; without segments it computes as before."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    # Lengths differ from batch to batch, so a compiled copy would be used only once.
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(attention))
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+
+
 # ---- forward passes ----------------------------------------------------------------------------------------
 
 
@@ -234,7 +242,7 @@ def packed_logps(
     """Sum the log-probabilities of the answers' tokens, from one forward pass over all examples.
 
     Args:
-        model: A model that `prepare` accepted.
+        model: A model that `use_packed` prepared.
         answers: ("target",) or ("target", "negative").
         pad_id: Unused; `padded_logps` needs it.
         drawn: (B,) whether each example's negative is computed; None computes all.
@@ -264,13 +272,22 @@ def padded_logps(
     answers: Sequence[str],
     pad_id: int,
     drawn: Sequence[bool] | np.ndarray | None = None,
+    masked: bool = True,
 ) -> Answers:
     """Compute the same as `packed_logps` from a padded forward pass per answer, with all its logits.
 
-    This is the reference, and the fallback for models that `prepare` rejects.
+    This is the reference, and the fallback for models that cannot be packed.
+
+    Args:
+        masked: Whether the model gets a mask of the padding; a single row needs none.
+
+    Returns:
+        As `packed_logps`. In training, the sums of a mixture of experts that asks for it also have its
+        ROUTER_LOSS (B,), with its factor.
     """
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, list[int]] = {}
+    router_losses: list[torch.Tensor] = []
     for answer in answers:
         if answer == "target" or drawn is None:
             computed = np.ones(len(rows), dtype=bool)
@@ -282,75 +299,41 @@ def padded_logps(
             batch = collate(data, np.asarray(rows)[computed], answer, pad_id)
             batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
             labels = batch.pop("labels")
-            logps = sequence_logps(model(**batch, use_cache=False).logits, labels)
+            if not masked:
+                del batch["attention_mask"]
+            output = model(**batch, use_cache=False)
+            logps = sequence_logps(output.logits, labels)
+            if model.training and asks_for_router_loss(model) and output.aux_loss is not None:
+                router_losses.append(output.aux_loss * text_config(model.config).router_aux_loss_coef)
             mask = torch.from_numpy(computed).to(model.device)
             answer_sums = answer_sums.to(logps.dtype).masked_scatter(mask, logps)
             sizes[computed] = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
         sums[answer] = answer_sums
         counts[answer] = sizes.tolist()
+    if router_losses:
+        sums[ROUTER_LOSS] = torch.stack(router_losses).mean().expand(len(rows))
     return sums, counts
 
 
-def prepare(
-    model: "PreTrainedModel",
-    longest: int,
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-) -> str | None:
-    """Make `packed_logps` work on a model, or leave the model unchanged and return why it cannot work.
-
-    The configuration does not reveal every difference, so both forward passes are also run on a few tokens,
-    under the autocast of training.
-
-    Args:
-        longest: Largest number of tokens of a prompt and its answer.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    config = model.config
-    head = model.get_output_embeddings()
-    is_nonlinear = any(getattr(config, key, None) not in (None, 1) for key in NONLINEAR)
-    if type(head) is not torch.nn.Linear or is_nonlinear:
-        return "its logits are not a linear function of its last hidden state"
-    if any((getattr(config, key, None) or longest) < longest for key in WINDOWS):
-        return f"its attention does not reach over max_length={longest} tokens"
-    if not model.is_backend_compatible():
-        return "its attention cannot be replaced"
-    # Lengths differ from batch to batch, so a compiled copy would be used only once.
-    AttentionInterface.register(ATTENTION, torch.compiler.disable(attention))
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    previous_attention = config._attn_implementation or "eager"
-    was_training = model.training
-    model.set_attn_implementation(ATTENTION)
-    model.eval()
-    try:
-        with torch.no_grad(), autocast():
-            reason = _difference(model)
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = f"its packed forward pass fails ({str(error).strip().splitlines()[0][:100]})"
-    model.train(was_training)
-    if reason is not None:
-        model.set_attn_implementation(previous_attention)
-    return reason
+def asks_for_router_loss(model: Any) -> bool:
+    """Return whether a mixture of experts asks for a loss that balances them in its own configuration."""
+    config = text_config(model.config)
+    asks = getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0)
+    return bool(asks)
 
 
-def _difference(model: "PreTrainedModel") -> str | None:
-    """Compare both forward passes on two short examples. Return None if they agree."""
-    sizes = {"prompt": (3, 6), "target": (4, 2), "negative": (2, 5)}
-    rng = np.random.default_rng(0)
-    data = TokenizedDataset(
-        {part: rng.integers(model.config.vocab_size, size=sum(size)) for part, size in sizes.items()},
-        {part: np.cumsum([0, *size]) for part, size in sizes.items()},
-        {},
-    )
-
-    def sums(forward: Callable[..., Answers]) -> torch.Tensor:
-        values, _ = forward(model, data, [0, 1], ("target", "negative"), 0)
-        return torch.cat(list(values.values()))
-
-    packed = sums(packed_logps)
-    padded = sums(padded_logps)
-    is_exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
-    if torch.allclose(packed, padded, rtol=1e-4 if is_exact else 5e-2):
-        return None
-    return f"its packed forward pass gives {packed.tolist()} instead of {padded.tolist()}"
+def alone_logps(
+    model: Any,
+    data: TokenizedDataset,
+    rows: Sequence[int] | np.ndarray,
+    answers: Sequence[str],
+    pad_id: int,
+    drawn: Sequence[bool] | np.ndarray | None = None,
+) -> Answers:
+    """Compute the same as `padded_logps` from a forward pass per row, for models that padding changes."""
+    parts = [
+        padded_logps(model, data, [row], answers, pad_id, None if drawn is None else [drawn[index]], False)
+        for index, row in enumerate(rows)
+    ]
+    sums = {key: torch.cat([own[key] for own, _ in parts]) for key in parts[0][0]}
+    return sums, {answer: [size for _, own in parts for size in own[answer]] for answer in answers}

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from llamas import KIN, SIZES, kin
-from tiny import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from ram.decoding.cache import (
@@ -14,8 +13,8 @@ from ram.decoding.cache import (
     LlamaPool,
     Part,
     TransformersPool,
-    caches_by_position,
     open_model,
+    pool_objection,
 )
 from ram.decoding.positions import PagedPositions
 from ram.models.llama import is_plain_llama
@@ -61,7 +60,7 @@ def test_pieces_equal_whole_texts(kind, share, name, dtype, near):
     model, rng = kin(name).to(dtype), random.Random(5)
     texts = [[rng.randrange(VOCAB) for _ in range(length)] for length in (9, 1, 17, 4)]
     whole = [model(torch.tensor([text])).logits[0, :, :VOCAB] for text in texts]
-    assert is_plain_llama(model) and caches_by_position(model)
+    assert is_plain_llama(model) and pool_objection(model, 128) is None
     pool, count = kind(model, Limits(VOCAB, 4, 40, COLUMNS, share)), 0
     for line, text in enumerate(texts):
         assert pool.admit(line, text, len(text)) is not None
@@ -104,7 +103,8 @@ def test_llama_models_get_their_own_forward():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=13)).eval()
     assert isinstance(open_model(gpt2, limits).pool, TransformersPool)
     window = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    assert not caches_by_position(Qwen2ForCausalLM(window)) and not caches_by_position(object())
-    assert caches_by_position(kin("llama"), tiny_model(13, 0))
-    with pytest.raises(ValueError, match="cannot be served: expected a transformers decoder"):
-        open_model(Qwen2ForCausalLM(window).eval(), limits)
+    assert pool_objection(Qwen2ForCausalLM(window), 4) is None  # no row is longer than the window
+    assert "differs from whole forwards" in pool_objection(Qwen2ForCausalLM(window), 5)
+    assert pool_objection(object(), 4)
+    with pytest.raises(ValueError, match="cannot be served: its keys and values"):
+        open_model(Qwen2ForCausalLM(window).eval(), Limits(13, 1, 8, 8))

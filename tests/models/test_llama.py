@@ -3,9 +3,9 @@
 import copy
 
 import torch
-from llamas import kin
+from llamas import SIZES, kin
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ram.models import llama
 from ram.models.llama import LlamaForward, is_plain_llama, joined
@@ -51,6 +51,20 @@ def test_model_with_joined_weights_saves_every_weight(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_models_that_differ_in_one_size_share_no_forward():
+    """Two aligners that differ in their heads' size only, or in norms of heads, are of two kinds."""
+    changes = [
+        {},
+        {"head_dim": 16},
+        {"intermediate_size": 24},
+        {"num_hidden_layers": 1},
+        {"attention_bias": True},
+    ]
+    models = [LlamaForCausalLM(LlamaConfig(**SIZES | change)).eval() for change in changes]
+    kinds = {LlamaForward(model, 4, 13).kind for model in (*models, kin("qwen3"))}
+    assert len(kinds) == len(changes) + 1 and LlamaForward(kin("llama"), 4, 13).kind in kinds
 
 
 def test_changed_models_are_not_plain():

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ram.data.tokenization import TokenizedDataset
 from ram.decoding import generation
 from ram.decoding.par import PARParams
-from ram.training import logps
+from ram.training import logps, passes
 from ram.training.logps import packed_logps, padded_logps
 from ram.training.packing import Segments
 
@@ -71,7 +71,7 @@ def test_packed_equals_padded(seed):
     model = model_of(
         seed=seed, num_key_value_heads=int(rng.choice([1, 2, 4])), tie_word_embeddings=bool(seed % 2)
     )
-    assert logps.prepare(model, 128) is None
+    assert passes.pick([model], 128) is packed_logps
     data, count = ragged(9, seed), int(rng.integers(1, 9))
     rows = rng.permutation(9)[:count]
     assert_equal(model, data, rows)
@@ -83,7 +83,7 @@ def test_packed_equals_padded(seed):
 def test_packed_equals_padded_in_float64():
     """Sums agree to 1e-12, the gradient to 1e-6, because Llama's norms always compute in float32."""
     model = model_of(num_key_value_heads=2, dtype=torch.float64)
-    assert logps.prepare(model, 128) is None
+    assert passes.pick([model], 128) is packed_logps
     assert_equal(model, ragged(6, 0), np.arange(6), rtol=1e-12, gradient_rtol=1e-6)
 
 
@@ -92,14 +92,14 @@ def test_packed_equals_padded_in_other_families(family):
     """Covers biases, long attention windows, partial rotary embeddings and norms on heads."""
     keys = {} if family in ("gpt_neox", "phi") else {"num_key_value_heads": 2}
     model = model_of(family, **keys)
-    assert logps.prepare(model, 128) is None
+    assert passes.pick([model], 128) is packed_logps
     assert_equal(model, ragged(5, 1), np.arange(5))
 
 
 def test_answers_do_not_attend_to_each_other():
     """Changing the tokens of one answer does not change any sum of the other answer."""
     model, data = model_of(), ragged(3, 0)
-    logps.prepare(model, 128)
+    logps.use_packed(model)
     before, _, _ = run(packed_logps, model, data, [0, 1, 2])
     for answer, other in (BOTH, BOTH[::-1]):
         changed = TokenizedDataset(data.ids | {answer: (data.ids[answer] + 1) % VOCAB}, data.offsets, {})
@@ -116,7 +116,7 @@ def test_empty_prompts_and_answers():
         {},
     )
     model = model_of()
-    logps.prepare(model, 128)
+    logps.use_packed(model)
     assert_equal(model, data, [0, 1, 2])
     assert run(packed_logps, model, data, [0, 1, 2])[1] == {"target": [2, 0, 1], "negative": [0, 4, 0]}
 
@@ -124,7 +124,7 @@ def test_empty_prompts_and_answers():
 def test_activation_checkpointing_does_not_change_the_gradient():
     """Layers that are recomputed in the backward pass see the same segments."""
     model, data = model_of().train(), ragged(5, 2)
-    logps.prepare(model, 128)
+    logps.use_packed(model)
     plain = run(packed_logps, model, data, np.arange(5))
     model.activation_checkpointing_enable()
     recomputed = run(packed_logps, model, data, np.arange(5))
@@ -139,7 +139,7 @@ def test_packed_is_as_exact_as_padded_under_autocast():
     def autocast():
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
-    assert logps.prepare(model, 128, autocast) is None
+    assert passes.pick([model], 128) is packed_logps
     with autocast():
         packed, padded = (run(forward, model, data, np.arange(6)) for forward in (packed_logps, padded_logps))
     assert packed[0]["target"].dtype == torch.float32
@@ -166,7 +166,7 @@ def test_prepared_model_decodes_the_same_tokens():
         return [answer.token_ids for answer in answers]
 
     before = decode()
-    assert logps.prepare(model, 64) is None
+    assert passes.pick([model], 64) is packed_logps
     assert decode() == before
 
 
@@ -236,29 +236,16 @@ def test_unpackable_model_is_rejected_unchanged(family, settings, reason):
     """Capped or scaled logits, short attention windows and custom attention are rejected with a reason."""
     model = model_of(family, **settings)
     before = model.config._attn_implementation
-    assert reason in logps.prepare(model, 128)
+    assert reason in passes.objection_to(packed_logps, model, 128)
+    assert passes.pick([model], 128) is padded_logps
     assert model.config._attn_implementation == before
-
-
-def test_model_whose_configuration_hides_a_difference_is_rejected(monkeypatch):
-    """A model that scales its logits without a configuration key is detected on a few tokens."""
-    model = model_of()
-    forward = type(model).forward
-
-    def scaled(self, *args, **kwargs):
-        output = forward(self, *args, **kwargs)
-        return type(output)(logits=0.9 * output.logits)
-
-    monkeypatch.setattr(type(model), "forward", scaled)
-    assert "instead of" in logps.prepare(model, 128)
-    assert model.config._attn_implementation == "sdpa" and not model.training
 
 
 @pytest.mark.slow
 def test_compiled_layers_equal_eager_ones():
     """Compiled layers give the same values, and other lengths do not compile them again."""
     model, data = model_of().train(), ragged(12, 4)
-    logps.prepare(model, 128)
+    logps.use_packed(model)
     batches = [[0, 1, 2], [3, 4], [5, 6, 7, 8, 9, 10, 11], [4, 8, 9]]
     plain = [run(packed_logps, model, data, rows) for rows in batches]
     model.base_model.compile(dynamic=True)

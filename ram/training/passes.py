@@ -1,0 +1,190 @@
+"""Which forward pass of training a model may use, and what in it would make a loss depend on chance.
+
+The fastest pass that is right for all models of a run is taken; a model that has none, or could not decode,
+is refused before it is trained.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ram.data.tokenization import TokenizedDataset
+from ram.distributed import processes
+from ram.errors import UserError
+from ram.log import log
+from ram.models.abilities import (
+    ALONE,
+    SIZES,
+    Truth,
+    check_decodable,
+    distance,
+    fall_back,
+    objection,
+    text_config,
+    window,
+)
+from ram.training.logps import (
+    Answers,
+    alone_logps,
+    asks_for_router_loss,
+    packed_logps,
+    padded_logps,
+    use_packed,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Configuration keys of models whose logits are more than a linear function of the last hidden state.
+NONLINEAR = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+PASSES: list[tuple[str, Callable[..., Answers]]] = [
+    ("packed training", packed_logps),
+    ("padded training", padded_logps),
+    (ALONE, alone_logps),
+]
+
+
+def prepare(
+    model: "PreTrainedModel", reference: "PreTrainedModel | None", settings: Any
+) -> Callable[..., Answers]:
+    """Settle a model's dropout; return the fastest forward pass that is right for it and for its reference.
+
+    Args:
+        settings: has dropout, max_length and packed.
+
+    Raises:
+        UserError: see `pick`.
+    """
+    settle_dropout(model, keep=settings.dropout == "config")
+    if asks_for_router_loss(model):
+        log.info("the router loss of the model's configuration is added; it depends on the micro-batches")
+    models = [model] if reference is None else [model, reference]
+    forward = pick(models, settings.max_length, settings.packed)
+    if forward is alone_logps and processes.count() > 1:
+        raise UserError(f"{type(model).__name__} trains row by row, which needs one process; set NPROC=1")
+    return forward
+
+
+def pick(models: Sequence["PreTrainedModel"], longest: int, packed: bool = True) -> Callable[..., Answers]:
+    """Return the fastest forward pass that is right for all models, and make it work on them.
+
+    Args:
+        longest: Largest number of tokens of a prompt and its answer.
+        packed: Whether the packed forward pass may be used.
+
+    Raises:
+        UserError: If no forward pass is right, or a model could not decode.
+    """
+    for model in models:
+        check_decodable(model, longest)
+    for (name, forward), (instead, _) in itertools.pairwise(PASSES):
+        if forward is packed_logps and not packed:
+            continue
+        found = [(model, objection_to(forward, model, longest)) for model in models]
+        wrong = next(((model, reason) for model, reason in found if reason is not None), None)
+        if wrong is None:
+            for model in models if forward is packed_logps else ():
+                use_packed(model)
+            return forward
+        fall_back(wrong[0], name, instead, wrong[1])
+    for model in models:
+        if (reason := objection_to(alone_logps, model, longest)) is not None:
+            raise UserError(f"{type(model).__name__} cannot be trained: {reason}; choose another model")
+    return alone_logps
+
+
+def objection_to(forward: Callable[..., Answers], model: "PreTrainedModel", longest: int) -> str | None:
+    """Return why a forward pass is wrong for a model, or None if it is right."""
+    name = next(name for name, other in PASSES if other is forward)
+    if forward is packed_logps and (reason := _packed_refusal(model, longest)):
+        return reason
+    return objection(model, name, PROBES[forward], longest)
+
+
+def _packed_refusal(model: "PreTrainedModel", longest: int) -> str | None:
+    """Return what a model declares that rules the packed forward pass out."""
+    config = text_config(model.config)
+    head = model.get_output_embeddings()
+    is_nonlinear = any(getattr(config, key, None) not in (None, 1) for key in NONLINEAR)
+    if type(head) is not torch.nn.Linear or is_nonlinear:
+        return "its logits are not a linear function of its last hidden state"
+    if window(config, longest) is not None:
+        return f"its attention does not reach over max_length={longest} tokens"
+    if asks_for_router_loss(model):
+        return "its configuration asks for a router loss, which needs whole forward passes"
+    return None if model.is_backend_compatible() else "its attention cannot be replaced"
+
+
+def _difference(forward: Callable[..., Answers], model: Any, truth: Truth) -> float:
+    """How far a forward pass is from the truth, in nats per answer, over ragged examples."""
+    rows = [np.array(row) for row in truth.rows]
+    parts: dict[str, list[np.ndarray]] = {"prompt": [], "target": [], "negative": []}
+    expected: dict[str, list[torch.Tensor]] = {"target": [], "negative": []}
+    for index, (row, logprobs) in enumerate(zip(rows, truth.logprobs, strict=True)):
+        answer, start = ("target", "negative")[index % 2], SIZES["prompt"][index // 2]
+        parts[answer].append(row[start:])
+        if answer == "target":
+            parts["prompt"].append(row[:start])
+        labels = torch.from_numpy(row[start:]).unsqueeze(1)
+        expected[answer].append(logprobs[start - 1 : -1].gather(1, labels).sum())
+    ids = {part: np.concatenate(values) for part, values in parts.items()}
+    offsets = {part: np.cumsum([0, *map(len, values)]) for part, values in parts.items()}
+    data, worst, before = TokenizedDataset(ids, offsets, {}), 0.0, model.config._attn_implementation
+    _silence(model)
+    try:
+        if forward is packed_logps:
+            use_packed(model)
+        for training in (False, True):  # some models compute something else in training
+            model.train(training)
+            sums, _ = forward(model, data, range(len(SIZES["prompt"])), ("target", "negative"), 0)
+            for answer, values in expected.items():
+                worst = max(worst, distance(sums[answer], torch.stack(values)))
+    finally:
+        model.eval().set_attn_implementation(before)
+    return worst
+
+
+PROBES = {forward: functools.partial(_difference, forward) for _, forward in PASSES}
+
+
+# ---- chance ------------------------------------------------------------------------------------------------
+
+
+def settle_dropout(model: "PreTrainedModel", keep: bool) -> None:
+    """Turn a model's dropout and other noise of training off, or say what it does to the result.
+
+    Args:
+        keep: Whether the noise that the configuration asks for stays.
+    """
+    values = vars(text_config(model.config))
+    found = {key: value for key, value in values.items() if _is_noise(key, value)}
+    asked = ", ".join(f"{key}={value}" for key, value in found.items())
+    if asked and keep:
+        log.info(f"dropout=config: {asked}; micro-batches and processes change the result")
+    elif asked:
+        log.info(
+            f"dropout is off in training (the model's configuration has {asked}; dropout=config keeps it)"
+        )
+    if not keep:
+        _silence(model)
+
+
+def _silence(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for key in [key for key, value in vars(module).items() if _is_noise(key, value)]:
+            setattr(module, key, 0.0)
+
+
+def _is_noise(key: str, value: Any) -> bool:
+    """Return whether a setting makes training's forward pass random; classifiers' have no effect here."""
+    named = re.search(r"drop|^(input_)?jitter_noise$", key) and not re.search(r"classifier|summary", key)
+    return bool(named) and isinstance(value, float) and value > 0
