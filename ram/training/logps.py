@@ -21,6 +21,8 @@ from ram.training.packing import Segments, collate, pack
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ram.training.frozen import FrozenProposal
+
 ATTENTION = "packed"  # name under which transformers knows `attention`
 # Configuration keys of models whose logits are more than a linear function of the last hidden state ...
 NONLINEAR = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -230,6 +232,7 @@ def packed_logps(
     answers: Sequence[str],
     pad_id: int,
     drawn: Sequence[bool] | np.ndarray | None = None,
+    proposal: "FrozenProposal | None" = None,
 ) -> Answers:
     """Sum the log-probabilities of the answers' tokens, from one forward pass over all examples.
 
@@ -238,6 +241,7 @@ def packed_logps(
         answers: ("target",) or ("target", "negative").
         pad_id: Unused; `padded_logps` needs it.
         drawn: (B,) whether each example's negative is computed; None computes all.
+        proposal: Its logits are added to the model's; only for `answers` ("target",).
     """
     batch = pack(data, rows, answers, drawn).to(model.device)
     # transformers leaves a mask of four dimensions alone, so this keeps it from making one of (T, T).
@@ -250,7 +254,12 @@ def packed_logps(
         segments=batch.segments,
     ).last_hidden_state
     head = model.get_output_embeddings()
-    logps = head_logps(hidden[0, batch.predictors], head.weight, batch.labels, head.bias)
+    weight, bias, added = head.weight, head.bias, None
+    if proposal is not None:
+        assert tuple(answers) == ("target",)
+        weight, bias = weight[: proposal.vocab_size], None if bias is None else bias[: proposal.vocab_size]
+        added = proposal.added(data, rows)
+    logps = head_logps(hidden[0, batch.predictors], weight, batch.labels, bias, added=added)
     sizes = [size for counts in batch.counts.values() for size in counts]
     sums = torch.stack([part.sum() for part in logps.split(sizes)])
     assert len(sums) == len(answers) * len(rows)
@@ -264,6 +273,7 @@ def padded_logps(
     answers: Sequence[str],
     pad_id: int,
     drawn: Sequence[bool] | np.ndarray | None = None,
+    proposal: "FrozenProposal | None" = None,
 ) -> Answers:
     """Compute the same as `packed_logps` from a padded forward pass per answer, with all its logits.
 
@@ -282,7 +292,10 @@ def padded_logps(
             batch = collate(data, np.asarray(rows)[computed], answer, pad_id)
             batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
             labels = batch.pop("labels")
-            logps = sequence_logps(model(**batch, use_cache=False).logits, labels)
+            logits = model(**batch, use_cache=False).logits
+            if proposal is not None:
+                logits = proposal.add_to(logits, labels, data, rows)
+            logps = sequence_logps(logits, labels)
             mask = torch.from_numpy(computed).to(model.device)
             answer_sums = answer_sums.to(logps.dtype).masked_scatter(mask, logps)
             sizes[computed] = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()

@@ -15,6 +15,7 @@ from tiny import byte_tokenizer, tiny_model
 from ram.data.tokenization import Example, TokenizedDataset, tokenize
 from ram.settings.schema import Settings
 from ram.training import resume
+from ram.training.frozen import FrozenProposal
 from ram.training.metrics import MetricsLog
 from trainers import BasicTrainer, Preempted
 
@@ -77,13 +78,21 @@ def trainer(
     dtype: torch.dtype = torch.float32,
     reference: torch.nn.Module | None = None,
     card: dict[str, Any] | None = None,
+    proposal: FrozenProposal | None = None,
 ) -> BasicTrainer:
     """Make a trainer of a tiny model on `n` examples, with 6 held-out ones."""
     run_dir.mkdir(parents=True, exist_ok=True)
     model = tiny_model(len(TOKENIZER), seed=seed, layers=2, dtype=dtype)
     heldout = dataset(6, seed=99)
     config = settings(*overrides)
-    return BasicTrainer(config, model, TOKENIZER, dataset(n), heldout, run_dir, card or {}, reference)
+    parts = config, model, TOKENIZER, dataset(n), heldout, run_dir, card or {}, reference
+    return BasicTrainer(*parts, proposal=proposal)
+
+
+def frozen_proposal(dtype: torch.dtype = torch.float64) -> FrozenProposal:
+    """Make the proposal of `loss=ratio` for a tiny model; its embedding has rows beyond the vocabulary."""
+    proposal = tiny_model(len(TOKENIZER), seed=7, layers=2, dtype=dtype, extra_rows=2)
+    return FrozenProposal(proposal, len(TOKENIZER), 0)
 
 
 def recorded_path(run_dir: Path) -> list[tuple[float, float]]:
