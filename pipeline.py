@@ -63,6 +63,8 @@ IMPLIED = {"leaderboard": BOARD, "report": {*BOARD, "leaderboard"}}
 
 def test_file(config: Settings, task: str) -> Path:
     """Return the path of a task's test file."""
+    if config.evaluation.test_file is not None:
+        return Path(config.evaluation.test_file)
     tasks = pick(test_files, config.evaluation.dataset, "evaluation.dataset")
     return Path(config.data_dir) / "test" / pick(tasks, task, f"task of {config.evaluation.dataset}")
 

@@ -31,14 +31,14 @@ from ram.data.catalogue import hub_cache
 from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.errors import UserError, run_entry_point
-from ram.log import brief, labelled, log, log_path, notice, pick_dtype, use_console
+from ram.log import brief, labelled, log, log_path, notice, pick_device, pick_dtype, use_console
 from ram.models import checkpoints, hub, lora, run_folder, vocabulary
 from ram.settings import recipes
 from ram.settings.checks import nested
 from ram.settings.schema import settings_of
 from ram.storage import provenance
 from ram.storage.files import BadRows, only_run, set_aside
-from ram.training import resume
+from ram.training import frozen, resume
 from ram.training.losses import LOSSES
 from trainers import BasicTrainer, pick_trainer
 from utils import TABLES, seed_everything, start
@@ -78,6 +78,9 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> str:
         used = [int(ids.max()) for part in data.values() for ids in part.ids.values() if len(ids)]
         vocabulary.check_ids(used, rows, source, f"{tokenizer_source}, with which the data were encoded,")
     inputs = {"data": data["train"].key, "weights": source and checkpoints.weights_fingerprint(source)}
+    if stage.proposal:
+        checkpoints.load_pair(stage.proposal, source)  # checks that they fit together
+        inputs["proposal"] = checkpoints.weights_fingerprint(stage.proposal)
     changed = ""
     if done is not None:
         settings = recipes.recorded_identity(done, identity)
@@ -154,6 +157,11 @@ def make_trainer(
             reference.to(pick_dtype(dtype, model.device))  # pyright: ignore[reportArgumentType]
         else:
             reference = checkpoints.load_model(source, dtype)
+    proposal = None
+    if stage.proposal:
+        cache = Path(config.output_dir) / "cache" if config.cache_proposal else None
+        dtype, device = config.model.reference_dtype, pick_device()
+        proposal = frozen.open_proposal(stage.proposal, model, tokenizer, data, dtype, device, cache)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     log.info(
         f"stage {stage.name}: {config.loss.name} of {config.model.name} ({size:.2f} M weights) into {run_dir}"
@@ -165,7 +173,7 @@ def make_trainer(
         "max_prompt_length": config.max_prompt_length,
     }
     return pick_trainer(config.trainer)(
-        config, model, tokenizer, data["train"], data["heldout"], run_dir, card, reference, origin
+        config, model, tokenizer, data["train"], data["heldout"], run_dir, card, reference, origin, proposal
     )
 
 
@@ -248,6 +256,8 @@ def describe(stage: recipes.Stage) -> str:
     ]
     if stage.source:
         lines.append(f"  weights {stage.source} ({describe_weights(stage, stage.source)})")
+    if stage.proposal:
+        lines.append(f"  proposal {stage.proposal} ({describe_weights(stage, stage.proposal)})")
     for path in stage.reads:
         size = f"{path.stat().st_size / 1e6:,.1f} MB" if path.is_file() else "missing"
         lines.append(f"  reads   {path} ({size})")

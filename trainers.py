@@ -23,10 +23,10 @@ from ram.distributed import processes
 from ram.errors import Preempted, UserError, pick
 from ram.log import log, pick_device, pick_dtype, progress
 from ram.models import checkpoints, run_folder
-from ram.training import logps, packing, passes, resume, sharding
+from ram.training import frozen, logps, packing, passes, resume, sharding
 from ram.training.losses import LOSSES
 from ram.training.metrics import MetricsLog, averages, show_samples
-from ram.training.optimizers import lr_factor, pick_optimizer, run_length
+from ram.training.optimizers import lr_factor, make_optimizer, run_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ class BasicTrainer:
     Args:
         settings: A resolved run configuration (config/config.yaml).
         card: Facts to store beside exported weights.
-        reference: The frozen model of dpo and ipo.
+        reference, proposal: The frozen model of dpo and ipo; the frozen proposal of ratio.
         origin: The settings, data and weights that the run is made from; stored in its training states.
 
     Raises:
@@ -65,6 +65,7 @@ class BasicTrainer:
         card: dict[str, Any],
         reference: Any = None,
         origin: dict[str, Any] | None = None,
+        proposal: frozen.FrozenProposal | None = None,
     ) -> None:
         if processes.count() > 1 and not self.distributed:
             raise UserError(
@@ -72,7 +73,7 @@ class BasicTrainer:
                 "use trainer=FSDPTrainer"
             )
         self.settings = settings
-        self.model, self.reference, self.tokenizer = model, reference, tokenizer
+        self.model, self.reference, self.proposal, self.tokenizer = model, reference, proposal, tokenizer
         self.train_data, self.eval_data = train_data, eval_data
         self.run_dir, self.card, self.origin = run_dir, card, origin or {}
         self.loss = LOSSES[settings.loss.name]
@@ -91,11 +92,10 @@ class BasicTrainer:
 
         self.total_examples, self.total_updates, self.warmup = run_length(settings, len(train_data))
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = pick_optimizer(settings.optimizer)(trained, lr=settings.lr)
+        self.optimizer = make_optimizer(settings, trained)
         limit = settings.n_eval_examples
         self.n_heldout = len(eval_data) if limit is None else min(limit, len(eval_data))
-        self.updates = self.examples = 0
-        self.tokens = 0  # response tokens
+        self.updates = self.examples = self.tokens = 0  # tokens: of responses
         self.next_eval = settings.eval_every  # in examples
         self.next_save = settings.save_every  # in examples; None saves no steps
         self.heldout: tuple[int, float] = (-1, math.nan)  # examples and loss of the last evaluation
@@ -114,7 +114,12 @@ class BasicTrainer:
         self.model = self.model.to(self.device)
         if self.reference is not None:
             self.reference = self.reference.to(self.device).eval()
-        self.logps = passes.prepare(self.model, self.reference, self.settings)
+        self.logps = self.pick_forward()
+
+    def pick_forward(self):
+        """Return the fastest forward pass that is right for the models."""
+        forward = passes.prepare(self.model, self.reference, self.settings)
+        return frozen.joined(forward, self.proposal, self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.compute_dtype is None:
@@ -414,7 +419,7 @@ class FSDPTrainer(BasicTrainer):
                 "sample_during_eval=true: FSDPTrainer holds no whole model to decode with; set it to false"
             )
         processes.start(alone=True)
-        forward = passes.prepare(self.model, self.reference, self.settings)
+        forward = self.pick_forward()
         block_name, offload = settings.model.block_name, settings.cpu_offload
         for model in filter(None, (self.model, self.reference)):
             sharding.shard(model, block_name, self.device, self.compute_dtype, forward, offload)

@@ -39,7 +39,7 @@ def demo_run(pattern: str) -> str:
     return str(found[0])
 
 
-MODES = ("par", "par_kl", "product", "snis", "mds")
+MODES = ("par", "par_kl", "product", "snis", "mds", "mixture")
 # Fast and slow: drafts verified together, rows of different lengths together; one token of one row at a time.
 FAST, SLOW = {"batch_size": 16}, {"batch_size": 1, "speculative": False}
 

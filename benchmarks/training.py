@@ -84,6 +84,7 @@ def kept_logits(
     labels: torch.Tensor,
     bias: torch.Tensor | None = None,
     tile: int | None = None,
+    added: None = None,
 ) -> torch.Tensor:
     """Compute `head_logps` without tiles and without recomputing the logits in the backward pass."""
     return -F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="none")

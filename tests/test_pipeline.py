@@ -7,11 +7,12 @@ import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
-from small import SMALL, run
+from small import SMALL, run, settings
 
 import pipeline
 import train
@@ -357,6 +358,12 @@ def test_steps_run_in_order_with_those_they_need(monkeypatch, steps, executed):
     config = OmegaConf.create({"evaluation": {"steps": steps}})
     pipeline.run_steps(SimpleNamespace(config=config))
     assert calls == executed.split()
+
+
+def test_test_file_replaces_that_of_the_data_set():
+    own = settings("experiment=demo", "evaluation.test_file=mine.jsonl")
+    assert pipeline.test_file(own, "facts") == Path("mine.jsonl")
+    assert pipeline.test_file(settings("experiment=demo"), "facts").name == "toy_test.json"
 
 
 def test_dry_run_writes_nothing(tmp_path, caplog):

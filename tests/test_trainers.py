@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import save_model_folder, tiny_model, tiny_tokenizer
-from training_runs import TOKENIZER, assert_same_path, path_of, trainer, weights
+from training_runs import TOKENIZER, assert_same_path, frozen_proposal, path_of, trainer, weights
 from transformers import AutoModelForCausalLM
 
 from ram.data.tokenization import Example, tokenize
@@ -19,7 +19,7 @@ from ram.training.packing import collate
 from trainers import BasicTrainer, Diverged
 
 
-@pytest.mark.parametrize("loss", ["sft", "ours_sft", "ours_dpo"])
+@pytest.mark.parametrize("loss", ["sft", "ours_sft", "ours_dpo", "ratio"])
 def test_path_does_not_depend_on_micro_batches(tmp_path, loss):
     """Losses, gradient norms and weights agree for 1, 2, 4 and 8 micro-batches per update.
 
@@ -29,7 +29,8 @@ def test_path_does_not_depend_on_micro_batches(tmp_path, loss):
     paths, finals = [], []
     for pieces in (1, 2, 4, 8):
         overrides = (f"loss={loss}", f"gradient_accumulation_steps={pieces}", "lr=1e-3")
-        run = trainer(tmp_path / str(pieces), *overrides, dtype=torch.float64)
+        proposal = frozen_proposal() if loss == "ratio" else None
+        run = trainer(tmp_path / str(pieces), *overrides, dtype=torch.float64, proposal=proposal)
         run.train()
         paths.append(path_of(run))
         finals.append(weights(run))

@@ -17,12 +17,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-NEG_INF = float("-inf")
+# Random numbers have a module of their own; their names are also importable from here.
+from ram.decoding.noise import ALL as ALL
+from ram.decoding.noise import LARGE_VOCABULARY, NEG_INF
+from ram.decoding.noise import Noise as Noise
+from ram.decoding.noise import gumbel_argmax as gumbel_argmax
+from ram.decoding.noise import gumbel_noise as gumbel_noise
+from ram.decoding.noise import signed as signed
+
 IGNORE_INDEX = -100
-ALL = slice(None)  # all rows, all columns
 # Keys of PARParams that are younger than finished answers, with the value that those were decoded with.
-INTRODUCED: dict[str, Any] = {}
-LARGE_VOCABULARY = 4096  # from this size on, a CPU ranks and draws noise for only as many tokens as needed
+INTRODUCED: dict[str, Any] = {"mixture_weight": 0.5}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class PARParams:
     base_repetition_penalty: float = 1.0  # only if the proposal decodes alone
     expert_temperature: float | None = None  # mds only; None means 1.0
     n_candidates: int | None = None  # snis only; required there
+    mixture_weight: float = 0.5  # mixture only; the aligner's share
 
     def __post_init__(self) -> None:
         def require(condition: bool, key: str, expected: str) -> None:
@@ -72,6 +78,7 @@ class PARParams:
         for key in ("repetition_penalty", "base_repetition_penalty"):
             require(0 < getattr(self, key) < math.inf, key, "a number > 0 (1 = none)")
         require(self.div_threshold >= 0, "div_threshold", "a divergence in nats, >= 0")
+        require(0 <= self.mixture_weight <= 1, "mixture_weight", "a number in [0, 1]")
         n = self.n_candidates
         fits = self.sample_mode != "snis" if n is None else n >= 1
         require(fits, "n_candidates", "a count >= 1, which sample_mode=snis requires")
@@ -249,12 +256,20 @@ def _mds(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
     return warp(mixed.masked_fill(z_p == NEG_INF, NEG_INF), params, seen)  # ids without a token stay out
 
 
+def _mixture(z_p, z_q, log_nucleus, params, seen, candidates) -> torch.Tensor:
+    log_q, w = warp(z_q, params, seen), params.mixture_weight
+    if w in (0, 1):  # exactly one model's, also where the other's is 0
+        return log_q if w else log_nucleus
+    return torch.logaddexp(log_nucleus + math.log1p(-w), log_q + math.log(w))
+
+
 SAMPLE_MODES: dict[str, Callable[..., torch.Tensor]] = {
     "par": _par,
     "par_kl": _par,  # the gate below replaces rows above the threshold
     "product": _product,
     "snis": _snis,
     "mds": _mds,
+    "mixture": _mixture,
 }
 KL_FALLBACKS: dict[str, Callable[..., torch.Tensor]] = {
     "proposal": lambda z_p, log_nucleus, params, seen: log_nucleus,
@@ -345,100 +360,3 @@ def token_logprobs(
     logits = proposal_logits if proposal_logits is not None else aligner_logits
     seen = None if logits is None else seen_mask(context_ids, logits.shape[-1])
     return next_token_law(proposal_logits, aligner_logits, params, seen, eos_token_ids, candidates).logprobs
-
-
-# ---- counter-based Gumbel noise ----------------------------------------------------------------------------
-# SplitMix64's finaliser (Steele, Lea, Flood 2014) over a Weyl sequence, in wrapping int64 arithmetic, which
-# torch computes alike on every device.
-
-
-def signed(value: int) -> int:
-    """Return a seed as an int64 with the same 64 bits."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-_GOLDEN, _MIX_1, _MIX_2 = (signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def _mix64(x: torch.Tensor) -> torch.Tensor:
-    def xor_shift(x: torch.Tensor, bits: int) -> torch.Tensor:  # >> on int64 copies the sign: mask it off
-        return x ^ ((x >> bits) & ((1 << (64 - bits)) - 1))
-
-    return xor_shift(xor_shift(xor_shift(x, 30) * _MIX_1, 27) * _MIX_2, 31)
-
-
-def gumbel_noise(
-    seed: int | torch.Tensor,
-    row_ids: torch.Tensor,
-    positions: torch.Tensor,
-    vocab_size: int,
-    stream: int = 0,
-    tokens: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return standard Gumbel noise (..., V) in float64 that depends only on its key.
-
-    Args:
-        seed: one for all, or (...) int64.
-        row_ids, positions: (...) int64; a position counts generated tokens, so prompt length and padding have
-            no influence.
-        stream: 0 draws the token; 1..n draw the candidates of snis.
-        tokens: (..., S) ids; if set, only their noise is returned: (..., S).
-    """
-    device = row_ids.device
-    key = seed if isinstance(seed, torch.Tensor) else torch.full_like(row_ids, signed(seed))
-    for part in (row_ids, positions, torch.full_like(row_ids, stream)):
-        key = _mix64(key + _GOLDEN) ^ _mix64(part * _GOLDEN + _MIX_1)
-    if tokens is None:
-        tokens = torch.arange(vocab_size, device=device, dtype=torch.int64)
-    bits = _mix64(_mix64(key.unsqueeze(-1) + (tokens + 1) * _GOLDEN))
-    # 53 bits in [1, 2^53 - 1]: u is neither 0 nor 1, so the noise is finite. float32 would round some u to 1.
-    uniform = ((bits >> 11) & ((1 << 53) - 1)).clamp(min=1).double() * 2.0**-53
-    return -torch.log(-torch.log(uniform))
-
-
-def gumbel_argmax(logprobs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draw one token per row (...) from `logprobs` (..., V) with `noise` (..., V): the Gumbel-max rule."""
-    return (logprobs.double() + noise).argmax(dim=-1)
-
-
-class Noise:
-    """The Gumbel noise of positions (R, W), for draws as by `gumbel_argmax`.
-
-    It is computed once, or, on a CPU with a large vocabulary, only for the tokens in a law's support.
-    """
-
-    def __init__(
-        self,
-        seed: int | torch.Tensor,
-        row_ids: torch.Tensor,
-        positions: torch.Tensor,
-        vocab_size: int,
-        stream: int = 0,
-    ) -> None:
-        if not isinstance(seed, torch.Tensor):
-            seed = torch.full_like(row_ids, signed(seed))
-        self.keys, self.vocab_size, self.stream = (seed, row_ids, positions), vocab_size, stream
-        self.sparse = row_ids.device.type == "cpu" and vocab_size >= LARGE_VOCABULARY
-        self.whole = None if self.sparse else gumbel_noise(*self.keys, vocab_size, stream)
-
-    def draw(
-        self, logprobs: torch.Tensor, rows: torch.Tensor | slice = ALL, columns: int | slice = ALL
-    ) -> torch.Tensor:
-        """Draw one token per law (N,) from laws (N, V) at these rows and columns; NaN counts as support."""
-        support = int((logprobs != NEG_INF).sum(dim=-1).max()) if self.sparse else self.vocab_size
-        if 4 * support <= self.vocab_size:
-            ranked, tokens = torch.topk(logprobs, support, dim=-1)
-            seed, row_ids, positions = (key[rows, columns].flatten() for key in self.keys)
-            noise = gumbel_noise(seed, row_ids, positions, 0, self.stream, tokens)
-            return tokens.gather(-1, gumbel_argmax(ranked, noise).unsqueeze(-1)).squeeze(-1)
-        if self.whole is None:
-            self.whole = gumbel_noise(*self.keys, self.vocab_size, self.stream)
-        whole = self.whole if rows is ALL else self.whole[rows]
-        whole = whole.flatten(0, 1) if columns is ALL else whole[:, columns]
-        return gumbel_argmax(logprobs, whole)
-
-    def stream_of(self, stream: int, rows: torch.Tensor | slice = ALL) -> "Noise":
-        """Return another stream's noise at some rows."""
-        seed, row_ids, positions = (key[rows] for key in self.keys)
-        return Noise(seed, row_ids, positions, self.vocab_size, stream)

@@ -130,10 +130,15 @@ def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
 
 
 def gate_warning(row: dict[str, Any]) -> str | None:
-    """Return a warning if a par_kl system fell back so often that it is hardly aligned, else None."""
+    """Return a warning if a pair answers almost as its proposal alone, because of its gate or not."""
     fallen, changed = row.get("fallback_fraction", 0.0), row.get("changed_fraction", 1.0)
-    if not (fallen > 0.5 or (fallen > 0.1 and changed < 0.01)):
+    if not (fallen > 0.5 or changed < 0.01):
         return None
+    if fallen <= 0.1:
+        return (
+            f"warning: the aligner of {row['system']} changed only {changed:.1%} of the tokens: the pair "
+            "answers almost as its proposal alone"
+        )
     return (
         f"warning: {row['system']} fell back to the proposal on {fallen:.0%} of its tokens and the aligner "
         f"changed {changed:.1%} of them: div_threshold undoes the alignment; compare "

@@ -135,7 +135,8 @@ def settings_tag(pair: Pair, settings: SamplingSettings, seed: int, corrected: s
     if pair.proposal:
         parts.append(base)
     if pair.aligner and pair.proposal:
-        parts.append(s.sample_mode + (f"_dt{s.div_threshold}" if s.sample_mode == "par_kl" else ""))
+        own = {"par_kl": f"_dt{s.div_threshold}", "mixture": f"_w{s.mixture_weight}"}
+        parts.append(s.sample_mode + own.get(s.sample_mode, ""))
     lengths = ("max_length", "max_prompt_length", "stop_str", "template", "multiround")
     fields = ("input_key", "output_key", "system_key", "for_aligner", "tokenizer_path", "dtype")
     law = pair.law(s.params)

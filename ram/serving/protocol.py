@@ -101,6 +101,7 @@ BOUNDS: dict[str, Any] = {
     "kl_fallback": Literal[tuple(KL_FALLBACKS)],
     "expert_temperature": Temperature,
     "n_candidates": Annotated[int, Field(ge=1, le=64)],
+    "mixture_weight": Annotated[float, Field(ge=0, le=1)],
 }
 DECLARED = get_type_hints(PARParams)
 LAW_FIELDS: dict[str, Any] = {

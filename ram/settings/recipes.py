@@ -48,6 +48,7 @@ class Stage:
         output: the run folder, the sampled file, or the toy data set's folder.
         source: the weights that it starts from or samples with, None for a model made from scratch.
         reads: data files that must exist before it starts.
+        proposal: the weights of the frozen proposal, if the loss needs one.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stage:
     output: Path
     source: str | None = None
     reads: list[Path] = field(default_factory=list)
+    proposal: str | None = None
 
     @property
     def weights(self) -> Path:
@@ -179,7 +181,15 @@ def _stage(
     model = config.model
     source = model.archive if model.archive or model.architecture else model.name_or_path or model.hub_id
     output = Path(config.output_dir) / "model" / run_name(config, tables)
-    return Stage(name, kind, config, output, source, _files(config.datasets, data_dir, tables))
+    proposal = None
+    if tables.losses[config.loss.name].needs_proposal:
+        if config.proposal is None:
+            raise UserError(
+                f"stage {name!r}: loss={config.loss.name} needs the proposal: give "
+                f"{'' if name == 'run' else f'stage.{name}.'}proposal=FOLDER (or a stage's name)"
+            )
+        proposal = model_source(config.proposal, earlier)
+    return Stage(name, kind, config, output, source, _files(config.datasets, data_dir, tables), proposal)
 
 
 def model_source(reference: str, stages: dict[str, Stage]) -> str:
@@ -252,6 +262,9 @@ def check_inputs(stages: Sequence[Stage], running: Sequence[Stage]) -> None:
                 raise UserError(
                     f"stage {stage.name!r} reads {path}, which does not exist: {_maker(path, stages)}"
                 )
+        if stage.proposal and stage.proposal not in made:
+            checkpoints.find_model(stage.proposal, quiet=True)
+            check_trained(stages, stage.proposal)
         if stage.source and stage.source not in made:
             model = stage.config.model
             if model.archive or not model.architecture:

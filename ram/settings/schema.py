@@ -35,6 +35,7 @@ Neutral = Annotated[T, NO_EFFECT]  # a key that is not part of a run's identity
 # Other keys that are younger than finished runs, with the value that those were trained with.
 INTRODUCED: dict[str, Any] = {
     "loss.sampled_fraction": 1.0,
+    "weight_decay": None,
 }
 # Keys that are younger than all records. At this value an identity leaves them out, so it stays the same.
 OMITTED: dict[str, Any] = {
@@ -116,6 +117,7 @@ class EvaluationSettings(Section):
     tasks: dict[str, dict[str, Any]]
     systems: dict[str, dict[str, Any]]
     paper: dict[str, dict[str, list[Any]]]
+    test_file: str | None
     reference: str
     ablation: dict[str, str]
     steps: list[str]
@@ -161,6 +163,8 @@ class Settings(Section):
     n_examples: Count | None
     n_eval_examples: Neutral[CountOrZero | None]
 
+    proposal: Neutral[str | None]  # its weights are identified by their content
+    cache_proposal: Neutral[bool]
     trainer: Neutral[str]
     cpu_offload: Neutral[bool]
     batch_size: Count
@@ -168,6 +172,7 @@ class Settings(Section):
     gradient_accumulation_steps: Count
     optimizer: str
     lr: Positive
+    weight_decay: NotNegative | None
     lr_schedule: Literal["constant", "cosine"]
     warmup_steps: NotNegative  # a count, or a share below 1
     max_grad_norm: Positive

@@ -21,12 +21,23 @@ from ram.training.packing import Segments, collate, pack
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ram.training.frozen import FrozenProposal
+
 ATTENTION = "packed"  # name under which transformers knows `attention`
 ROUTER_LOSS = "router_loss"
+# Configuration keys of models whose logits are more than a linear function of the last hidden state.
+NONLINEAR = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 BLOCK = 128  # tokens; examples below this size are cheaper in one masked call than in one call per segment
 
 # Per answer name: sums of log-probabilities (B,), and the number of tokens in each sum (0 if left out).
 Answers = tuple[dict[str, torch.Tensor], dict[str, list[int]]]
+
+
+def has_linear_head(model: Any) -> bool:
+    """Return whether the logits are a linear function of the last hidden state."""
+    config = text_config(model.config)
+    is_nonlinear = any(getattr(config, key, None) not in (None, 1) for key in NONLINEAR)
+    return type(model.get_output_embeddings()) is torch.nn.Linear and not is_nonlinear
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
@@ -238,6 +249,7 @@ def packed_logps(
     answers: Sequence[str],
     pad_id: int,
     drawn: Sequence[bool] | np.ndarray | None = None,
+    proposal: "FrozenProposal | None" = None,
 ) -> Answers:
     """Sum the log-probabilities of the answers' tokens, from one forward pass over all examples.
 
@@ -246,6 +258,7 @@ def packed_logps(
         answers: ("target",) or ("target", "negative").
         pad_id: Unused; `padded_logps` needs it.
         drawn: (B,) whether each example's negative is computed; None computes all.
+        proposal: Its logits are added to the model's; only for `answers` ("target",).
     """
     batch = pack(data, rows, answers, drawn).to(model.device)
     # transformers leaves a mask of four dimensions alone, so this keeps it from making one of (T, T).
@@ -258,7 +271,12 @@ def packed_logps(
         segments=batch.segments,
     ).last_hidden_state
     head = model.get_output_embeddings()
-    logps = head_logps(hidden[0, batch.predictors], head.weight, batch.labels, head.bias)
+    weight, bias, added = head.weight, head.bias, None
+    if proposal is not None:
+        assert tuple(answers) == ("target",)
+        weight, bias = weight[: proposal.vocab_size], None if bias is None else bias[: proposal.vocab_size]
+        added = proposal.added(data, rows)
+    logps = head_logps(hidden[0, batch.predictors], weight, batch.labels, bias, added=added)
     sizes = [size for counts in batch.counts.values() for size in counts]
     sums = torch.stack([part.sum() for part in logps.split(sizes)])
     assert len(sums) == len(answers) * len(rows)
@@ -273,6 +291,7 @@ def padded_logps(
     pad_id: int,
     drawn: Sequence[bool] | np.ndarray | None = None,
     masked: bool = True,
+    proposal: "FrozenProposal | None" = None,
 ) -> Answers:
     """Compute the same as `packed_logps` from a padded forward pass per answer, with all its logits.
 
@@ -302,7 +321,8 @@ def padded_logps(
             if not masked:
                 del batch["attention_mask"]
             output = model(**batch, use_cache=False)
-            logps = sequence_logps(output.logits, labels)
+            logits = output.logits if proposal is None else proposal.add_to(output.logits, labels, data, rows)
+            logps = sequence_logps(logits, labels)
             if model.training and asks_for_router_loss(model) and output.aux_loss is not None:
                 router_losses.append(output.aux_loss * text_config(model.config).router_aux_loss_coef)
             mask = torch.from_numpy(computed).to(model.device)
@@ -329,11 +349,14 @@ def alone_logps(
     answers: Sequence[str],
     pad_id: int,
     drawn: Sequence[bool] | np.ndarray | None = None,
+    proposal: "FrozenProposal | None" = None,
 ) -> Answers:
     """Compute the same as `padded_logps` from a forward pass per row, for models that padding changes."""
     parts = [
-        padded_logps(model, data, [row], answers, pad_id, None if drawn is None else [drawn[index]], False)
-        for index, row in enumerate(rows)
+        padded_logps(
+            model, data, [row], answers, pad_id, None if drawn is None else [drawn[i]], False, proposal
+        )
+        for i, row in enumerate(rows)
     ]
     sums = {key: torch.cat([own[key] for own, _ in parts]) for key in parts[0][0]}
     return sums, {answer: [size for _, own in parts for size in own[answer]] for answer in answers}

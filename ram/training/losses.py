@@ -61,6 +61,7 @@ def head_logps(
     labels: torch.Tensor,
     bias: torch.Tensor | None = None,
     tile: int | None = None,
+    added: Any = None,
 ) -> torch.Tensor:
     """Return log softmax(hidden @ weight.T + bias) at the labels, with at most `tile` logits in memory.
 
@@ -73,6 +74,7 @@ def head_logps(
         labels: (N,) ids below V.
         bias: (V,) or None.
         tile: number of logits; None chooses one by device.
+        added: another model's hidden, weight and bias, whose logits are added; they have no gradient.
 
     Returns:
         (N,)
@@ -81,7 +83,7 @@ def head_logps(
     device = hidden.device.type
     narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     tile = tile or (CUDA_TILE if device == "cuda" else TILE)
-    return _HeadLogps.apply(hidden, weight, labels, bias, narrow, max(1, tile // max(1, len(hidden))))
+    return _HeadLogps.apply(hidden, weight, labels, bias, narrow, max(1, tile // max(1, len(hidden))), added)
 
 
 class _HeadLogps(torch.autograd.Function):
@@ -100,19 +102,20 @@ class _HeadLogps(torch.autograd.Function):
         bias: torch.Tensor | None,
         narrow: torch.dtype,
         width: int,
+        added: Any,
     ) -> torch.Tensor:
         wide = torch.promote_types(narrow, torch.float32)
         h = hidden.to(narrow)
         highest = torch.full((len(h),), float("-inf"), dtype=wide, device=h.device)
         total, chosen = torch.zeros_like(highest), torch.zeros_like(highest)
         for start in range(0, len(weight), width):
-            logits, column, here = _tile(h, weight, labels, bias, start, width, wide)
+            logits, column, here = _tile(h, weight, labels, bias, start, width, wide, added)
             chosen += torch.where(here, logits.gather(1, column).squeeze(1), 0.0)
             before, highest = highest, torch.maximum(highest, logits.amax(dim=1))
             total = total * (before - highest).exp() + logits.sub_(highest.unsqueeze(1)).exp_().sum(dim=1)
         normaliser = highest + total.log()
         ctx.save_for_backward(hidden, weight, labels, bias, normaliser)
-        ctx.narrow, ctx.wide, ctx.width = narrow, wide, width
+        ctx.narrow, ctx.wide, ctx.width, ctx.added = narrow, wide, width, added
         return chosen - normaliser
 
     @staticmethod
@@ -128,7 +131,7 @@ class _HeadLogps(torch.autograd.Function):
         grad_bias = torch.empty_like(bias, dtype=wide) if wants_bias else None
         for start in range(0, len(weight), ctx.width):
             rows = slice(start, start + ctx.width)
-            logits, column, here = _tile(h, weight, labels, bias, start, ctx.width, wide)
+            logits, column, here = _tile(h, weight, labels, bias, start, ctx.width, wide, ctx.added)
             # d logp / d logits = one-hot - softmax, in place of the logits
             logits.sub_(normaliser.unsqueeze(1)).exp_().mul_(-grad.unsqueeze(1))
             logits.scatter_add_(1, column, torch.where(here, grad, 0.0).unsqueeze(1))
@@ -146,6 +149,7 @@ class _HeadLogps(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
+            None,
         )
 
 
@@ -157,12 +161,17 @@ def _tile(
     start: int,
     width: int,
     wide: torch.dtype,
+    added: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return logits (N, width) of some vocabulary rows, each label's column (N, 1), and if it is there."""
     rows = slice(start, start + width)
     logits = _product(h, weight[rows].to(h.dtype).T, wide)
     if bias is not None:
         logits += bias[rows]
+    if added is not None:
+        logits += _product(added.hidden.to(h.dtype), added.weight[rows].to(h.dtype).T, wide)
+        if added.bias is not None:
+            logits += added.bias[rows]
     column = labels - start
     here = (column >= 0) & (column < logits.shape[1])
     return logits, column.clamp(0, logits.shape[1] - 1).unsqueeze(1), here
@@ -249,7 +258,7 @@ LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]  # losses (B,), metric
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """The keys of config/loss/sft.yaml. The types below raise ValueError for a value out of range."""
+    """The keys of config/loss/sft.yaml and ratio.yaml; those below raise ValueError if out of range."""
 
     name: str
 
@@ -324,6 +333,7 @@ class Loss:
             logged.
         needs_negative: whether each example has a second answer.
         needs_reference: whether a frozen reference model is needed, unless `reference_free` is set.
+        needs_proposal: whether the log-probabilities are those of the product with a frozen proposal.
     """
 
     function: Callable[..., LossOutput]
@@ -331,11 +341,13 @@ class Loss:
     metrics: tuple[str, ...] = ()
     needs_negative: bool = True
     needs_reference: bool = False
+    needs_proposal: bool = False
 
 
 PREFERENCE = Loss(_preference, PreferenceSettings, REWARD_METRICS, needs_reference=True)
 LOSSES: dict[str, Loss] = {
     "sft": Loss(_sft, LossSettings, needs_negative=False),
+    "ratio": Loss(_sft, LossSettings, needs_negative=False, needs_proposal=True),
     "ours_sft": Loss(_residual_aligner, ResidualAlignerSettings),
     "dpo": PREFERENCE,
     "ipo": PREFERENCE,

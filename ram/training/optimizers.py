@@ -1,12 +1,12 @@
 """Optimizers by name, the learning rate of an update, and the length of a run."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 
-from ram.errors import pick
+from ram.errors import UserError, pick
 
 if TYPE_CHECKING:
     from ram.settings.schema import Settings
@@ -24,6 +24,20 @@ OPTIMIZERS = {
 def pick_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
     """Return the optimizer class of a name; raise UserError if it is not in `OPTIMIZERS`."""
     return pick(OPTIMIZERS, name, "optimizer")
+
+
+def make_optimizer(settings: "Settings", parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+    """Return the optimizer of a run; raise UserError if it cannot decay weights but should."""
+    kind = pick_optimizer(settings.optimizer)
+    if settings.weight_decay is None:
+        return kind(parameters, lr=settings.lr)  # pyright: ignore[reportCallIssue]
+    try:
+        return kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay)  # pyright: ignore
+    except TypeError:
+        raise UserError(
+            f"weight_decay={settings.weight_decay}: optimizer={settings.optimizer} has none; use AdamW, or "
+            "set it to null"
+        ) from None
 
 
 def lr_factor(update: int, warmup: int, total: int, schedule: str) -> float:

@@ -32,6 +32,7 @@ from ram.training.logps import (
     Answers,
     alone_logps,
     asks_for_router_loss,
+    has_linear_head,
     packed_logps,
     padded_logps,
     use_packed,
@@ -39,10 +40,6 @@ from ram.training.logps import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Configuration keys of models whose logits are more than a linear function of the last hidden state.
-NONLINEAR = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-
 
 PASSES: list[tuple[str, Callable[..., Answers]]] = [
     ("packed training", packed_logps),
@@ -111,9 +108,7 @@ def objection_to(forward: Callable[..., Answers], model: "PreTrainedModel", long
 def _packed_refusal(model: "PreTrainedModel", longest: int) -> str | None:
     """Return what a model declares that rules the packed forward pass out."""
     config = text_config(model.config)
-    head = model.get_output_embeddings()
-    is_nonlinear = any(getattr(config, key, None) not in (None, 1) for key in NONLINEAR)
-    if type(head) is not torch.nn.Linear or is_nonlinear:
+    if not has_linear_head(model):
         return "its logits are not a linear function of its last hidden state"
     if window(config, longest) is not None:
         return f"its attention does not reach over max_length={longest} tokens"

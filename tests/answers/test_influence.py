@@ -26,6 +26,7 @@ CASES = {
     "par_kl_aligner": PARParams("par_kl", kl_fallback="aligner", **KNOBS),
     "product": PARParams("product", **KNOBS),
     "mds": PARParams("mds", **KNOBS),
+    "mixture": PARParams("mixture", **KNOBS),
     "snis": PARParams("snis", **KNOBS),
     "eos_priority": PARParams("par", eos_priority=True, **KNOBS),
     "greedy": replace(PARParams("product", **KNOBS), temperature=0.0, base_temperature=0.0),

@@ -21,7 +21,7 @@ from pairs import (
     slow_answers,
 )
 
-from ram.decoding import cache, generation, par
+from ram.decoding import cache, generation, noise, par
 from ram.decoding.drafting import WIDTHS, Clocked, Counted, DraftPolicy, Fixed, Load
 from ram.decoding.par import PARParams
 from ram.decoding.rounds import RoundResult
@@ -47,7 +47,8 @@ def test_transformers_forward_gives_the_same_answers(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_sparse_noise_gives_the_same_answers(case, monkeypatch):
     """Ranking, and noise, for only as many tokens as a law needs change no answer."""
-    monkeypatch.setattr(par, "LARGE_VOCABULARY", 0)
+    for module in (noise, par):
+        monkeypatch.setattr(module, "LARGE_VOCABULARY", 0)
     roles, params, _ = CASES[case]
     for loop in LOOPS.values():
         assert_same(run(roles, params, ragged_prompts(), **loop), slow_answers(case, torch.float32))

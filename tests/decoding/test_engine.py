@@ -12,7 +12,7 @@ from engines import MODELS, PAR, PROPOSAL, Listener, alone, ask, assert_alone, a
 from pairs import CASES, LETTERS, last_logits
 from tiny import byte_tokenizer, tiny_model
 
-from ram.decoding import cache, par
+from ram.decoding import cache, noise, par
 from ram.decoding.drafting import WIDTHS, Clocked
 from ram.decoding.requests import Request, UnknownAligner
 from ram.decoding.rows import ShownText, StopWatch
@@ -53,7 +53,8 @@ def test_any_crowd_changes_nothing(seed, kind, start, monkeypatch):
     if kind == "transformers":
         monkeypatch.setattr(cache, "is_plain_llama", lambda model: False)
     if kind == "large vocabulary":
-        monkeypatch.setattr(par, "LARGE_VOCABULARY", 0)
+        for module in (noise, par):
+            monkeypatch.setattr(module, "LARGE_VOCABULARY", 0)
     monkeypatch.setattr(Clocked, "width", lambda self, load: rng.choice(WIDTHS))
     served = start(max_rows=rng.randint(1, 6), max_tokens=rng.randint(80, 250), max_read=rng.randint(2, 40))
     asked, tickets, turn = [], [], threading.RLock()

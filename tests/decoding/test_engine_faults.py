@@ -49,7 +49,7 @@ def test_a_failing_model_ends_its_own_rows(broken, ended, start, monkeypatch):
 
 
 @pytest.mark.parametrize("logprobs", [None, 2])
-@pytest.mark.parametrize("mode", ["par", "par_kl", "product", "snis", "mds"])
+@pytest.mark.parametrize("mode", ["par", "par_kl", "product", "snis", "mds", "mixture"])
 def test_an_aligner_of_no_numbers_ends_its_own_rows(mode, logprobs, start):
     """Its answers end with an error that says so; rows beside it, of its forward too, do not notice."""
     broken = tiny_model(len(LETTERS), 9)

@@ -287,9 +287,8 @@ def test_eos_priority_ends_where_the_proposal_would(mode):
     models = Scripted(PIECES, ["a", "a", "</s>"], 1, margin=0.1), Scripted(PIECES, "b", 1)
     ends = {}
     for priority in (True, False):
-        params = PARParams(
-            mode, eos_priority=priority, base_top_p=1.0, div_threshold=1e9, n_candidates=60, top_p=1.0
-        )
+        settings = {"base_top_p": 1.0, "div_threshold": 1e9, "n_candidates": 60, "top_p": 1.0}
+        params = PARParams(mode, eos_priority=priority, mixture_weight=1.0, **settings)
         answer = generation.generate(*models, PIECES, ["a"], params, max_new_tokens=5)[0]
         ends[priority] = PIECES.convert_ids_to_tokens(answer.token_ids)
     assert ends == {True: ["b", "b", "</s>"], False: ["b"] * 5}
@@ -320,7 +319,7 @@ def test_mistakes_are_explained(models, prompts, max_new_tokens, message):
 @pytest.mark.parametrize(
     "case, damaged",
     [
-        *((case, role) for case in ("par", "par_kl", "product", "snis", "mds") for role in (0, 1)),
+        *((case, role) for case in ("par", "par_kl", "product", "snis", "mds", "mixture") for role in (0, 1)),
         ("proposal_alone", 0),
         ("aligner_alone", 1),
     ],

@@ -101,6 +101,11 @@ def enumerated_law(z_p, z_q, s, seen, eos, candidates):
         return {ranked(z_p)[0]: 0.0}
     if s.sample_mode == "mds":
         return mds(z_p, z_q, s, seen)
+    if s.sample_mode == "mixture":
+        shares = ((1 - s.mixture_weight, inside), (s.mixture_weight, post(z_q, s, seen)))
+        terms = {t: [math.log(w) + law[t] for w, law in shares if w and t in law] for t in z_p}
+        tops = {t: max(values) for t, values in terms.items() if values}
+        return {t: top + math.log(sum(math.exp(v - top) for v in terms[t])) for t, top in tops.items()}
     if s.sample_mode == "snis":
         counts = {t: math.log(n) for t, n in Counter(candidates).items()}
         return log_softmax(weighted(counts, z_q, s, seen))
@@ -124,6 +129,7 @@ GRID = {
     "div_threshold": (0, 0.1, 10),
     "expert_temperature": (None, 0, 0.5),
     "n_candidates": (1, 2, 3),
+    "mixture_weight": (0, 0.3, 1),
     "eos_priority": (False, True),
 }
 KINDS = ("plain", "close", "equal", "underflow", "proposal_ties", "aligner_ties", "both_tie")
@@ -254,7 +260,10 @@ def test_law_is_proper_and_inputs_stay(mode, dtype):
     assert law.dtype == (dtype if dtype == torch.float64 else torch.float32)
     assert not law.isnan().any() and (law <= 0).all()
     torch.testing.assert_close(law.exp().sum(-1), torch.ones(len(law), dtype=law.dtype))
-    assert mode == "mds" or (law.isinf() | par.token_logprobs(inputs[0], None, inputs[2]).isfinite()).all()
+    assert (
+        mode in ("mds", "mixture")
+        or (law.isinf() | par.token_logprobs(inputs[0], None, inputs[2]).isfinite()).all()
+    )
     assert all(torch.equal(inputs[i], before[i]) for i in (0, 1, 3, 5)) and inputs[2] == before[2]
 
 

@@ -26,7 +26,7 @@ def ask(text, aligner, row_id=0, params=CASES["par_kl"][1], new=40):
     return Request(tuple(LETTERS(text).input_ids), aligner, params, new, seed=SEED, row_id=row_id)
 
 
-@pytest.mark.parametrize("case", ["par_kl", "product", "snis", "mds"])
+@pytest.mark.parametrize("case", ["par_kl", "product", "snis", "mds", "mixture"])
 def test_steady_round_copies_once_to_the_host(case):
     """While rows neither come nor go, a round copies nothing to the device and its results back at once."""
     engine, counts = engine_of({"a": tiny_model(len(LETTERS), 100)}, drafts=1), []

@@ -125,7 +125,7 @@ def test_tokens_outside_the_support_have_no_probability(models):
     assert set(scores[0].logprobs.tolist()) <= {0.0, -math.inf}
 
 
-@pytest.mark.parametrize("mode", ["par", "par_kl", "product", "mds"])
+@pytest.mark.parametrize("mode", ["par", "par_kl", "product", "mds", "mixture"])
 def test_short_answers_sum_to_one(mode):
     """All answers that end within three tokens, and all beginnings of longer ones, have probability 1."""
     tokenizer = tiny_tokenizer("ab")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
-from training_runs import RUNS, TOKENIZER, dataset, path_of, settings, trainer, weights
+from training_runs import RUNS, TOKENIZER, dataset, frozen_proposal, path_of, settings, trainer, weights
 
 from ram.errors import UserError
 from ram.models import lora
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAT = ("lr=1e-3", "eval_every=16", "save_every=8", "n_epochs=2", "keep_states=3")
 
 
-KINDS = ("ours_sft", "dpo", *(["lora"] if find_spec("peft") else []))
+KINDS = ("ours_sft", "dpo", "ratio", *(["lora"] if find_spec("peft") else []))
 # Adadelta's step is smooth at a gradient of 0: it changes by at most lr times the change of the gradient. The
 # steps of RMSprop and Adam jump there and would turn a rounding error into a share of a whole step.
 SPREAD = ("gradient_accumulation_steps=2", "optimizer=Adadelta", "lr=1", *FLAT[1:])
@@ -100,7 +100,8 @@ def test_two_processes_stopped_and_three_going_on_equal_one(kind, spread, tmp_pa
         reference = None
         if kind == "dpo":
             reference = tiny_model(len(TOKENIZER), seed=7, layers=2, dtype=torch.float64)
-        return trainer(folder, *overrides, n=18, reference=reference, dtype=torch.float64)
+        proposal = frozen_proposal() if kind == "ratio" else None
+        return trainer(folder, *overrides, n=18, reference=reference, dtype=torch.float64, proposal=proposal)
 
     one = run_of_one(tmp_path / "one")
     one.train()

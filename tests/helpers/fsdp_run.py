@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tiny import tiny_model
-from training_runs import RUNS, TOKENIZER, dataset, model_of, settings
+from training_runs import RUNS, TOKENIZER, dataset, frozen_proposal, model_of, settings
 
 import trainers
 import utils
@@ -48,11 +48,13 @@ def train(folder, *overrides):
     reference = None
     if config.loss.name == "dpo":
         reference = tiny_model(len(TOKENIZER), seed=7, layers=2, dtype=torch.float64)
+    proposal = frozen_proposal() if config.loss.name == "ratio" else None
     model = model_of(config, dtype=torch.float64)
     if processes.is_rank0():
         folder.mkdir(parents=True, exist_ok=True)
     processes.barrier()
-    run = Told(config, model, TOKENIZER, dataset(18), dataset(6, seed=99), folder, {}, reference, {"it": 1})
+    data = dataset(18), dataset(6, seed=99)
+    run = Told(config, model, TOKENIZER, *data, folder, {}, reference, {"it": 1}, proposal)
     try:
         run.train(resume.newest(folder, {"it": 1}))
     except trainers.Preempted:

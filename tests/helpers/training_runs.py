@@ -17,6 +17,7 @@ from ram.data.tokenization import Example, TokenizedDataset, tokenize
 from ram.models import lora
 from ram.settings.schema import Settings
 from ram.training import resume
+from ram.training.frozen import FrozenProposal
 from ram.training.metrics import MetricsLog
 from trainers import BasicTrainer, Preempted
 
@@ -42,6 +43,7 @@ WORDS = [
 RUNS = {
     "ours_sft": ("loss=ours_sft",),
     "dpo": ("loss=dpo",),
+    "ratio": ("loss=ratio",),
     "lora": ("loss=sft", "lora={r: 2, alpha: 6}"),
 }
 # Settings of the runs that are stopped and resumed: a state every 8 examples, all of them kept.
@@ -93,12 +95,20 @@ def trainer(
     dtype: torch.dtype = torch.float32,
     reference: torch.nn.Module | None = None,
     card: dict[str, Any] | None = None,
+    proposal: FrozenProposal | None = None,
 ) -> BasicTrainer:
     """Make a trainer of a tiny model on `n` examples, with 6 held-out ones."""
     run_dir.mkdir(parents=True, exist_ok=True)
     config = settings(*overrides)
     model, heldout = model_of(config, seed, dtype), dataset(6, seed=99)
-    return BasicTrainer(config, model, TOKENIZER, dataset(n), heldout, run_dir, card or {}, reference)
+    parts = config, model, TOKENIZER, dataset(n), heldout, run_dir, card or {}, reference
+    return BasicTrainer(*parts, proposal=proposal)
+
+
+def frozen_proposal(dtype: torch.dtype = torch.float64) -> FrozenProposal:
+    """Make the proposal of `loss=ratio` for a tiny model; its embedding has rows beyond the vocabulary."""
+    proposal = tiny_model(len(TOKENIZER), seed=7, layers=2, dtype=dtype, extra_rows=2)
+    return FrozenProposal(proposal, len(TOKENIZER), 0)
 
 
 def recorded_path(run_dir: Path) -> list[tuple[float, float]]:
