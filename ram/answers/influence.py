@@ -16,7 +16,8 @@ import torch
 
 from ram.answers import answer_files
 from ram.answers.jobs import AnswerJob
-from ram.decoding.par import PARParams, next_token_law, seen_mask, warp, wide
+from ram.decoding import scoring
+from ram.decoding.par import PARParams, next_token_law, warp, wide
 from ram.decoding.rows import eos_token_ids
 from ram.distributed import processes
 from ram.log import log, progress
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOP = 4  # candidates of each model at every position
-AT_ONCE = 2**22  # logits whose distributions are computed together; limits the memory, not the result
 
 
 @torch.inference_mode()
@@ -55,53 +55,28 @@ def token_figures(
             [text, probability under the proposal, under the aligner, under the pair (None for snis)].
     """
     figures: dict[str, Any] = {"logp": [], "logp_proposal": [], "kl": [], "candidates": []}
-    if not answer_ids:
-        return figures
-    proposal_logits_TV = answer_logits(proposal, tokenizer, prompt_ids, answer_ids)
-    device = proposal_logits_TV.device
-    aligner_logits_TV = answer_logits(aligner, tokenizer, prompt_ids, answer_ids).to(device)
-    assert proposal_logits_TV.shape == aligner_logits_TV.shape == (len(answer_ids), len(tokenizer))
     eos = eos_token_ids(tokenizer, proposal, aligner)
     has_pair_law = params.sample_mode != "snis"
     # All other figures are the same in every mode, so par stands in for snis.
     law_params = params if has_pair_law else replace(params, sample_mode="par")
-    answer = torch.as_tensor(list(answer_ids), device=device)
-    seen = seen_mask(torch.as_tensor([list(prompt_ids)], device=device), len(tokenizer))
-    assert seen is not None
-    size = max(1, AT_ONCE // len(tokenizer))
-    for start in range(0, len(answer_ids), size):
-        chunk = slice(start, start + size)
-        tokens = answer[chunk]
-        # Position i has seen the prompt and all answer tokens before i. Python's integers are used as
-        # indices, because reading them from a GPU's tensor would wait for the GPU once per token.
-        seen = seen.expand(len(tokens), -1).clone()
-        for position, token in enumerate(answer_ids[start : start + len(tokens) - 1], start=1):
-            seen[position:, token] = True
-        law = next_token_law(proposal_logits_TV[chunk], aligner_logits_TV[chunk], law_params, seen, eos)
+    models = {"proposal": proposal, "aligner": aligner}
+    for positions in scoring.positions_of(models, tokenizer, [scoring.Row(prompt_ids, answer_ids)]):
+        z_p, z_q = positions.logits["proposal"], positions.logits["aligner"]
+        law = next_token_law(z_p, z_q, law_params, positions.seen, eos)
         assert law.proposal_logprobs is not None
-        aligner_logprobs = warp(wide(aligner_logits_TV[chunk]), params, seen)
-        figures["logp"] += logps_of(law.logprobs, tokens)
-        figures["logp_proposal"] += logps_of(law.proposal_logprobs, tokens)
+        aligner_logprobs = warp(wide(z_q), params, positions.seen)
+        figures["logp"] += logps_of(law.logprobs, positions.tokens)
+        figures["logp_proposal"] += logps_of(law.proposal_logprobs, positions.tokens)
         figures["kl"] += map(finite, law.kl.tolist())
         figures["candidates"] += candidates(
-            tokenizer, [law.proposal_logprobs, aligner_logprobs, law.logprobs], tokens, has_pair_law
+            tokenizer,
+            [law.proposal_logprobs, aligner_logprobs, law.logprobs],
+            positions.tokens,
+            has_pair_law,
         )
-        seen = seen[-1:].index_fill(1, tokens[-1:], True)
-    if not has_pair_law:
+    if answer_ids and not has_pair_law:
         figures["logp"] = None
     return figures
-
-
-def answer_logits(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt_ids: Sequence[int],
-    answer_ids: Sequence[int],
-) -> torch.Tensor:
-    """Return the logits that predict each of T answer tokens, cut to the tokenizer's vocabulary: (T, V)."""
-    ids = torch.as_tensor([[*prompt_ids, *answer_ids[:-1]]], device=model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer_ids)).logits
-    return logits[0, :, : len(tokenizer)]
 
 
 def logps_of(logprobs: torch.Tensor, tokens: torch.Tensor) -> list[float | None]:

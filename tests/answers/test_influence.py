@@ -11,7 +11,7 @@ from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
 from ram.answers import answer_files, influence
 from ram.answers.jobs import AnswerJob, Pair
-from ram.decoding import generation, reference, rows
+from ram.decoding import generation, reference, rows, scoring
 from ram.decoding.par import PARParams, gumbel_argmax
 from ram.storage.files import write_jsonl
 from ram.storage.provenance import write_marked
@@ -61,13 +61,13 @@ def recorded(models, params, monkeypatch):
     return answers, laws
 
 
-@pytest.mark.parametrize("at_once", [1, 30, influence.AT_ONCE])
+@pytest.mark.parametrize("at_once", [1, 30, 2**22])
 @pytest.mark.parametrize("name", CASES)
 def test_figures_equal_the_plain_loops_distributions(name, at_once, models, monkeypatch):
     """Log-probabilities, divergence, fall-back and candidates agree at every position, for any chunk size."""
     params = CASES[name]
     generations, laws = recorded(models, params, monkeypatch)
-    monkeypatch.setattr(influence, "AT_ONCE", at_once)
+    monkeypatch.setattr(scoring, "LAW_LOGITS", {"cpu": at_once})
     for row, answer in enumerate(generations):
         ids = answer.token_ids
         figures = influence.token_figures(*models, LETTERS, PROMPTS[row], ids, params)
