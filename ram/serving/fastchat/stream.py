@@ -13,10 +13,12 @@ import torch
 from ram.data.tokenization import encode_prompts
 from ram.decoding.generation import decode_rows
 from ram.decoding.par import PARParams
-from ram.decoding.rows import ShownText, StopWatch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+LEAST_TEMPERATURE = 1e-4  # FastChat requests argmax by a smaller one
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def request_params(params: PARParams, request: dict[str, Any]) -> PARParams:
     """
     values = {key: request[key] for key in PARParams.field_names() if request.get(key) is not None}
     for key in ("temperature", "base_temperature"):
-        if key in values and 0 <= values[key] < 1e-4:  # FastChat requests argmax by a small temperature
+        if key in values and 0 <= values[key] < LEAST_TEMPERATURE:
             values[key] = 0.0
     return replace(params, **values)
 
@@ -106,13 +108,14 @@ def generate_stream(
         seed=int(params.get("seed") or 0),
         stop=stop,
         stop_token_ids=params.get("stop_token_ids") or (),
+        continued=echo,
     )
-    shown = ShownText(StopWatch(tokenizer, stop))
     sent_text = ""
     sent = 0  # tokens
     for row in rows:
-        shown.more(row.shown_ids, row.finish is not None)
-        text, new = shown.shown, len(row.ids) - sent
+        whole = row.text.text if row.finish is None else row.text.finish()
+        count = row.text.settled()
+        text, new = whole[: row.text.ends[count - 1]] if count else "", len(row.ids) - sent
         if row.finish is None and (text == sent_text or new < stream_interval):
             continue
         sent_text, sent = text, len(row.ids)
