@@ -44,6 +44,12 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_
 LawKeys = create_model("LawKeys", __config__=STRICT, **LAW_FIELDS)
 
 
+def of_proposal(law: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a request to the proposal alone: they are its own, even without `base_`."""
+    own = {f"base_{key}": law[key] for key in LAW_OF_ONE if law.get(key) is not None}
+    return own | {key: value for key, value in law.items() if key not in LAW_OF_ONE and value is not None}
+
+
 def check_lists(body: Any, limits: LimitSettings, max_length: int) -> None:
     """Raise BadRequest or TooLong if a list of a request has too many items to be looked at one by one."""
     if not isinstance(body, dict):

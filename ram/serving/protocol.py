@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ram.decoding.par import PARParams
 from ram.errors import nearest
-from ram.serving.bounds import LAW_OF_ONE, STOP_CHARACTERS, STOPS, STRICT, TOP_LOGPROBS, LawKeys
+from ram.serving.bounds import STOP_CHARACTERS, STOPS, STRICT, TOP_LOGPROBS, LawKeys, of_proposal
 
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -123,11 +123,7 @@ class Common(LawKeys):
         """
         values = {key: getattr(self, key) for key in PARParams.field_names()}
         values = {key: value for key, value in values.items() if value is not None}
-        if alone:
-            for key in LAW_OF_ONE:
-                if key in values:
-                    values.setdefault(f"base_{key}", values.pop(key))
-        return values
+        return of_proposal(values) if alone else values
 
 
 class ChatRequest(Common):

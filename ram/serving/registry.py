@@ -24,7 +24,7 @@ from ram.log import log, pick_device
 from ram.models import checkpoints
 from ram.serving import bounds
 from ram.serving.bounds import LAW_OF_ONE
-from ram.serving.fastchat.stream import LEAST_TEMPERATURE, request_params
+from ram.serving.fastchat.stream import request_params
 from ram.serving.loop import EngineThread
 from ram.settings import serving
 from ram.settings.serving import PROPOSAL, Settings
@@ -176,14 +176,10 @@ class Models:
     def law(self, request: dict[str, Any]) -> PARParams:
         """Return the server's next-token settings with those of a request.
 
-        Temperature 0 makes the whole pair greedy, unless the request gives the proposal's too.
-
         Raises:
             BadRequest: A setting is out of bounds.
         """
         bounds.check_law(request)
-        if request.get("temperature") is not None and request["temperature"] < LEAST_TEMPERATURE:
-            request = {"base_temperature": 0.0} | {k: v for k, v in request.items() if v is not None}
         try:
             return request_params(self.settings.params, request)
         except ValueError as error:

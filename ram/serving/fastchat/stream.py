@@ -13,6 +13,7 @@ import torch
 from ram.data.tokenization import encode_prompts
 from ram.decoding.generation import decode_rows
 from ram.decoding.par import PARParams
+from ram.serving.bounds import of_proposal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +56,8 @@ class PairModel:
 def request_params(params: PARParams, request: dict[str, Any]) -> PARParams:
     """Return `params` with the values of all PARParams keys in a request.
 
+    Temperature 0 makes the whole pair greedy, unless the request gives the proposal's too.
+
     Raises:
         ValueError: A value is out of range.
     """
@@ -62,6 +65,8 @@ def request_params(params: PARParams, request: dict[str, Any]) -> PARParams:
     for key in ("temperature", "base_temperature"):
         if key in values and 0 <= values[key] < LEAST_TEMPERATURE:
             values[key] = 0.0
+    if values.get("temperature") == 0:
+        values.setdefault("base_temperature", 0.0)
     return replace(params, **values)
 
 
@@ -91,7 +96,8 @@ def generate_stream(
         ValueError: A setting is out of range, or there is no room for a prompt.
     """
     del device, judge_sent_end
-    law, new = request_params(model.params, params), int(params.get("max_new_tokens", 256))
+    request = of_proposal(params) if model.aligner is None else params
+    law, new = request_params(model.params, request), int(params.get("max_new_tokens", 256))
     if not 0 < new < context_len:
         raise ValueError(f"max_new_tokens={new}: expected between 1 and context_len - 1 = {context_len - 1}")
     stop = params.get("stop") or []

@@ -144,7 +144,7 @@ def to_request(
         raise ValueError("prompt: expected a text")
     law = {key: params[key] for key in PARParams.field_names() if params.get(key) is not None}
     if served.aligner is None:
-        law |= {f"base_{key}": law.pop(key) for key in bounds.LAW_OF_ONE if key in law}
+        law = bounds.of_proposal(law)
     stop = params.get("stop") or []
     stop = [text for text in ([stop] if isinstance(stop, str) else stop) if text]
     if not all(isinstance(text, str) for text in stop):
