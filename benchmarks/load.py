@@ -227,7 +227,8 @@ def main() -> None:
     names = ", ".join(f"{name}: {path!r}" for name, path in aligners.items())
     law = ["sample_mode=par", f"temperature={t_q}", f"base_temperature={t_p}", "top_p=0.95"]
     law = [f"sampling.{each}" for each in [*law, "repetition_penalty=1.0"]]
-    limits = [f"engine.max_rows={ROWS}", f"engine.max_waiting={args.clients - ROWS}"]
+    # All clients have one address, which gets half of the rows and of the queue.
+    limits = [f"engine.max_rows={2 * ROWS}", f"engine.max_waiting={2 * (args.clients - ROWS)}"]
     with served([f"proposal={proposal!r}", f"aligners={{{names}}}", *law, *limits]) as port:
         result = asyncio.run(run(port, expected, args))
     print(json.dumps(result, indent=1))

@@ -6,7 +6,6 @@ Each process answers its share of the rows. The text of a row depends only on (s
 the number of processes do not change the file.
 """
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ram.answers import endpoints
 from ram.answers.jobs import AnswerJob
+from ram.data.text import Text, shares, spelling
 from ram.distributed import processes
 from ram.errors import UserError
 from ram.log import log, progress
@@ -23,8 +23,6 @@ from ram.storage.provenance import finished, marker, verify, write_marked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # spelling of a single byte in SentencePiece vocabularies
 
 
 # ---- making a file -----------------------------------------------------------------------------------------
@@ -138,7 +136,7 @@ def decode_locally(job: AnswerJob, indices: Sequence[int]) -> Iterator[dict[str,
         max_new_tokens=job.max_new_tokens,
         seed=job.seed,
         row_ids=[job.row_ids[i] for i in indices],
-        stop=job.stop,
+        stop=job.stops(tokenizer),
         batch_size=job.settings.batch_size,
         speculative=job.settings.speculative,
         drafter=drafter,
@@ -160,38 +158,11 @@ def decode_locally(job: AnswerJob, indices: Sequence[int]) -> Iterator[dict[str,
 
 
 def pieces(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds.
-
-    If several tokens spell one character, the last of them gets it and the others get "". Linear time: each
-    step decodes only the tokens since the last whole character, and the token or character before them.
-    """
-
-    def decode(start: int, end: int) -> str:
-        text = tokenizer.decode(list(token_ids[start:end]), clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-    texts: list[str] = []
-    start = 0  # the first token of the window that is decoded
-    boundary = 0  # the tokens before this one spell whole characters
-    shown = ""  # text of the window's tokens before the boundary
-    length = 0  # characters of all tokens before the boundary
-    for end in range(1, len(token_ids)):
-        text = decode(start, end)
-        if text.endswith("\ufffd"):  # the last character is not complete yet
-            texts.append("")
-            continue
-        texts.append(text[len(shown) :])
-        length += len(text) - len(shown)
-        # The window keeps one piece of context, because some tokenizers drop the first space of a text. It
-        # must not start inside a run of byte tokens: tokenizers decode such a run as a whole.
-        if not BYTE_TOKEN.fullmatch(str(tokenizer.convert_ids_to_tokens(token_ids[boundary]))):
-            start = boundary
-        boundary = end
-        shown = decode(start, end)
-    if token_ids:
-        texts.append(decode(0, len(token_ids))[length:])  # includes a character that is never completed
-    return texts
+    """Return the text that each token adds, special tokens spelt out."""
+    text = Text(spelling(tokenizer), marks=True)
+    for token_id in token_ids:
+        text.add(token_id)
+    return shares(text.finish(), text.ends)
 
 
 # ---- reading a file ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import httpx
 
 from ram.answers.jobs import AnswerJob
+from ram.data.text import text_of
 from ram.errors import UserError
 from ram.log import log
 from ram.storage.files import fingerprint
@@ -265,8 +266,8 @@ def answers(job: AnswerJob, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         "top_p": getattr(settings, f"{prefix}top_p"),
     }
     # Not every server accepts the following keys, so they are sent only if they have an effect.
-    if job.stop:
-        common["stop"] = job.stop
+    if stops := job.stops(tokenizer):
+        common["stop"] = stops
     if top_k > 0:
         common["top_k"] = top_k
     if repetition_penalty != 1.0:
@@ -275,9 +276,9 @@ def answers(job: AnswerJob, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
     def request(index: int) -> tuple[int, dict[str, Any]]:
         prompt: list[int] | str = prompt_ids[index]
         if settings.endpoint.send == "text":
-            text = tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
-            assert isinstance(text, str)
-            prompt = text.removeprefix(str(tokenizer.bos_token or ""))  # the server adds its own
+            prompt = text_of(tokenizer, prompt, marks=True).removeprefix(
+                str(tokenizer.bos_token or "")  # the server adds its own
+            )
         seed = int(fingerprint([job.seed, job.row_ids[index]])[:8], 16) >> 1  # 31 bits: any server takes it
         return index, common | {"model": model, "prompt": prompt, "seed": seed}
 

@@ -16,6 +16,7 @@ import torch
 
 from ram.answers import answer_files
 from ram.answers.jobs import AnswerJob
+from ram.data.text import spelling
 from ram.decoding import scoring
 from ram.decoding.par import PARParams, next_token_law, warp, wide
 from ram.decoding.rows import eos_token_ids
@@ -99,7 +100,7 @@ def candidates(
     # If a distribution has fewer than TOP tokens, the remaining indices are arbitrary.
     valid = torch.cat([torch.ones_like(ids[:, :1]), *(top.values.isfinite() for top in best)], dim=-1)
     values = torch.stack([law.gather(-1, ids).exp() for law in laws], dim=-1)
-    positions = []
+    positions, words = [], spelling(tokenizer)
     for row, mask, triples in zip(ids.tolist(), valid.tolist(), values.tolist(), strict=True):
         probabilities = {i: triple for i, keep, triple in zip(row, mask, triples, strict=True) if keep}
         order = sorted(
@@ -110,15 +111,11 @@ def candidates(
         position = []
         for i, triple in order:
             p_proposal, p_aligner, p_pair = map(finite, triple)
-            position.append([word(tokenizer, i), p_proposal, p_aligner, p_pair if has_pair_law else None])
+            text = words.word(i)
+            text = words.name(i) if any(text == other for other, *_ in position) else text
+            position.append([text, p_proposal, p_aligner, p_pair if has_pair_law else None])
         positions.append(position)
     return positions
-
-
-def word(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
-    """Return a token as text. If it is not a whole character, return its spelling in the vocabulary."""
-    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-    return str(text) if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token_id))
 
 
 def finite(value: float) -> float | None:

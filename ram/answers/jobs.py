@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ram.data import prompts
+from ram.data.text import spelling
 from ram.data.tokenization import encode_prompts
 from ram.decoding.par import PARParams
 from ram.errors import UserError
@@ -80,8 +81,24 @@ class AnswerJob:
         return self.settings.max_length - self.settings.max_prompt_length
 
     @property
+    def has_template_stops(self) -> bool:
+        """Whether the template's own stops end an answer, because `stop_str` is that of another template."""
+        settings = self.settings
+        own = settings.template == prompts.TEMPLATE or settings.multiround
+        return settings.stop_str == prompts.STOP and not own
+
+    @property
     def stop(self) -> list[str]:
+        """The strings that end an answer."""
+        if self.has_template_stops:
+            return prompts.template_stops(self.settings.template)
         return [self.settings.stop_str] if self.settings.stop_str else []
+
+    def stops(self, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+        """The strings that end an answer, and the template's stop tokens as strings."""
+        marks = spelling(tokenizer).marks
+        ids = prompts.template_stop_ids(self.settings.template, marks) if self.has_template_stops else []
+        return [*self.stop, *(marks[token] for token in ids)]
 
     @property
     def drafter(self) -> str | None:
@@ -122,10 +139,16 @@ class AnswerJob:
             "add_bos": self.add_bos,
             "max_length": settings.max_length,
             "max_prompt_length": settings.max_prompt_length,
-            "stop_str": settings.stop_str,
+            "stop_str": ["template", *self.stop] if self.has_template_stops else settings.stop_str,
+            **({"marks": True} if self.has_marks else {}),
             "key": self.key,
             **self.extra,
         }
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the template's special tokens may be part of the prompts."""
+        return any(isinstance(prompt, prompts.Prompt) and prompt.has_marks for prompt in self.prompts)
 
     @property
     def identity(self) -> str:

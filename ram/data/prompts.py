@@ -6,8 +6,9 @@ here. FastChat is imported inside functions, so that decoding and training run w
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ ALPACA_CORRECTION = "\n\n### Correction:\n"
 # Shortening keeps these parts whole: the header that opens a turn and the text that requests the answer.
 _TURN = re.compile(r"(?=\n\nHuman: )")
 _OPENING = re.compile(r"\A\n\nHuman: ")
+_MARK = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 _HEADER = re.compile(r"\n\n(?:Human|Assistant): ?")
 _ASKING = r"(?:\n\nAssistant: ?|\n\nCorrection: |\n\n### Correction:\n)"
 _CLOSING = re.compile(rf"(?:\s{{0,8}}TL;DR:\s{{0,8}})?{_ASKING}\Z|\s{{0,8}}TL;DR:\s{{0,8}}\Z")
@@ -55,7 +57,12 @@ def conversation_template(name: str = TEMPLATE) -> Conversation:
         register_conv_template(ours)
     if name not in conv_templates:
         raise UserError(f"unknown template {name!r}: {nearest(name, conv_templates)}")
-    return get_conv_template(name)
+    conversation = get_conv_template(name)
+    if conversation.sep_style is None:
+        raise UserError(
+            f"template {name!r} has no text: it is of a model behind an API; give another template"
+        )
+    return conversation
 
 
 def render(instruction: str, template: str = TEMPLATE, system: str | None = None) -> str:
@@ -66,22 +73,61 @@ def render(instruction: str, template: str = TEMPLATE, system: str | None = None
 def render_dialogue(
     turns: Sequence[tuple[bool, str]], template: str = TEMPLATE, system: str | None = None
 ) -> str:
-    """Render a dialogue up to the requested answer.
+    """Render a dialogue up to the requested answer; a last turn by the assistant is to be continued.
 
     Args:
         turns: (whether the user speaks, text) for each turn.
         template: Name of a FastChat conversation template.
         system: System message; None for the template's own.
+
+    Returns:
+        A `Prompt` if the template is FastChat's: its own marks may be special tokens.
     """
-    conversation = conversation_template(template)
-    if system is not None:
-        conversation.set_system_message(system)
-    user_role, assistant_role = conversation.roles  # pyright: ignore[reportAssignmentType]
-    for user, text in turns:
-        # FastChat renders an empty message as the turn to be answered, so a placeholder replaces it.
-        conversation.append_message(user_role if user else assistant_role, text or "\0")
-    conversation.append_message(assistant_role, None)  # pyright: ignore[reportArgumentType]
-    return conversation.get_prompt().replace("\0", "")
+    *turns, begun = turns if turns and not turns[-1][0] else [*turns, (False, "")]
+    texts = [text.replace("\0", "") for _, text in turns]
+
+    def rendered(texts: Sequence[str], system: str | None) -> str:
+        conversation = conversation_template(template)
+        if system is not None:
+            conversation.set_system_message(system)
+        user_role, assistant_role = list(conversation.roles)[:2]
+        for (user, _), text in zip(turns, texts, strict=True):
+            # FastChat renders an empty message as the turn to be answered, so a placeholder replaces it.
+            conversation.append_message(user_role if user else assistant_role, text or "\0")
+        conversation.append_message(assistant_role, None)  # pyright: ignore[reportArgumentType]
+        return conversation.get_prompt()
+
+    whole = rendered(texts, system).replace("\0", "")
+    if template == TEMPLATE:
+        return whole + begun[1]
+    # Rendering placeholders shows which parts are the template's own.
+    holders = [f"\0{index}\0" for index in range(len(texts))]
+    parts = re.split("\0(\\d+)\0", rendered(holders, system and f"\0{len(texts)}\0"))
+    text, own = "", []
+    for part, holder in itertools.zip_longest(parts[::2], parts[1::2]):
+        own.append((len(text), len(text) + len(part)))
+        text += part + ("" if holder is None else [*texts, system or ""][int(holder)])
+    return Prompt(whole + begun[1], own if text == whole else ())
+
+
+class Prompt(str):
+    """A rendered prompt that knows which of its parts are the template's own.
+
+    Attributes:
+        own: (begin, end) of each part in which special tokens may be spelt out; users' texts are never such.
+    """
+
+    own: tuple[tuple[int, int], ...]
+
+    def __new__(cls, text: str, own: Iterable[tuple[int, int]] = ()) -> Prompt:
+        self = super().__new__(cls, text)
+        self.own = tuple(own)
+        return self
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the template's own parts have anything that looks like a special token."""
+        return any(_MARK.search(self, start, end) for start, end in self.own)
 
 
 def template_stops(name: str = TEMPLATE) -> list[str]:
@@ -90,9 +136,19 @@ def template_stops(name: str = TEMPLATE) -> list[str]:
     return [stop] if isinstance(stop, str) else list(stop or [])
 
 
+def template_stop_ids(name: str, marks: Collection[int]) -> list[int]:
+    """Return the template's stop tokens, as far as they are special tokens of a vocabulary.
+
+    Args:
+        marks: The ids of the vocabulary's special tokens. Elsewhere the template's ids mean other tokens.
+    """
+    return [token for token in conversation_template(name).stop_token_ids or [] if token in marks]
+
+
 def corrector(prompt: str, answer: str, request: str = CORRECTION) -> str:
     """Build the Aligner baseline's prompt: the dialogue, the answer to correct, the request."""
-    return f"{prompt}{answer}{request}"
+    text = f"{prompt}{answer}{request}"
+    return Prompt(text, prompt.own) if isinstance(prompt, Prompt) else text
 
 
 def from_record(record: Mapping[str, str], settings: Any) -> str:
@@ -168,6 +224,11 @@ def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) ->
         if header.start() < fits < header.end():
             fits = header.start()
     return head + body[:fits] + tail
+
+
+def split_turns(text: str) -> list[str]:
+    """Split a dialogue in template `ram`: what precedes it, then its turns, each with its answer."""
+    return _TURN.split(text)
 
 
 class _TextParser(HTMLParser):

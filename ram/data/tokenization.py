@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ram.data import prompts
+from ram.data.text import spelling
 from ram.errors import UserError
 from ram.log import log, progress
 from ram.storage.files import fingerprint, replacing
@@ -38,12 +40,28 @@ class Example:
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of each text, without added tokens.
 
-    A special token spelt out in a text is encoded as ordinary text.
+    A special token spelt out in a text is encoded as ordinary text, except in the parts of a prompt that are
+    its template's own.
     """
     if not texts:
         return []
+    if any(isinstance(text, prompts.Prompt) for text in texts):
+        return [_encode_marked(tokenizer, text) for text in texts]
     encoding = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
     return encoding["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def _encode_marked(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of a prompt, its template's marks as special tokens, the texts between them as usual."""
+    marks = {mark: token for token, mark in spelling(tokenizer).marks.items() if mark}
+    pattern = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+    ids, end = [], 0
+    for start, stop in getattr(text, "own", ()):
+        for mark in pattern.finditer(text, start, stop):
+            plain = encode(tokenizer, [str(text[end : mark.start()])])[0] if mark.start() > end else []
+            ids += [*plain, marks[mark[0]]]
+            end = mark.end()
+    return ids + (encode(tokenizer, [str(text[end:])])[0] if end < len(text) else [])
 
 
 def encode_prompts(

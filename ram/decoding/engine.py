@@ -6,16 +6,18 @@ One thread owns an engine; it has no lock, no thread and no HTTP. Rows come and 
 depends only on its request: its noise depends on seed, row id and position, whatever else is decoded.
 
 A row enters when its prompt and its longest possible answer fit into the free positions of its models; until
-then it waits, and later rows wait behind it. If `max_read` is set, a long prompt is read in pieces, one per
-round, while other rows decode.
+then it waits, and later rows wait behind it. Clients take turns, and one client's rows hold at most half of
+the lines and positions. If `max_read` is set, a long prompt is read in pieces, one per round, while other
+rows decode.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from ram.data.text import Text, spelling
 from ram.decoding.cache import ServedModel
 from ram.decoding.drafting import DraftPolicy, Load
 from ram.decoding.requests import (
@@ -29,12 +31,12 @@ from ram.decoding.requests import (
     UnknownAligner,
 )
 from ram.decoding.rounds import Rounds, RowsFailed
-from ram.decoding.rows import CHANGED, FELL_BACK, StopWatch, eos_token_ids
-from ram.decoding.scheduler import Role, Ticket, plan
+from ram.decoding.rows import CHANGED, FELL_BACK, eos_token_ids
+from ram.decoding.scheduler import Queue, Role, Ticket, plan
 from ram.log import log
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Figures(NamedTuple):
@@ -77,7 +79,7 @@ class Engine:
         self.aligners = dict(aligners or {})  # replaced, never changed: any thread may read it
         with torch.inference_mode():
             self.rounds = Rounds(verifier)
-        self.waiting: deque[Ticket] = deque()
+        self.waiting: Queue[Ticket] = Queue()
         self.running: list[Ticket] = []  # in the order in which they entered
         self.counts: Counter[str] = Counter()
 
@@ -85,13 +87,17 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises BadRequest, UnknownAligner or TooLong if a request cannot be decoded."""
-        ids, new = request.prompt_ids, request.max_new_tokens
-        vocab_size = self.verifier.vocab_size
+        new = request.max_new_tokens
+        if new < 1:
+            raise BadRequest(f"max_new_tokens={new}: expected at least 1")
+        self.check_prompt(request)
+
+    def check_prompt(self, request: Request) -> None:
+        """Raises as `check`, for a request that may ask for no new tokens."""
+        ids, new, vocab_size = request.prompt_ids, request.max_new_tokens, self.verifier.vocab_size
         aligner = self._aligner(request.aligner)
         if not ids or min(ids) < 0 or max(ids) >= vocab_size:
             raise BadRequest(f"the prompt must have tokens, with ids from 0 to {vocab_size - 1}")
-        if new < 1:
-            raise BadRequest(f"max_new_tokens={new}: expected at least 1")
         limit = self.verifier.pool.columns
         if aligner is not None:
             limit = min(limit, aligner.max_positions or limit)
@@ -114,7 +120,14 @@ class Engine:
             sources = ("verifier", None) if self.alone == "proposal" else (None, "verifier")
             role = Role(verifier, drafter, *sources)
             eos = eos_token_ids(self.tokenizer, verifier.model)
-        return Ticket(request, role, eos, StopWatch(self.tokenizer, request.stop))
+        text = Text(spelling(self.tokenizer), request.stop, request.continued)
+        return Ticket(request, role, eos, text)
+
+    def members(self, request: Request) -> "dict[str, PreTrainedModel]":
+        """Return the models that decide a request's law, by their roles. Raises UnknownAligner."""
+        aligner = self._aligner(request.aligner)
+        models = {self.alone: self.verifier.model}
+        return models if aligner is None else models | {"aligner": aligner.model}
 
     def cancel(self, ticket: Ticket) -> None:
         """End a row before the next step, if it has not ended."""
@@ -171,8 +184,7 @@ class Engine:
         return events
 
     def _admit(self, events: list[Event]) -> None:
-        while self.waiting and self.rounds.free:
-            ticket = self.waiting[0]
+        while self.rounds.free and (ticket := self.waiting.first(self._may_enter)) is not None:
             try:
                 if not self.rounds.enter(ticket):
                     return
@@ -184,7 +196,15 @@ class Engine:
             except Exception as error:
                 log.exception("a request could not be started")
                 events.append(self._fail(ticket, error))
-            self.waiting.popleft()
+            self.waiting.remove(ticket)
+
+    def _may_enter(self, ticket: Ticket) -> bool:
+        """Whether a ticket's client holds less than its share; a client without a name has all."""
+        own = [other for other in self.running if other.request.client == ticket.request.client]
+        if not (ticket.request.client and own):
+            return True
+        limits, positions = self.verifier.pool.limits, sum(other.end for other in [*own, ticket])
+        return len(own) < limits.rows // 2 and positions <= limits.positions // 2
 
     def _round(self, events: list[Event]) -> None:
         tickets, chunks = plan(self.running, self.max_read)

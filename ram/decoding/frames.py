@@ -5,6 +5,7 @@ Shapes: R rows of a frame, W positions that a round verifies, D drafts, N rows t
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -179,6 +180,8 @@ class Frame:
             sources["drafter"] = torch.stack(columns, dim=1).flatten(0, 1)
         z_p, z_q = sources[group.role.z_p], sources[group.role.z_q]
         laws, flat = draw_laws(z_p, z_q, group.params, seen, group.eos, self.noise, group.at)
+        if any(ticket.request.logprobs is not None for ticket in group.tickets):
+            laws = shown_laws(z_p, z_q, group.params, seen, group.eos, laws)
         report = {key: values.view(-1, width) for key, values in flat.items()}
         as_draft = report["token"][:, : drafted.shape[1]] == drafted
         kept = as_draft[:, : width - 1].long().cumprod(dim=1).sum(dim=1, keepdim=True) + 1
@@ -228,6 +231,22 @@ def draw_laws(
         as_proposal = noise.draw(law.proposal_logprobs, rows) == token
         report |= {"fell_back": law.fell_back, "kl": law.kl, "as_proposal": as_proposal}
     return law.logprobs, report
+
+
+def shown_laws(
+    z_p: torch.Tensor | None,
+    z_q: torch.Tensor | None,
+    params: PARParams,
+    seen: torch.Tensor | None,
+    eos: Sequence[int],
+    laws: torch.Tensor,
+) -> torch.Tensor:
+    """The log-probabilities to report for `laws` (N, V): at temperature 0, those of the untempered law."""
+    keys = ("temperature", "base_temperature", "expert_temperature")
+    shown = replace(params, **{key: 1.0 for key in keys if getattr(params, key) == 0})
+    if shown == params or (params.sample_mode == "snis" and z_p is not None and z_q is not None):
+        return laws  # the law of snis is one of the candidates that were drawn
+    return next_token_law(z_p, z_q, shown, seen, eos).logprobs
 
 
 def _logprobs(laws: torch.Tensor, tokens: torch.Tensor, count: int) -> list[TokenLogprobs]:

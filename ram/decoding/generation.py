@@ -13,7 +13,7 @@ from ram.decoding.drafting import Counted, DraftPolicy, Fixed
 from ram.decoding.engine import Engine
 from ram.decoding.par import PARParams
 from ram.decoding.requests import Failed, Request, Tokens
-from ram.decoding.rows import DecodingRow, Generation, StopWatch
+from ram.decoding.rows import DecodingRow, Generation
 from ram.log import log
 from ram.models.abilities import fall_back, max_positions, text_config
 from ram.models.vocabulary import check_ids, vocabulary
@@ -88,10 +88,9 @@ def generate_iter(
         drafter=drafter,
         batch_size=batch_size,
     )
-    watch = StopWatch(tokenizer, stop)
     for row in rows:
         if row.finish is not None:
-            yield row.index, row.generation(watch)
+            yield row.index, row.generation()
 
 
 def generate(
@@ -138,6 +137,7 @@ def decode_rows(
     row_ids: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
+    continued: bool = False,
     speculative: bool = True,
     policy: DraftPolicy | None = None,
     drafter: "PreTrainedModel | None" = None,
@@ -147,6 +147,7 @@ def decode_rows(
 
     Args:
         stop_token_ids: further ids that end an answer as EOS does.
+        continued: the answers' texts continue the prompts': a first space that a tokenizer drops is kept.
         policy: chooses the number of drafts; `Counted` by default. The rest as in `generate`.
     """
     if max_new_tokens < 1:
@@ -172,7 +173,7 @@ def decode_rows(
             objections.append(reason)
     if not speculative or objections:
         settings = {"max_new_tokens": max_new_tokens, "seed": seed, "row_ids": row_ids, "stop": stop}
-        settings |= {"stop_token_ids": stop_token_ids, "batch_size": batch_size}
+        settings |= {"stop_token_ids": stop_token_ids, "continued": continued, "batch_size": batch_size}
         for rows in reference.decode_batches(proposal, aligner, tokenizer, ids, params, **settings):
             yield from rows
         return
@@ -198,6 +199,7 @@ def decode_rows(
             row_id=row_ids[index],
             stop=tuple(stop),
             stop_token_ids=tuple(stop_token_ids),
+            continued=continued,
         )
         ticket = engine.ticket(request)
         ticket.row.index = index

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ram.data.text import Text, spelling
 from ram.decoding.par import (
     IGNORE_INDEX,
     NEG_INF,
@@ -24,7 +25,7 @@ from ram.decoding.par import (
     warp,
     wide,
 )
-from ram.decoding.rows import DecodingRow, StopWatch, append_token, eos_token_ids
+from ram.decoding.rows import DecodingRow, append_token, eos_token_ids
 from ram.models.abilities import (
     Truth,
     check_decodable,
@@ -197,6 +198,7 @@ def decode_batch(
     row_ids: Sequence[int],
     stop: Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
+    continued: bool = False,
 ) -> Iterator[list[DecodingRow]]:
     """Decode one batch, one token per step; yield all rows after each step, the finished ones included.
 
@@ -206,16 +208,17 @@ def decode_batch(
         prompt_ids: non-empty ids per row.
         row_ids: select the random numbers of each row, together with the seed.
         stop_token_ids: further ids that end an answer as EOS does.
+        continued: the answers' texts continue the prompts'.
     """
     found = vocabulary(tokenizer, proposal, aligner)
     longest, size = max(map(len, prompt_ids)) + max_new_tokens, found.size
     members = [member(model, size, longest) for model in (proposal, aligner) if model is not None]
-    pair, watch = len(members) == 2, StopWatch(tokenizer, stop)
+    pair, words = len(members) == 2, spelling(tokenizer)
     eos = eos_token_ids(tokenizer, proposal, aligner)
     ends = {*eos, *stop_token_ids}
     device = members[0].model.device
     unused = torch.tensor(found.unused, device=device) if found.unused else None
-    rows = [DecodingRow(index, pair) for index in range(len(prompt_ids))]
+    rows = [DecodingRow(index, pair, Text(words, stop, continued)) for index in range(len(prompt_ids))]
 
     # Left padding: the last prompt token of every row is in the same column. Masked columns add exact zeros.
     width = max(len(ids) for ids in prompt_ids)
@@ -264,7 +267,7 @@ def decode_batch(
             if row.finish is None:
                 row.proposal_forwards += proposal is not None
                 row.aligner_forwards += aligner is not None
-                append_token(row, values, line, ends, watch, last=step + 1 == max_new_tokens)
+                append_token(row, values, line, ends, last=step + 1 == max_new_tokens)
         yield rows
 
         running = [line for line, index in enumerate(lines) if rows[index].finish is None]

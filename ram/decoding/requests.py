@@ -37,6 +37,8 @@ class Request:
         logprobs: number of most likely tokens to report with each token; None reports no log-probabilities, 0
             the token's own.
         stop_token_ids: tokens that end the answer as EOS does.
+        continued: the answer's text continues the prompt's; see `text.Text`.
+        client: who asks. Named clients take turns, and each gets at most half of the engine.
     """
 
     prompt_ids: tuple[int, ...]
@@ -48,6 +50,8 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    continued: bool = False
+    client: str = ""
 
 
 class TokenLogprobs(NamedTuple):

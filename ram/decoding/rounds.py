@@ -307,7 +307,7 @@ class Rounds:
         for position in range(count):
             if row.finish is None:
                 last = len(row.ids) + 1 == ticket.request.max_new_tokens
-                append_token(row, report, position, ticket.ends, ticket.watch, last)
+                append_token(row, report, position, ticket.ends, last)
         ticket.tokens += row.ids[before:]
         ticket.logprobs = ticket.logprobs[: len(row.ids) - before]
         compared = report["as_draft"][:count]

@@ -1,9 +1,10 @@
-"""The answer of one row while it grows: its tokens, the strings that end it, the text safe to show."""
+"""The answer of one row while it grows: its tokens, its text and what ends it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
+from ram.data.text import Text
 from ram.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,74 +34,16 @@ class Generation:
     events: list[str] | None = None
 
 
-class StopWatch:
-    """Finds a stop string in a growing answer, also if it spans several tokens."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str]) -> None:
-        self.tokenizer = tokenizer
-        self.stop = [string for string in stop if string]
-        # A token adds at least one byte, except for a stray empty one, so a stop string that the newest token
-        # completes begins within this many tokens.
-        self.window = max((len(string.encode()) for string in self.stop), default=0) + 8
-
-    def text(self, token_ids: Sequence[int]) -> str:
-        """Decode tokens without the special ones."""
-        settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return cast(str, self.tokenizer.decode(list(token_ids), **settings))
-
-    def cut(self, text: str) -> str | None:
-        """Return the text before the first stop string, or None if it has no stop string."""
-        starts = [index for index in (text.find(string) for string in self.stop) if index >= 0]
-        return text[: min(starts)] if starts else None
-
-    def hit(self, token_ids: Sequence[int]) -> bool:
-        """Return whether the newest token completed a stop string."""
-        return bool(self.stop) and self.cut(self.text(token_ids[-self.window :])) is not None
-
-
-class ShownText:
-    """The text of a growing answer, as far as it is safe to show."""
-
-    def __init__(self, watch: StopWatch) -> None:
-        self.watch = watch
-        self.shown = self.pending = ""
-        self.start = self.end = 0  # tokens before `end` have given text; they are decoded from `start` on
-
-    def more(self, ids: Sequence[int], finished: bool) -> str:
-        """Return the text that has become safe to show; `ids` are all tokens of the answer so far."""
-        if finished:
-            text = self.watch.text(ids)
-            stopped = self.watch.cut(text)
-            new = (text if stopped is None else stopped)[len(self.shown) :]
-        else:
-            before, text = self.watch.text(ids[self.start : self.end]), self.watch.text(ids[self.start :])
-            if text.startswith(before) and not text.endswith("\ufffd"):  # the last character is complete
-                self.pending += text[len(before) :]
-                self.start, self.end = self.end, len(ids)
-            beginnings = (string[:n] for string in self.watch.stop for n in range(1, len(string)))
-            held = max((len(text) for text in beginnings if self.pending.endswith(text)), default=0)
-            new = self.pending[: len(self.pending) - held]
-            self.pending = self.pending[len(new) :]
-        self.shown += new
-        return new
-
-
 class DecodingRow:
     """Tokens, events and counts of one row while it is decoded."""
 
-    def __init__(self, index: int, pair: bool) -> None:
-        self.index = index
+    def __init__(self, index: int, pair: bool, text: Text) -> None:
+        self.index, self.text = index, text
         self.ids: list[int] = []
         self.finish: str | None = None  # "stop" or "length" once it has ended
-        self.ended_by_token = False
         self.events: list[str] | None = [] if pair else None
         self.kl_sum = 0.0
         self.accepted = self.proposal_forwards = self.aligner_forwards = 0
-
-    @property
-    def shown_ids(self) -> list[int]:
-        """The tokens that make up the text: all but the one that ended the answer."""
-        return self.ids[:-1] if self.ended_by_token else self.ids
 
     @property
     def stats(self) -> dict[str, float]:
@@ -116,14 +59,10 @@ class DecodingRow:
             "mean_kl": self.kl_sum / n if n else 0.0,
         }
 
-    def generation(self, watch: StopWatch) -> Generation:
+    def generation(self) -> Generation:
         """Return the finished answer with its text."""
         assert self.finish is not None, "the row has not ended"
-        text = watch.text(self.shown_ids)
-        stopped = watch.cut(text)
-        return Generation(
-            self.ids, text if stopped is None else stopped, self.finish, self.stats, self.events
-        )
+        return Generation(self.ids, self.text.finish(), self.finish, self.stats, self.events)
 
 
 def append_token(
@@ -131,7 +70,6 @@ def append_token(
     report: Mapping[str, Sequence],
     position: int,
     ends: set[int],
-    watch: StopWatch,
     last: bool,
 ) -> None:
     """Append one drawn token to a row, and end the row if the token ends it.
@@ -157,8 +95,8 @@ def append_token(
         row.events.append(FELL_BACK if report["fell_back"][position] else agreed)
         row.kl_sum += report["kl"][position]
         row.accepted += report["as_draft"][position]
-    row.ended_by_token = token in ends
-    if row.ended_by_token or watch.hit(row.ids):
+    ended = token in ends or token in row.text.stop_ids
+    if row.text.add(token, silent=ended) or ended:
         row.finish = "stop"
     elif last:
         row.finish = "length"

@@ -1,13 +1,16 @@
 """The rows of an engine: the models that each row uses, and the order in which prompts are read."""
 
-from collections.abc import Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
+from ram.data.text import Text
 from ram.decoding.cache import ServedModel
 from ram.decoding.positions import Allocation
 from ram.decoding.requests import Request, TokenLogprobs
-from ram.decoding.rows import DecodingRow, StopWatch
+from ram.decoding.rows import DecodingRow
 
 Source = Literal["verifier", "drafter"]
 
@@ -55,7 +58,7 @@ class Ticket:
     request: Request
     role: Role
     eos: tuple[int, ...]
-    watch: StopWatch
+    text: Text
     cancelled: bool = False
     line: int = -1
     allocations: dict[ServedModel, Allocation] = field(default_factory=dict)
@@ -63,7 +66,7 @@ class Ticket:
 
     def __post_init__(self) -> None:
         params = self.request.params
-        self.row = DecodingRow(0, self.role.is_pair)
+        self.row = DecodingRow(0, self.role.is_pair, self.text)
         self.tokens = list(self.request.prompt_ids)  # prompt and answer
         self.end = len(self.tokens) + self.request.max_new_tokens
         self.ends = {*self.eos, *self.request.stop_token_ids}
@@ -73,6 +76,42 @@ class Ticket:
     def unread(self) -> int:
         """Tokens before the last one that some model has not read."""
         return max(allocation.unread for allocation in self.allocations.values())
+
+
+class Asked(Protocol):
+    """Something that a request asks for."""
+
+    request: Request
+
+
+A = TypeVar("A", bound=Asked)
+
+
+class Queue(Generic[A]):
+    """Tickets that wait. Their clients take turns; of a client's tickets, the oldest is next."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, deque[A]] = {}  # by client; the first one's turn is next
+
+    def __len__(self) -> int:
+        return sum(map(len, self.lines.values()))
+
+    def __iter__(self) -> Iterator[A]:
+        return itertools.chain.from_iterable(self.lines.values())
+
+    def append(self, ticket: A) -> None:
+        self.lines.setdefault(ticket.request.client, deque()).append(ticket)
+
+    def first(self, may_enter: Callable[[A], bool] = lambda _: True) -> A | None:
+        """Return the next ticket of the first client whose next ticket may enter."""
+        return next((line[0] for line in self.lines.values() if may_enter(line[0])), None)
+
+    def remove(self, ticket: A) -> None:
+        """Take a ticket out; its client's next turn comes after those of all others."""
+        line = self.lines.pop(ticket.request.client)
+        line.remove(ticket)
+        if line:
+            self.lines[ticket.request.client] = line
 
 
 def plan(tickets: Sequence[Ticket], max_read: int | None) -> tuple[list[Ticket], list[tuple[Ticket, int]]]:

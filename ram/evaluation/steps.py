@@ -122,7 +122,7 @@ def is_identical_to_plain(context: EvaluationContext, system: System, n: int) ->
         seed=job.seed,
         row_ids=job.row_ids,
         max_new_tokens=job.max_new_tokens,
-        stop=job.stop,
+        stop=job.stops(tokenizer),
         speculative=False,
         batch_size=1,
     )

@@ -3,8 +3,9 @@
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import fastapi
 from fastapi import FastAPI, Request
@@ -14,15 +15,32 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from ram.data.text import text_of
 from ram.decoding.requests import EngineError, TooLong, UnknownAligner
 from ram.errors import UserError
-from ram.serving import protocol
+from ram.serving import bounds, protocol
 from ram.serving.guard import HUNG_UP, Guard
 from ram.serving.loop import Busy, Closed, EngineThread
 from ram.serving.metrics import CONTENT_TYPE, Metrics, TimedEngine
-from ram.serving.protocol import AlignerRequest, ApiError, ChatRequest, Common, CompletionRequest
+from ram.serving.protocol import (
+    AlignerRequest,
+    ApiError,
+    ChatRequest,
+    Common,
+    CompletionRequest,
+)
 from ram.serving.registry import Models, Served
-from ram.serving.responses import Answer, EventStream, Gone, Running, answer_json, too_slow, while_connected
+from ram.serving.responses import (
+    Answer,
+    Echo,
+    EventStream,
+    Gone,
+    Running,
+    answer_json,
+    too_slow,
+    while_connected,
+)
+from ram.serving.tokens import add_tokens
 from ram.settings.serving import Settings
 
 PAGE = Path(__file__).resolve().parent / "page"
@@ -33,34 +51,47 @@ PAGE_HEADERS = {
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-cache",
 }
-FAILURES = {"4XX": {"model": protocol.ErrorBody}, "5XX": {"model": protocol.ErrorBody}}
 RETRY_AFTER = 1  # seconds
 
 
-class JsonRequest(Request):
-    """A request whose body is parsed by pydantic's JSON parser.
+def json_route(models: Models) -> type[APIRoute]:
+    """Make a kind of route whose requests are parsed by pydantic's JSON parser, and whose lists are bounded.
 
     That parser bounds nesting and rejects NaN and unpaired surrogates.
     """
 
-    async def json(self) -> Any:
-        try:
-            return from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as error:
-            reason = f"the body is not valid JSON: {str(error)[:200]}"
-            raise fastapi.HTTPException(400, reason) from None
+    class JsonRequest(Request):
+        refused: EngineError | None = None
 
+        async def json(self) -> Any:
+            try:
+                body = from_json(await self.body(), allow_inf_nan=False)
+            except ValueError as error:
+                reason = f"the body is not valid JSON: {str(error)[:200]}"
+                raise fastapi.HTTPException(400, reason) from None
+            try:
+                bounds.check_lists(body, models.settings.config.limits, models.max_length)
+            except EngineError as error:
+                self.refused = error
+                raise fastapi.HTTPException(400, str(error)) from None  # no other passes through FastAPI
+            return body
 
-class JsonRoute(APIRoute):
-    """A route whose handler receives a `JsonRequest`."""
+    class JsonRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+            async def handle_json(request: Request) -> Response:
+                parsed = JsonRequest(request.scope, request.receive)
+                try:
+                    return await handle(parsed)
+                except fastapi.HTTPException:
+                    if parsed.refused is not None:
+                        raise parsed.refused from None
+                    raise
 
-        async def handle_json(request: Request) -> Response:
-            return await handle(JsonRequest(request.scope, request.receive))
+            return handle_json
 
-        return handle_json
+    return JsonRoute
 
 
 def create_app(models: Models) -> Guard:
@@ -74,10 +105,11 @@ def create_app(models: Models) -> Guard:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.router.route_class = JsonRoute
+    app.router.route_class = json_route(models)
     _handle_failures(app)
     _add_reading(app, models, metrics)
     _add_answering(app, models, metrics)
+    add_tokens(app, models)
     if settings.admin_key is not None:
         _add_admin(app, models)
     _describe_keys(app, settings)
@@ -172,13 +204,13 @@ def _add_reading(app: FastAPI, models: Models, metrics: Metrics) -> None:
         """The server's metrics in Prometheus' text format."""
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
-    @app.get("/v1/models", responses={200: {"model": protocol.ModelList}, **FAILURES})
+    @app.get("/v1/models", responses={200: {"model": protocol.ModelList}, **protocol.FAILURES})
     async def list_models() -> Response:
         """The proposal alone, and each pair of it with an aligner, by the aligner's name."""
         data = [description(served) for served in models.served.values()]
         return answer_json({"object": "list", "data": data})
 
-    @app.get("/v1/models/{name}", responses={200: {"model": protocol.Model}, **FAILURES})
+    @app.get("/v1/models/{name}", responses={200: {"model": protocol.Model}, **protocol.FAILURES})
     async def one_model(name: str) -> Response:
         return answer_json(description(models.find(name)))
 
@@ -209,26 +241,6 @@ def description(served: Served) -> dict[str, Any]:
 # ---- answering ---------------------------------------------------------------------------------------------
 
 
-def dialogue(request: ChatRequest) -> tuple[list[tuple[bool, str]], str | None]:
-    """Split a chat request into its turns and its system message.
-
-    Returns:
-        The turns, each as (whether it is the user's, text), and the system message or None.
-
-    Raises:
-        ApiError: If the last message is not the user's, or a system message follows other messages.
-    """
-    turns = list(request.messages)
-    first = next((i for i, turn in enumerate(turns) if turn.role in ("user", "assistant")), len(turns))
-    system = "\n\n".join(turn.text() for turn in turns[:first]) if first else None
-    if any(turn.role in ("system", "developer") for turn in turns[first:]):
-        text = "messages: system messages must come before all others"
-        raise ApiError(400, text, "invalid_value", "messages")
-    if first == len(turns) or turns[-1].role != "user":
-        raise ApiError(400, "messages: the last one must be the user's", "invalid_value", "messages")
-    return [(turn.role == "user", turn.text()) for turn in turns[first:]], system
-
-
 def prompts_of(request: CompletionRequest) -> list[str] | list[list[int]]:
     """The prompts of a completion request, as texts or as token ids."""
     prompt = request.prompt
@@ -236,45 +248,80 @@ def prompts_of(request: CompletionRequest) -> list[str] | list[list[int]]:
     return cast(list[str] | list[list[int]], [prompt] if single else prompt)
 
 
+class Plan(NamedTuple):
+    """What a request asks for, once its prompts are token ids.
+
+    Args:
+        prompts: the texts to repeat before the answers; empty if they are not repeated.
+        new_tokens: None gives the default.
+        logprobs: most likely tokens to report with each token, or None.
+    """
+
+    ids: Sequence[Sequence[int]]
+    new_tokens: int | None
+    stop: Sequence[str]
+    logprobs: int | None
+    prompts: Sequence[str] = ()
+
+
 def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
     limits, streamed = models.settings.config.limits, {"text/event-stream": {}}
     # `Running` uses nothing of the engine but the two methods that `TimedEngine` has.
     engine = cast(EngineThread, TimedEngine(models.engine, metrics))
 
-    async def answer(
-        request: Request,
-        body: Common,
-        served: Served,
-        ids: Sequence[Sequence[int]],
-        new_tokens: int | None,
-        stop: Sequence[str],
-        logprobs: int | None,
-    ) -> Response:
+    async def answer(request: Request, body: Common, served: Served, plan: Plan) -> Response:
         """Decode `body.n` answers to each prompt, and send them whole or as a stream."""
-        n, seed = body.n or 1, body.seed
-        if len(ids) * n > limits.choices:
-            text = f"{len(ids) * n} answers in one request: expected at most {limits.choices}"
-            raise ApiError(400, text, "too_many_choices", "n")
+        n, seed, chat = body.n or 1, body.seed, isinstance(body, ChatRequest)
         if seed is None:
             seed = models.settings.config.seed
         if seed is None:
             seed = secrets.randbits(32)
-        law = models.law(body.law(alone=served.aligner is None))
-        requests = models.requests(served, ids, law, new_tokens, seed, stop, n, logprobs)
-        chat = isinstance(body, ChatRequest)
-        answers = Answer(chat, served, seed, n, logprobs is not None, models.tokenizer)
-        running = Running(engine, requests, bool(body.stream))
-        if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(running, answers.chunks(running, usage), limits.seconds)
-        with running:
-            try:
-                async with asyncio.timeout(limits.seconds):
-                    return answer_json(await while_connected(request.receive, answers.whole(running)))
-            except TimeoutError:
-                raise too_slow(limits.seconds) from None
-            except Gone:
-                return Response(status_code=HUNG_UP)
+        keys = body.law(alone=served.aligner is None)
+        stop_ids = [*models.template_stop_ids, *(body.stop_token_ids or [])]
+        requests = models.requests(
+            served,
+            plan.ids,
+            models.law(keys),
+            plan.new_tokens,
+            seed,
+            plan.stop,
+            n,
+            plan.logprobs,
+            stop_ids if chat or body.stop_token_ids is None else body.stop_token_ids,
+            continued=not chat,
+            client=request.scope.get("ram.client", ""),
+        )
+
+        async def echoes() -> list[Echo]:
+            if plan.logprobs is None:
+                return [Echo(text, ids, None) for text, ids in zip(plan.prompts, plan.ids, strict=True)]
+            law = models.scoring_law(keys)
+            waiting = [models.engine.score(replace(first, params=law)) for first in requests[::n]]
+            scores = await asyncio.gather(*map(asyncio.wrap_future, waiting))
+            return [Echo(*prompt) for prompt in zip(plan.prompts, plan.ids, scores, strict=True)]
+
+        async def run() -> tuple[Answer, Running]:
+            lengths = [len(ids) for ids in plan.ids]
+            reports = plan.logprobs is not None
+            repeated = await echoes() if plan.prompts else []
+            answers = Answer(chat, served, seed, n, reports, models.tokenizer, lengths, repeated)
+            return answers, Running(engine, requests if plan.new_tokens != 0 else [], bool(body.stream))
+
+        async def whole() -> dict[str, Any]:
+            answers, running = await run()
+            return await answers.whole(running)
+
+        try:
+            async with asyncio.timeout(limits.seconds):
+                if not body.stream:
+                    return answer_json(await while_connected(request.receive, whole()))
+                answers, running = await while_connected(request.receive, run())
+        except TimeoutError:
+            raise too_slow(limits.seconds) from None
+        except Gone:
+            return Response(status_code=HUNG_UP)
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        return EventStream(running, answers.chunks(running, usage), limits.seconds)
 
     def find_model(body: Common) -> Served:
         """The model that a request names, after a check of the keys that both kinds of request have."""
@@ -284,12 +331,12 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
 
     @app.post(
         "/v1/chat/completions",
-        responses={200: {"model": protocol.ChatAnswer, "content": streamed}, **FAILURES},
+        responses={200: {"model": protocol.ChatAnswer, "content": streamed}, **protocol.FAILURES},
     )
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a dialogue, in the template that the models were trained with.
 
-        If it is too long, its oldest turns are dropped.
+        If it is too long, its oldest turns are dropped. A last message by the assistant is continued.
         """
         served = find_model(body)
         if body.top_logprobs is not None and not body.logprobs:
@@ -297,31 +344,40 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
         if len({body.max_tokens, body.max_completion_tokens} - {None}) > 1:
             text = "max_tokens and max_completion_tokens differ: give one"
             raise ApiError(400, text, "invalid_value", "max_completion_tokens")
-        turns, system = dialogue(body)
+        turns, system = protocol.dialogue(body.messages)
         new = models.new_tokens(body.max_completion_tokens or body.max_tokens)
         ids = await asyncio.to_thread(models.encode_dialogue, turns, system, new, served.add_bos)
         stop = [*models.template_stops, *body.stops()]
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return await answer(request, body, served, [ids], new, stop, logprobs)
+        return await answer(request, body, served, Plan([ids], new, stop, logprobs))
 
     @app.post(
         "/v1/completions",
-        responses={200: {"model": protocol.CompletionAnswer, "content": streamed}, **FAILURES},
+        responses={200: {"model": protocol.CompletionAnswer, "content": streamed}, **protocol.FAILURES},
     )
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        """Continue each prompt: a text, or token ids, which are used unchanged."""
+        """Continue each prompt: a text, or token ids, which are used unchanged.
+
+        `echo` repeats the prompt, with the log-probabilities of its tokens if `logprobs` is set; `max_tokens`
+        may then be 0.
+        """
         served, prompts = find_model(body), prompts_of(body)
-        if len(prompts) > limits.choices:
-            text = f"{len(prompts)} prompts in one request: expected at most {limits.choices}"
-            raise ApiError(400, text, "too_many_choices", "prompt")
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if texts:
-            encode = [asyncio.to_thread(models.encode_text, text, served.add_bos) for text in texts]
-            ids = await asyncio.gather(*encode)
-        else:
-            ids = cast(list[list[int]], prompts)
+        if body.max_tokens == 0 and not body.echo:
+            raise ApiError(
+                400, "max_tokens: expected at least 1, or echo=true", "invalid_value", "max_tokens"
+            )
+        ids = [
+            await asyncio.to_thread(models.encode_text, prompt, served.add_bos)
+            if isinstance(prompt, str)
+            else prompt
+            for prompt in prompts
+        ]
         stop = models.template_stops if body.stop is None else body.stops()
-        return await answer(request, body, served, ids, body.max_tokens, stop, body.logprobs)
+        texts = [
+            prompt if isinstance(prompt, str) else text_of(models.tokenizer, prompt)
+            for prompt in (prompts if body.echo else ())
+        ]
+        return await answer(request, body, served, Plan(ids, body.max_tokens, stop, body.logprobs, texts))
 
 
 # ---- adding and removing aligners --------------------------------------------------------------------------
@@ -330,7 +386,7 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
 def _add_admin(app: FastAPI, models: Models) -> None:
     changing = asyncio.Lock()
 
-    @app.post("/admin/aligners", responses={200: {"model": protocol.Model}, **FAILURES})
+    @app.post("/admin/aligners", responses={200: {"model": protocol.Model}, **protocol.FAILURES})
     async def add_aligner(body: AlignerRequest) -> Response:
         """Load an aligner while requests continue; one with the same name is replaced."""
         if changing.locked():
@@ -343,7 +399,7 @@ def _add_admin(app: FastAPI, models: Models) -> None:
                 text = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
                 raise ApiError(400, text, "not_loaded", "path") from None
 
-    @app.delete("/admin/aligners/{name}", responses={200: {"model": protocol.Deleted}, **FAILURES})
+    @app.delete("/admin/aligners/{name}", responses={200: {"model": protocol.Deleted}, **protocol.FAILURES})
     async def remove_aligner(name: str) -> Response:
         """Remove an aligner; its running answers are finished."""
         async with changing:

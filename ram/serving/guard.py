@@ -7,6 +7,7 @@ server's own.
 
 import asyncio
 import hmac
+import ipaddress
 import re
 import time
 from urllib.parse import urlsplit
@@ -39,6 +40,8 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close"})
             return
+        if scope["method"] == "HEAD":  # the server itself leaves the body out
+            scope = {**scope, "method": "GET"}
         begin, status, complete = time.monotonic(), HUNG_UP, False
 
         async def send_and_note(message: Message) -> None:
@@ -75,6 +78,7 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self._check_host(headers)
         self._check_key(scope, headers)
+        scope["ram.client"] = self._client(scope, headers)
         config = self.settings.config
         try:
             async with asyncio.timeout(config.limits.body_seconds):
@@ -102,6 +106,18 @@ class Guard:
             source = urlsplit(origin).netloc.lower() if "://" in origin else ""
             if not source or (source != host and re.sub(r":\d*\Z", "", source) not in self.names):
                 raise ApiError(403, "requests from pages of other origins are rejected", "origin_not_allowed")
+
+    def _client(self, scope: Scope, headers: dict[str, str]) -> str:
+        """Return who sends a request: its peer, or whom a trusted proxy forwards; IPv6 by its network."""
+        peer = (scope.get("client") or ("?",))[0]
+        forwarded = [name.strip() for name in headers.get("x-forwarded-for", "").split(",")]
+        while peer in self.settings.config.trusted_proxies and forwarded and forwarded[-1]:
+            peer = forwarded.pop()
+        try:
+            address = ipaddress.ip_address(peer)
+        except ValueError:
+            return peer[:64]
+        return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else peer
 
     def _check_key(self, scope: Scope, headers: dict[str, str]) -> None:
         """Raise ApiError if the path needs a key and the request does not have it."""

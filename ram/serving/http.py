@@ -7,10 +7,12 @@ module does. `tests/serving/test_http.py` fails if uvicorn is upgraded, so that 
 
 import asyncio
 import contextlib
+import logging
 import resource
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import cast
 
@@ -24,6 +26,26 @@ from ram.settings.serving import Settings
 
 CHECKED_VERSION = "0.54.0"  # of uvicorn, whose private parts `Connection` was written for
 UNLIMITED = 1 << 30  # connections
+
+
+class Seldom(logging.Filter):
+    """Lets a few lines a minute through: clients without a key must not fill the log."""
+
+    most, seconds = 10, 60.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin, self.count = time.monotonic(), 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now - self.begin > self.seconds:
+            self.begin, self.count = now, 0
+        self.count += 1
+        if self.count == self.most:
+            record.msg = f"{record.getMessage()} (further lines of this kind are left out for a minute)"
+            record.args = ()
+        return self.count <= self.most
 
 
 class Connection(H11Protocol):
@@ -160,11 +182,13 @@ def make_server(
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # `Guard` reads them, if the settings name the proxy
             server_header=False,
             timeout_graceful_shutdown=max(int(shutdown_seconds), 1),
         )
     )
     server.banner = banner
+    logging.getLogger("uvicorn.error").filters[:] = [Seldom()]
     return server
 
 

@@ -7,14 +7,26 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, NamedTuple
 
 from ram.decoding.cache import Limits, ServedModel, open_model
 from ram.decoding.drafting import Clocked
 from ram.decoding.engine import Engine
-from ram.decoding.requests import EngineError, Event, Failed, Finished, Request, TokenLogprobs, Tokens
-from ram.decoding.rows import CHANGED, FELL_BACK, ShownText
-from ram.decoding.scheduler import Ticket
+from ram.decoding.par import NEG_INF
+from ram.decoding.requests import (
+    BadRequest,
+    EngineError,
+    Event,
+    Failed,
+    Finished,
+    Request,
+    TokenLogprobs,
+    Tokens,
+)
+from ram.decoding.rows import CHANGED, FELL_BACK
+from ram.decoding.scheduler import Queue, Ticket
+from ram.decoding.scoring import Row, Scheme, score
 from ram.log import log
 from ram.models.abilities import max_positions
 from ram.models.vocabulary import vocabulary
@@ -39,8 +51,8 @@ class Piece(NamedTuple):
     Args:
         token_ids: all pieces of an answer that was not broken off make up its token ids, the closing EOS and
             the tokens of a stop string included.
-        text: the text that has become safe to show; tokens that may still become another character or a stop
-            string wait for a later piece.
+        text: the text of these tokens. Tokens wait for a later piece if their text may still become another
+            character or a stop string.
         logprobs: one entry per token; None if the request asked for none.
     """
 
@@ -66,6 +78,34 @@ class Done(NamedTuple):
     error: str | None = None
 
 
+class _Scoring:
+    """A prompt to score, and the place of its result."""
+
+    def __init__(self, request: Request, models: "dict[str, PreTrainedModel]", scheme: Scheme) -> None:
+        self.request, self.models, self.scheme = request, models, scheme
+        self.result: Future[list[TokenLogprobs]] = Future()
+
+    def run(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Compute the log-probabilities, unless nobody waits for them any more."""
+        if not self.result.set_running_or_notify_cancel():
+            return
+        ids, count = self.request.prompt_ids, max(self.request.logprobs or 0, 1)
+        try:
+            rows = [Row(ids[:1], ids[1:])]
+            ((scores,),) = score(self.models, tokenizer, rows, [self.scheme], top=count)
+            top_ids, top_values = scores.top_ids, scores.top_logprobs
+            known: list[TokenLogprobs] = []
+            if top_ids is not None and top_values is not None:
+                columns = (scores.logprobs.tolist(), top_ids.tolist(), top_values.tolist())
+                for own, best, values in zip(*columns, strict=True):
+                    top = [pair for pair in zip(best, values, strict=True) if pair[1] > NEG_INF]
+                    known.append(TokenLogprobs(own, tuple(top)))
+            self.result.set_result(known)
+        except Exception as error:
+            log.exception("a prompt could not be scored")
+            self.result.set_exception(EngineError(f"scoring failed: {error}".split("\n")[0]))
+
+
 Listener = Callable[[Piece | Done], None]
 
 
@@ -73,21 +113,23 @@ class _Stream:
     """The part of an answer that its listener has not received yet."""
 
     def __init__(self, ticket: Ticket, listener: Listener) -> None:
-        self.ticket, self.listener, self.shown = ticket, listener, ShownText(ticket.watch)
-        self.sent = 0  # tokens that were sent
+        self.ticket, self.listener = ticket, listener
+        self.sent = self.shown = 0  # tokens and characters that were sent
         self.logprobs: list[TokenLogprobs] = []  # of tokens that were not
         self.end: Finished | Failed | None = None
 
     def piece(self) -> Piece | None:
-        """Return the next piece, or None if nothing has become safe to show."""
-        row = self.ticket.row
-        text = self.shown.more(row.shown_ids, row.finish is not None)
-        ids = tuple(row.ids[self.sent :])
-        if not (text or (row.finish is not None and ids)):
+        """Return the next piece, or None if no text has become safe to show."""
+        row, finished = self.ticket.row, self.ticket.row.finish is not None
+        whole = row.text.finish() if finished else row.text.text
+        count = row.text.settled()
+        text = whole[self.shown : row.text.ends[count - 1]] if count else ""
+        ids = tuple(row.ids[self.sent : count])
+        if not (text or (finished and ids)):
             return None
-        logprobs = None if self.ticket.request.logprobs is None else tuple(self.logprobs)
-        self.sent, self.logprobs = len(row.ids), []
-        return Piece(ids, text, logprobs)
+        known = None if self.ticket.request.logprobs is None else tuple(self.logprobs[: len(ids)])
+        self.sent, self.shown, self.logprobs = count, self.shown + len(text), self.logprobs[len(ids) :]
+        return Piece(ids, text, known)
 
     def done(self) -> Done:
         assert self.end is not None
@@ -108,7 +150,7 @@ class EngineThread:
     Args:
         max_rows: requests decoded at once.
         max_tokens: positions of prompts and answers held at once, for the proposal and for each aligner.
-        max_waiting: requests accepted beyond `max_rows`.
+        max_waiting: requests accepted beyond `max_rows`; a client that has a name gets half of both.
         max_read: prompt tokens read in one round; other rows wait for their next tokens meanwhile.
 
     Raises:
@@ -135,6 +177,7 @@ class EngineThread:
         self.engine = Engine(verifier, tokenizer, Clocked(), max_read=max_read)
         self.lock = threading.Condition()
         self.inbox: list[Ticket] = []
+        self.scorings: Queue[_Scoring] = Queue()
         self.streams: dict[Ticket, _Stream] = {}  # of all requests that have not ended
         self.closing = self.broken = False
         self.counts: Counter[str] = Counter()
@@ -161,9 +204,11 @@ class EngineThread:
             if self.closing:
                 raise Closed("decoding has stopped" if self.broken else "the server is shutting down")
             self.engine.check(request)
-            if len(self.streams) >= self.max_open:
-                count = len(self.streams)
-                raise Busy(f"{count} requests are being answered or wait already; try again later")
+            client = request.client
+            count = sum(other.request.client == client for other in self.streams) if client else 0
+            if len(self.streams) >= self.max_open or count >= max(self.max_open // 2, 1):
+                whose = f"{count} requests of this client" if count else f"{len(self.streams)} requests"
+                raise Busy(f"{whose} are being answered or wait already; try again later")
             ticket = self.engine.ticket(request)
             self.streams[ticket] = _Stream(ticket, listener)
             self.inbox.append(ticket)
@@ -171,6 +216,32 @@ class EngineThread:
             self.counts[f"aligner {request.aligner}"] += 1
             self.lock.notify_all()
         return ticket
+
+    def score(self, request: Request) -> "Future[list[TokenLogprobs]]":
+        """Compute the log-probabilities of a prompt's tokens after the first, between two rounds.
+
+        Args:
+            request: its `logprobs` is the number of most likely tokens to report, its `params` is the law.
+
+        Raises:
+            EngineError: as `submit`; BadRequest if the law has no probabilities.
+        """
+        with self.lock:
+            if self.closing:
+                raise Closed("the server is shutting down")
+            self.engine.check_prompt(request)
+            models = self.engine.members(request)
+            try:
+                scheme = Scheme(request.params, "proposal", "aligner" if "aligner" in models else None)
+            except ValueError as error:
+                raise BadRequest(str(error)) from None
+            own = sum(other.request.client == request.client for other in self.scorings)
+            if len(self.scorings) >= self.max_open or (request.client and own >= self.max_open // 2):
+                raise Busy(f"{len(self.scorings)} prompts wait to be scored; try again later")
+            scoring = _Scoring(request, models, scheme)
+            self.scorings.append(scoring)
+            self.lock.notify_all()
+        return scoring.result
 
     def cancel(self, ticket: Ticket) -> None:
         """End a request with Done("cancelled") before its next round, if it has not ended."""
@@ -240,6 +311,8 @@ class EngineThread:
             if not wait:
                 for ticket in self.streams:
                     self.engine.cancel(ticket)
+                for scoring in self.scorings:
+                    scoring.result.cancel()
             self.lock.notify_all()
         self.thread.join()
 
@@ -248,12 +321,16 @@ class EngineThread:
     def _work(self) -> None:
         try:
             while self._receive():
-                self._deliver(self.engine.step())
+                if not self.engine.idle:
+                    self._deliver(self.engine.step())
+                self._score_one()
         except BaseException as error:  # a bug of this program; no listener may wait forever
             log.exception("the engine has stopped")
             with self.lock:
                 self.closing = self.broken = True
                 streams, self.streams, self.inbox = list(self.streams.values()), {}, []
+                for scoring in self.scorings:
+                    scoring.result.cancel()
             reason = f"the engine has stopped: {error}".split("\n")[0]
             for stream in streams:
                 n_prompt = len(stream.ticket.request.prompt_ids)
@@ -262,12 +339,19 @@ class EngineThread:
     def _receive(self) -> bool:
         """Wait for work and hand it to the engine; return False when the thread is to end."""
         with self.lock:
-            self.lock.wait_for(lambda: self.inbox or not self.engine.idle or self.closing)
+            self.lock.wait_for(lambda: self.inbox or self.scorings or not self.engine.idle or self.closing)
             for ticket in self.inbox:
                 self.engine.add(ticket)
             self.inbox.clear()
             self.latest = self.engine.figures()
-        return not self.engine.idle
+        return not self.engine.idle or len(self.scorings) > 0
+
+    def _score_one(self) -> None:
+        with self.lock:
+            if (scoring := self.scorings.first()) is None:
+                return
+            self.scorings.remove(scoring)
+        scoring.run(self.engine.tokenizer)
 
     def _deliver(self, events: list[Event]) -> None:
         """Send the results of a round to the listeners; a request's place is free before its Done is sent."""

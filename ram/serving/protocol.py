@@ -5,24 +5,20 @@ support is accepted only with a value that has no effect (presence_penalty 0, an
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field
 
-from ram.decoding.par import KL_FALLBACKS, SAMPLE_MODES, PARParams
+from ram.decoding.par import PARParams
 from ram.errors import nearest
+from ram.serving.bounds import STOP_CHARACTERS, STOPS, STRICT, TOP_LOGPROBS, LawKeys, of_proposal
 
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Temperature = Annotated[float, Field(ge=0, le=100)]
-Penalty = Annotated[float, Field(ge=0.1, le=10)]
-Limit = Annotated[int, Field(ge=-1, le=1 << 31)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | Annotated[dict[str, Any], Field(max_length=0)] | None
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
+TopLogprobs = Annotated[int, Field(ge=0, le=TOP_LOGPROBS)]
 Token = Annotated[int, Field(ge=0, le=1 << 31)]
-# These keys set the aligner's distribution; with the prefix `base_` they set the proposal's.
-LAW_OF_ONE = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 class ApiError(Exception):
@@ -52,7 +48,7 @@ class ApiError(Exception):
 class Strict(BaseModel):
     """A part of a request: types are not converted; unknown keys, NaN and infinite numbers are refused."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = STRICT
 
 
 class StreamOptions(Strict):
@@ -89,40 +85,27 @@ class Message(Strict):
         return "".join(part.text for part in self.content)
 
 
-# Bounds of a request's keys of the next-token distribution, without `base_`. A key that is not listed has the
-# type that PARParams declares; PARParams itself checks the range of every key.
-BOUNDS: dict[str, Any] = {
-    "sample_mode": Literal[tuple(SAMPLE_MODES)],
-    "temperature": Temperature,
-    "top_p": Share,
-    "top_k": Limit,
-    "repetition_penalty": Penalty,
-    "div_threshold": Annotated[float, Field(ge=0)],
-    "kl_fallback": Literal[tuple(KL_FALLBACKS)],
-    "expert_temperature": Temperature,
-    "n_candidates": Annotated[int, Field(ge=1, le=64)],
-    "mixture_weight": Annotated[float, Field(ge=0, le=1)],
-}
-DECLARED = get_type_hints(PARParams)
-LAW_FIELDS: dict[str, Any] = {
-    key: (BOUNDS.get(key.removeprefix("base_"), DECLARED[key]) | None, None)
-    for key in PARParams.field_names()
-}
-LawKeys = create_model("LawKeys", __base__=Strict, **LAW_FIELDS)
-
-
 class Common(LawKeys):
     """The keys of both kinds of request, beside those of PARParams, which are this server's own."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    max_tokens: Count | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
     n: Count | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=STOPS)] | None = None
 
+    # These keys of the protocol change nothing here.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     logit_bias: Nothing = None
@@ -140,25 +123,28 @@ class Common(LawKeys):
         """
         values = {key: getattr(self, key) for key in PARParams.field_names()}
         values = {key: value for key, value in values.items() if value is not None}
-        if alone:
-            for key in LAW_OF_ONE:
-                if key in values:
-                    values.setdefault(f"base_{key}", values.pop(key))
-        return values
+        return of_proposal(values) if alone else values
 
 
 class ChatRequest(Common):
+    max_tokens: Count | None = None
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: TopLogprobs | None = None
     response_format: TextFormat | None = None
     tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    functions: Nothing = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    audio: Nothing = None
+    prediction: Nothing = None
+    web_search_options: Nothing = None
+    moderation: Nothing = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class CompletionRequest(Common):
@@ -168,15 +154,52 @@ class CompletionRequest(Common):
         | Annotated[list[Token], Field(min_length=1)]
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: TopLogprobs | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
+
+
+class TokenizeRequest(Strict):
+    """vLLM's request; `add_generation_prompt` and `continue_final_message` follow from the last message."""
+
+    model: Annotated[str, Field(max_length=256)] | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    model: Annotated[str, Field(max_length=256)] | None = None
+    tokens: list[Token]
 
 
 class AlignerRequest(Strict):
     name: str
     path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+def dialogue(messages: Sequence[Message]) -> tuple[list[tuple[bool, str]], str | None]:
+    """Split messages into the turns of a dialogue and its system message.
+
+    Returns:
+        The turns, each as (whether it is the user's, text), and the system message or None.
+
+    Raises:
+        ApiError: If no message is the user's, or a system message follows other messages.
+    """
+    turns = list(messages)
+    first = next((i for i, turn in enumerate(turns) if turn.role in ("user", "assistant")), len(turns))
+    system = "\n\n".join(turn.text() for turn in turns[:first]) if first else None
+    if any(turn.role in ("system", "developer") for turn in turns[first:]):
+        text = "messages: system messages must come before all others"
+        raise ApiError(400, text, "invalid_value", "messages")
+    if not any(turn.role == "user" for turn in turns):
+        raise ApiError(400, "messages: expected at least one of the user", "invalid_value", "messages")
+    return [(turn.role == "user", turn.text()) for turn in turns[first:]], system
 
 
 # Messages for keys of the protocol that are accepted only with a value that has no effect.
@@ -186,10 +209,15 @@ UNSUPPORTED = {
     "logit_bias": "not supported: expected it empty",
     "response_format": 'expected {"type": "text"}',
     "tools": "no tools are supported: leave it out",
+    "functions": "no tools are supported: leave it out",
+    "function_call": "no tools are supported: leave it out",
+    "modalities": 'expected ["text"]',
+    "audio": "not supported: leave it out",
+    "prediction": "not supported: leave it out",
+    "web_search_options": "not supported: leave it out",
     "tool_choice": "no tools are supported: leave it out",
     "store": "nothing is stored: leave it out",
     "best_of": "expected 1",
-    "echo": "expected false: prompts are not repeated",
     "suffix": "not supported: leave it out",
 }
 
@@ -274,7 +302,7 @@ class Usage(Output):
 class ShownToken(Output):
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class ChatToken(ShownToken):
@@ -289,8 +317,8 @@ class ChatLogprobs(Output):
 
 class CompletionLogprobs(Output):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -335,6 +363,17 @@ class CompletionAnswer(BaseAnswer):
     choices: list[CompletionChoice]
 
 
+class TokenList(Output):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class TokenText(Output):
+    prompt: str
+
+
 class Health(Output):
     status: Literal["ok", "failed"]
 
@@ -343,3 +382,6 @@ class Deleted(Output):
     id: str
     object: Literal["model"]
     deleted: bool
+
+
+FAILURES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}

@@ -8,19 +8,23 @@ weights are read.
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ram.data import prompts
-from ram.data.tokenization import encode, encode_prompts
+from ram.data.text import spelling
+from ram.data.tokenization import encode
 from ram.decoding.par import PARParams
 from ram.decoding.requests import BadRequest, Request, TooLong, UnknownAligner
+from ram.decoding.scoring import RAW
 from ram.errors import UserError
 from ram.log import log, pick_device
 from ram.models import checkpoints, run_folder
 from ram.models.abilities import max_positions
+from ram.serving import bounds
+from ram.serving.bounds import LAW_OF_ONE
 from ram.serving.fastchat.stream import request_params
 from ram.serving.loop import EngineThread
 from ram.settings import serving
@@ -29,8 +33,6 @@ from ram.storage.files import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-MOST_CUT = 8  # limit of a dialogue's length, in multiples of the room; cutting a longer one costs too much
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,6 @@ class Models:
         self.settings, config = settings, settings.config
         checkpoints.remote_code["trust_remote_code"] = config.trust_remote_code
         self.proposal = run_folder.find_served(config.proposal)
-        self.template_stops = prompts.template_stops(config.template)
         self.lock = threading.Lock()  # of the tokenizer, which is not safe to use from two threads at once
         self.tokenizer, proposal_add_bos = checkpoints.load_pair(self.proposal, None)
         paths = {name: run_folder.find_served(path) for name, path in settings.aligners.items()}
@@ -73,6 +74,8 @@ class Models:
         devices = [pick_device(name) for name in (config.proposal_device, config.aligner_device)]
         self.device = devices[1]
         model = checkpoints.load_model(self.proposal, config.dtype, devices[0])
+        self.template_stops = prompts.template_stops(config.template)
+        self.template_stop_ids = prompts.template_stop_ids(config.template, spelling(self.tokenizer).marks)
         # The first call initialises the tokenizer, which must not happen in two threads at once.
         encode(self.tokenizer, ["a"])
         aligners = {name: self._load(path) for name, path in paths.items()}
@@ -175,12 +178,28 @@ class Models:
         """Return the server's next-token settings with those of a request.
 
         Raises:
-            BadRequest: A setting is out of range.
+            BadRequest: A setting is out of bounds.
         """
+        bounds.check_law(request)
         try:
             return request_params(self.settings.params, request)
         except ValueError as error:
             raise BadRequest(str(error)) from None
+
+    def scoring_law(self, request: dict[str, Any]) -> PARParams:
+        """Return the settings under which a request's prompt is scored.
+
+        They are temperature 1, no nucleus and no penalty, unless the request sets these keys. Temperature 0
+        is for new tokens only: at 0 no other token has a probability.
+        """
+        bounds.check_law(request)
+        keys = [f"{prefix}{key}" for prefix in ("", "base_") for key in LAW_OF_ONE]
+        raw = replace(self.settings.params, **{key: getattr(RAW, key) for key in keys})
+        return request_params(raw, {k: v for k, v in request.items() if "temperature" not in k or v})
+
+    def render(self, turns: Sequence[tuple[bool, str]], system: str | None) -> str:
+        """Return the prompt of a dialogue."""
+        return prompts.render_dialogue(turns, self.settings.config.template, system)
 
     def new_tokens(self, max_tokens: int | None) -> int:
         """Return a request's limit on the answer, in tokens; None gives the default.
@@ -196,36 +215,71 @@ class Models:
     def encode_dialogue(
         self, turns: Sequence[tuple[bool, str]], system: str | None, new_tokens: int, add_bos: bool
     ) -> list[int]:
-        """Return the ids of a dialogue, cut as in training to leave room for `new_tokens`.
+        """Return the ids of a dialogue without its oldest turns, if they leave no room for `new_tokens`.
+
+        The system message and the last message of the user always stay.
 
         Args:
             turns: as in `prompts.render_dialogue`.
 
         Raises:
-            TooLong: The headers of the dialogue do not fit, or it is longer than `MOST_CUT` allows.
+            TooLong: What stays does not fit.
         """
-        return self.encode_cut(
-            prompts.render_dialogue(turns, self.settings.config.template, system), new_tokens, add_bos
+        starts = [index for index, (user, _) in enumerate(turns) if user] or [0]
+
+        def rest(start: int) -> str:
+            return self.render(turns[starts[start] :], system)
+
+        return self.encode_rest(rest, len(starts), new_tokens, add_bos)
+
+    def encode_rendered(self, text: str, new_tokens: int, add_bos: bool) -> list[int]:
+        """Return the ids of a dialogue that is rendered in this project's template, as `encode_dialogue`."""
+        system, *turns = prompts.split_turns(text)
+        return self.encode_rest(
+            lambda start: system + "".join(turns[start:]), max(len(turns), 1), new_tokens, add_bos
         )
 
-    def encode_cut(self, text: str, new_tokens: int, add_bos: bool) -> list[int]:
-        """Return the ids of a rendered dialogue, as `encode_dialogue` does."""
-        room = self.max_length - new_tokens
-        most = max(MOST_CUT * room, 4096)
-        with self.lock:
-            # A character has at most four bytes and a token has usually at least one, so a short text cannot
-            # exceed the limit and is not tokenised an extra time.
-            if 4 * len(text) > most and (n_tokens := len(encode(self.tokenizer, [text])[0])) > most:
-                raise TooLong(
-                    f"a dialogue of {n_tokens} tokens, and room for {room}: leave its oldest turns out"
-                )
-            try:
-                return encode_prompts(self.tokenizer, [text], room, add_bos)[0][0]
-            except UserError as error:
-                raise TooLong(str(error)) from None
+    def encode_rest(
+        self, rest: Callable[[int], str], n_starts: int, new_tokens: int, add_bos: bool
+    ) -> list[int]:
+        """Return the ids of the longest rest of a dialogue that leaves room for `new_tokens`.
 
-    def encode_text(self, text: str, add_bos: bool) -> list[int]:
-        """Return the ids of a text, which is not cut."""
+        Args:
+            rest: The dialogue from its i-th possible start; 0 is the whole one.
+
+        Raises:
+            TooLong: Not even the shortest one fits.
+        """
+        room = self.max_length - new_tokens
+
+        def ids_from(start: int) -> list[int] | None:
+            try:
+                ids = self.encode_text(rest(start), add_bos, room)
+            except TooLong:
+                return None
+            return ids if len(ids) <= room else None
+
+        best = ids_from(0)
+        first, last = 1, n_starts if best is None else 0  # the first start that fits is one of these, or none
+        while first < last:
+            middle = (first + last) // 2
+            if (ids := ids_from(middle)) is None:
+                first = middle + 1
+            else:
+                best, last = ids, middle
+        if best is not None:
+            return best
+        raise TooLong(
+            f"the last message does not fit: there is room for {room} tokens beside the answer's {new_tokens}"
+        )
+
+    def encode_text(self, text: str, add_bos: bool, room: int | None = None) -> list[int]:
+        """Return the ids of a text, which is not cut.
+
+        Raises:
+            TooLong: It has so many characters that it cannot fit into the context, or into `room` tokens.
+        """
+        bounds.check_text(text, self.max_length if room is None else room)
         with self.lock:
             ids = encode(self.tokenizer, [text])[0]
         if not add_bos:
@@ -237,7 +291,7 @@ class Models:
     def requests(
         self,
         served: Served,
-        prompt_ids: Iterable[Sequence[int]],
+        prompt_ids: Sequence[Sequence[int]],
         params: PARParams,
         new_tokens: int | None,
         seed: int,
@@ -245,6 +299,8 @@ class Models:
         n: int = 1,
         logprobs: int | None = None,
         stop_token_ids: Sequence[int] = (),
+        continued: bool = False,
+        client: str = "",
     ) -> list[Request]:
         """Return one request per answer; the n answers to a prompt have the row ids 0 to n - 1.
 
@@ -253,30 +309,33 @@ class Models:
                 prompt leaves.
 
         Raises:
+            BadRequest: The request asks for too much.
             TooLong: A prompt and its answer do not fit into the context.
         """
+        limits = self.settings.config.limits
+        bounds.check_answers(n * len(prompt_ids), stop, stop_token_ids, logprobs, seed, limits)
         requests = []
         for ids in prompt_ids:
             room = self.max_length - len(ids)
             new = min(self.usual, room) if new_tokens is None else new_tokens
-            if new > room or new < 1:
+            if new > room or (new < 1 and new_tokens != 0):
                 raise TooLong(
                     f"a prompt of {len(ids)} tokens and an answer of {max(new, 1)} are more than the "
                     f"{self.max_length} that this server holds"
                 )
-            for row in range(n):
-                request = Request(
-                    tuple(ids),
-                    served.aligner,
-                    params,
-                    max_new_tokens=new,
-                    seed=seed,
-                    row_id=row,
-                    stop=tuple(stop),
-                    logprobs=logprobs,
-                    stop_token_ids=tuple(stop_token_ids),
-                )
-                requests.append(request)
+            request = Request(
+                tuple(ids),
+                served.aligner,
+                params,
+                max_new_tokens=new,
+                seed=seed,
+                stop=tuple(stop),
+                logprobs=logprobs,
+                stop_token_ids=tuple(stop_token_ids),
+                continued=continued,
+                client=client,
+            )
+            requests += [replace(request, row_id=row) for row in range(n)]
         return requests
 
 

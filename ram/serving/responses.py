@@ -8,18 +8,17 @@ import contextlib
 import functools
 import json
 import math
-import os
 import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ram.data.text import Text, shares, spelling, spelt_bytes
 from ram.decoding.requests import EngineError, Request, TokenLogprobs
-from ram.decoding.rows import StopWatch
 from ram.serving.loop import Done, EngineThread, Piece
 from ram.serving.protocol import ApiError
 
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 5  # time limit for sending the end of a stream
 LEAST_LOGP = -9999.0  # OpenAI's value for a token of probability 0
-
-# A token, its log-probabilities, and the position in the text at which its own text begins.
-PlacedToken = tuple[int, TokenLogprobs, int]
 
 T = TypeVar("T")
 
@@ -126,29 +122,97 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
+class Shown(NamedTuple):
+    """A token's characters, bytes and log-probability; None for the first token of a prompt."""
+
+    id: int
+    text: str
+    data: bytes
+    logprob: float | None
+
+    @property
+    def value(self) -> float | None:
+        return None if self.logprob is None else max(self.logprob, LEAST_LOGP)
+
+    def chat(self) -> dict[str, Any]:
+        return {"token": self.text, "logprob": self.value, "bytes": list(self.data)}
+
+
+class Echo(NamedTuple):
+    """A prompt to repeat before its answers, and the log-probabilities of its tokens after the first."""
+
+    text: str
+    ids: Sequence[int]
+    logprobs: list[TokenLogprobs] | None
+
+
+class Placed(NamedTuple):
+    """A token of an answer, its most likely alternatives, and where its text begins."""
+
+    own: Shown
+    top: list[Shown]
+    start: int
+
+
 class Choice:
-    """One answer while it is decoded: its text and the log-probabilities of its tokens."""
+    """One answer while it is decoded: its text and the log-probabilities of its tokens.
 
-    def __init__(self, index: int, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.index = index
-        self.text = ""
+    Args:
+        continued: as in `requests.Request`.
+    """
+
+    def __init__(self, index: int, tokenizer: "PreTrainedTokenizerBase", continued: bool) -> None:
+        self.index, self.text = index, ""
         self.done: Done | None = None
-        self.tokenizer, self.watch = tokenizer, StopWatch(tokenizer, ())
-        self.logprobs: list[PlacedToken] = []
-        self.ids: list[int] = []  # the newest tokens, whose text may change with the next token
-        self.length = 0  # characters of the text before them
+        self.spelling = spelling(tokenizer)
+        self.spelt = Text(self.spelling, continued=continued)  # knows no stop strings: `text` is cut already
+        self.begin = 0  # where the text that `spelt` spells begins
+        self.logprobs: list[Placed] = []
 
-    def add(self, event: Piece | Done) -> list[PlacedToken]:
+    def echo(self, prompt: "Echo") -> None:
+        """Begin the text with the prompt's."""
+        if prompt.logprobs is not None:
+            self.spelt = Text(self.spelling)
+            self.logprobs = self.place(prompt.ids, [None, *prompt.logprobs], prompt.text, 0)
+            self.spelt = Text(self.spelling, continued=True)
+        self.text, self.begin = prompt.text, len(prompt.text)
+
+    def add(self, event: Piece | Done) -> list[Placed]:
         """Add an event to the answer; return the new entries of `logprobs`."""
         if isinstance(event, Done):
             self.done = event
             return []
+        start, known = len(self.text), len(self.logprobs)
         self.text += event.text
-        before = len(self.logprobs)
         if event.logprobs is not None:
-            for token, logprobs in zip(event.token_ids, event.logprobs, strict=True):
-                self.logprobs.append((token, logprobs, self._place(token)))
-        return self.logprobs[before:]
+            self.logprobs += self.place(event.token_ids, event.logprobs, event.text, start)
+        return self.logprobs[known:]
+
+    def place(
+        self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], text: str, start: int
+    ) -> list[Placed]:
+        """Give each new token its share of their text, which begins at a position."""
+        tops, pieces = [], []
+        for token, known in zip(ids, logprobs, strict=True):
+            top = known.top if known else ()
+            tops.append([self._candidate(other, value) for other, value in top])
+            pieces.append(self.spelt.data(token))
+            self.spelt.add(token)
+        ends = [max(self.begin + end - start, 0) for end in self.spelt.ends[-len(ids) :]]
+        left = spelt_bytes(b"".join(pieces), text)
+        placed = []
+        for token, known, top, piece, share in zip(
+            ids, logprobs, tops, pieces, shares(text, ends), strict=True
+        ):
+            own = Shown(token, share, piece[:left], None if known is None else known.logprob)
+            placed.append(Placed(own, [own if other.id == token else other for other in top], start))
+            start, left = start + len(share), max(left - len(piece), 0)
+        return placed
+
+    def _candidate(self, token: int, logprob: float) -> Shown:
+        """A token that could have come next: a mark's spelling, or the characters that it would complete."""
+        data = self.spelt.data(token)
+        return Shown(token, self.spelling.marks.get(token) or self.spelt.characters(token), data, logprob)
 
     @property
     def finished(self) -> Done:
@@ -156,49 +220,31 @@ class Choice:
         assert self.done is not None, f"answer {self.index} has not ended"
         return self.done
 
-    def _place(self, token: int) -> int:
-        """Return how many characters of the text precede a token's own text.
 
-        Tokens that share the bytes of one character all begin at that character.
-        """
-        before = self.watch.text(self.ids)
-        self.ids.append(token)
-        text = self.watch.text(self.ids)
-        start = self.length + len(os.path.commonprefix([before, text]))
-        if not text.endswith("\ufffd"):
-            # The next token is decoded together with this one: some tokenizers drop a text's first space.
-            self.ids = [token]
-            self.length += len(text) - len(self.watch.text(self.ids))
-        return start
+def chat_logprobs(entries: Sequence[Placed]) -> dict[str, Any]:
+    content = [
+        own.chat() | {"top_logprobs": [other.chat() for other in top], "text_offset": start}
+        for own, top, start in entries
+    ]
+    return {"content": content, "refusal": None}
 
-    def token_text(self, token: int) -> str:
-        text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)  # decode returns a list only for a batch
-        return text
 
-    def chat_logprobs(self, entries: Sequence[PlacedToken]) -> dict[str, Any]:
-        content = []
-        for token, logprobs, start in entries:
-            top = [self._chat_token(other, value) for other, value in logprobs.top]
-            entry = self._chat_token(token, logprobs.logprob)
-            content.append(entry | {"top_logprobs": top, "text_offset": start})
-        return {"content": content, "refusal": None}
+def completion_logprobs(entries: Sequence[Placed]) -> dict[str, Any]:
+    return {
+        "tokens": [own.text for own, _, _ in entries],
+        "token_logprobs": [own.value for own, _, _ in entries],
+        "top_logprobs": [None if own.logprob is None else top_logprobs(own, top) for own, top, _ in entries],
+        "text_offset": [start for _, _, start in entries],
+    }
 
-    def _chat_token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.token_text(token)
-        utf8 = None if "\ufffd" in text else list(text.encode("utf-8", "replace"))
-        return {"token": text, "logprob": max(logprob, LEAST_LOGP), "bytes": utf8}
 
-    def completion_logprobs(self, entries: Sequence[PlacedToken]) -> dict[str, Any]:
-        return {
-            "tokens": [self.token_text(token) for token, _, _ in entries],
-            "token_logprobs": [max(logprobs.logprob, LEAST_LOGP) for _, logprobs, _ in entries],
-            "top_logprobs": [
-                {self.token_text(other): max(value, LEAST_LOGP) for other, value in logprobs.top}
-                for _, logprobs, _ in entries
-            ],
-            "text_offset": [start for _, _, start in entries],
-        }
+def top_logprobs(own: Shown, top: Sequence[Shown]) -> dict[str, float | None]:
+    """The log-probabilities of a token and its alternatives by text; `token_id:ID` if two are equal."""
+    values = {own.text: own.value}
+    for other in top:
+        if other.id != own.id:
+            values[f"token_id:{other.id}" if other.text in values else other.text] = other.value
+    return values
 
 
 class Answer:
@@ -208,6 +254,8 @@ class Answer:
         chat: use the format of chat completions; if it is false, that of text completions.
         n: answers per prompt.
         logprobs: report log-probabilities.
+        prompts: the lengths of the prompts, in tokens.
+        echoes: the prompts, if they are repeated.
     """
 
     def __init__(
@@ -218,8 +266,11 @@ class Answer:
         n: int,
         logprobs: bool,
         tokenizer: "PreTrainedTokenizerBase",
+        prompts: Sequence[int],
+        echoes: Sequence[Echo] = (),
     ) -> None:
         self.chat, self.logprobs, self.n, self.tokenizer = chat, logprobs, n, tokenizer
+        self.prompts, self.echoes = prompts, echoes
         self.common = {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
             "created": int(time.time()),
@@ -228,8 +279,19 @@ class Answer:
             "seed": seed,
         }
 
-    def choices(self, count: int) -> list[Choice]:
-        return [Choice(index, self.tokenizer) for index in range(count)]
+    def choices(self) -> list[Choice]:
+        count = len(self.prompts) * self.n
+        choices = [Choice(index, self.tokenizer, continued=not self.chat) for index in range(count)]
+        for choice in choices if self.echoes else ():
+            choice.echo(self.echoes[choice.index // self.n])
+        return choices
+
+    def end_empty(self, choices: Sequence[Choice]) -> list[Choice]:
+        """End the answers for which no token was asked; return them."""
+        empty = [choice for choice in choices if choice.done is None]
+        for choice in empty:
+            choice.add(Done("length", self.prompts[choice.index // self.n], 0, {}))
+        return empty
 
     def usage(self, choices: Sequence[Choice]) -> dict[str, int]:
         """Return the exact token counts; a prompt with several answers counts once."""
@@ -243,10 +305,11 @@ class Answer:
 
     async def whole(self, running: Running) -> dict[str, Any]:
         """Return the body of the response once all answers have ended."""
-        choices = self.choices(running.open)
+        choices = self.choices()
         with running:
             async for index, event in running:
                 choices[index].add(event)
+        self.end_empty(choices)
         kind = "chat.completion" if self.chat else "text_completion"
         bodies = [self._whole(choice) for choice in choices]
         return self.common | {"object": kind, "choices": bodies, "usage": self.usage(choices)}
@@ -257,22 +320,25 @@ class Answer:
             "finish_reason": choice.finished.finish_reason,
             "stats": finite(choice.finished.stats),
         }
-        logprobs = self._format_logprobs(choice, choice.logprobs)
+        logprobs = self._format_logprobs(choice.logprobs)
         if self.chat:
             message = {"role": "assistant", "content": choice.text, "refusal": None}
             return body | {"message": message, "logprobs": logprobs}
         return body | {"text": choice.text, "logprobs": logprobs}
 
-    def _format_logprobs(self, choice: Choice, entries: Sequence[PlacedToken]) -> dict[str, Any] | None:
+    def _format_logprobs(self, entries: Sequence[Placed]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        return choice.chat_logprobs(entries) if self.chat else choice.completion_logprobs(entries)
+        return chat_logprobs(entries) if self.chat else completion_logprobs(entries)
 
     async def chunks(self, running: Running, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
         """Yield the bodies of the stream's events."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         common = self.common | {"object": kind} | ({"usage": None} if include_usage else {})
-        choices = self.choices(running.open)
+        choices = self.choices()
+        for choice in choices if self.echoes else ():
+            logprobs = self._format_logprobs(choice.logprobs)
+            yield common | {"choices": [self._part(choice, choice.text, logprobs)]}
         if self.chat:
             for choice in choices:
                 yield common | {"choices": [self._part(choice, "", None, {"role": "assistant"})]}
@@ -280,8 +346,10 @@ class Answer:
             entries = choices[index].add(event)
             text = event.text if isinstance(event, Piece) else ""
             if text or entries or isinstance(event, Done):
-                logprobs = self._format_logprobs(choices[index], entries) if entries else None
+                logprobs = self._format_logprobs(entries) if entries else None
                 yield common | {"choices": [self._part(choices[index], text, logprobs)]}
+        for choice in self.end_empty(choices):
+            yield common | {"choices": [self._part(choice, "", None)]}
         if include_usage:
             yield common | {"choices": [], "usage": self.usage(choices)}
 

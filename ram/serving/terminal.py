@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from ram.data import text as texts
 from ram.decoding.requests import EngineError, UnknownAligner
-from ram.decoding.rows import StopWatch
 from ram.errors import UserError, nearest
 from ram.serving.loop import Done, Piece
 from ram.serving.registry import Models
@@ -67,7 +67,8 @@ class Chat:
         models, served = self.models, self.models.find(name)
         new = models.new_tokens(None)
         ids = models.encode_dialogue(turns, None, new, served.add_bos)
-        (request,) = models.requests(served, [ids], models.law({}), new, seed, models.template_stops)
+        stops = {"stop": models.template_stops, "stop_token_ids": models.template_stop_ids}
+        (request,) = models.requests(served, [ids], models.law({}), new, seed, **stops)
         events: queue.SimpleQueue[Piece | Done] = queue.SimpleQueue()
 
         def pieces() -> Iterator[Piece]:
@@ -255,17 +256,11 @@ def highlighted(piece: tuple[str, bool]) -> tuple[str, str]:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer: str) -> list[str]:
-    """The text that each token adds to an answer.
-
-    A character of several tokens belongs to its last one. Tokens after the end of `answer` add nothing.
-    """
-    watch, texts, shown = StopWatch(tokenizer, ()), [], ""
-    for end in range(1, len(ids) + 1):
-        text = watch.text(ids[:end])
-        text = (text if end == len(ids) else text.rstrip("\ufffd"))[: len(answer)]
-        texts.append(text[len(shown) :])
-        shown = max(shown, text, key=len)
-    return texts
+    """The text that each token adds to an answer; tokens after its end add nothing."""
+    text = texts.Text(texts.spelling(tokenizer))
+    for token_id in ids:
+        text.add(token_id)
+    return texts.shares(answer, text.ends)
 
 
 def differing(first: Sequence[int], second: Sequence[int]) -> tuple[set[int], set[int]]:

@@ -45,6 +45,7 @@ class EngineSettings(Section):
 class LimitSettings(Section):
     max_length: Length | None
     choices: Count
+    messages: Count
     body_bytes: Count
     body_seconds: Positive
     seconds: Positive
@@ -75,6 +76,7 @@ class ServerSettings(Section):
     admin_key_env: str
     aligner_root: str | None
     allowed_hosts: list[str]
+    trusted_proxies: list[str]
     shutdown_seconds: NotNegative
     seed: CountOrZero | None
     max_new_tokens: Count
@@ -156,10 +158,11 @@ def read_settings(arguments: Sequence[str], tables: "Tables | None" = None) -> S
             f"limits.max_length={config.limits.max_length}: expected at most engine.max_tokens="
             f"{config.engine.max_tokens}"
         )
-    if config.limits.choices > config.engine.max_waiting:
+    share = max((config.engine.max_rows + config.engine.max_waiting) // 2, 1)
+    if config.limits.choices > share:
         raise UserError(
             f"limits.choices={config.limits.choices}: one request could fill the queue; expected at most "
-            f"engine.max_waiting={config.engine.max_waiting}"
+            f"{share}, half of engine.max_rows + engine.max_waiting"
         )
     key, admin_key = _key(config.key_env), _key(config.admin_key_env)
     if key and key == admin_key:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ram.data.text import text_of
 from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.log import log
@@ -156,4 +157,4 @@ def show_samples(
         max_new_tokens=settings.max_length - settings.max_prompt_length,
     )
     for prompt, answer in zip(prompts, answers, strict=True):
-        log.info(f"sample   {tokenizer.decode(prompt)!r} -> {answer.text!r}")
+        log.info(f"sample   {text_of(tokenizer, prompt)!r} -> {answer.text!r}")

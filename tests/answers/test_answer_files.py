@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 from dataclasses import asdict, replace
 
 import pytest
@@ -17,8 +16,6 @@ from sample_stage import (
     write_rows,
 )
 from tiny import save_model_folder, tiny_model, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 import train
 from ram.answers import answer_files
@@ -303,6 +300,31 @@ def test_stop_string_cuts_the_answers(resolve):
     assert stopped == [text.split(common)[0] for text in whole] != whole
 
 
+def test_template_brings_its_own_stops(folders, resolve):
+    """`stop_str` has the stop string of template `ram`, which ended the answers of every other template."""
+    law = resolve().config.sampling.params
+    jobs = {}
+    for template in ("ram", "zephyr", "vicuna_v1.1"):
+        settings = resolve(f"sampling.template={template}", r'sampling.stop_str="\n\nHuman"').config.sampling
+        made = {"label": "x", "pair": Pair(folders["large"], None, "float32"), "params": law, "seed": 0}
+        made |= {
+            "records": [{}],
+            "prompts": [render("hi", template)],
+            "row_ids": [0],
+            "key": "x",
+            "extra": {},
+        }
+        jobs[template] = AnswerJob(settings=settings, add_bos=False, **made)
+    assert jobs["ram"].stops(TOKENIZER) == ["\n\nHuman"] == [jobs["ram"].made_from["stop_str"]]
+    assert jobs["zephyr"].stops(TOKENIZER) == ["</s>"] and jobs["vicuna_v1.1"].stops(TOKENIZER) == []
+    assert jobs["zephyr"].made_from["marks"] and "marks" not in jobs["ram"].made_from
+    assert len({job.identity for job in jobs.values()}) == 3
+    own = replace(
+        jobs["zephyr"], settings=resolve("sampling.stop_str=x", "sampling.template=zephyr").config.sampling
+    )
+    assert own.stops(TOKENIZER) == ["x"] == [own.made_from["stop_str"]]
+
+
 def test_model_card_overrides_add_bos(resolve, tmp_path, decoding_calls):
     """The model's card decides whether prompts begin with BOS; without a card, the configuration does."""
     carded = save_model_folder(tmp_path / "carded", tiny_model(len(TOKENIZER), 1), TOKENIZER)
@@ -353,36 +375,6 @@ def test_pair_answers_have_tokens_and_events(resolve, folders, tmp_path):
 # ---- pieces ------------------------------------------------------------------------------------------------
 
 
-def slow_pieces(tokenizer, token_ids):
-    """The specification of `pieces`: decode every prefix from its beginning, in quadratic time."""
-    texts, shown = [], ""
-    for end in range(1, len(token_ids) + 1):
-        text = tokenizer.decode(token_ids[:end], clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and end < len(token_ids):
-            texts.append("")
-            continue
-        texts.append(text[len(shown) :])
-        shown = text
-    return texts
-
-
-def byte_fallback_tokenizer():
-    """A vocabulary as SentencePiece makes it: words with a leading space, and single bytes for the rest."""
-    words = ["<unk>", "</s>", "▁", "a", "b", "▁a", "▁the", "日", "é", "\ufffd", "▁▁"]
-    vocabulary = words + [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(vocabulary)}, [], byte_fallback=True))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-
-
-def word_piece_tokenizer():
-    vocabulary = ["[UNK]", "a", "##b", "##c", "don", "'", "t", ".", "##n't", "do", "not"]
-    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.decoder = decoders.WordPiece()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
-
-
 @pytest.mark.parametrize("text", ["plain", "naïve 日本 🙂!", "🙂", " \n\n x ", "é\ufffdé"])
 def test_pieces_add_up_to_the_text(text):
     """The pieces concatenate to the text. A character of several tokens belongs to the last of them."""
@@ -391,43 +383,3 @@ def test_pieces_add_up_to_the_text(text):
     assert "".join(pieces) == text and len(pieces) == len(ids) == len(text.encode())
     if "\ufffd" not in text:
         assert [piece for piece in pieces if piece] == list(text)
-
-
-def test_pieces_keep_invalid_bytes():
-    """The pieces of random bytes concatenate to their decoded text, replacement characters included."""
-    rng = random.Random(2)
-    for _ in range(200):
-        ids = [rng.randrange(len(TOKENIZER)) for _ in range(6)]
-        assert "".join(answer_files.pieces(TOKENIZER, ids)) == TOKENIZER.decode(ids)
-
-
-@pytest.mark.parametrize(
-    "tokenizer",
-    [TOKENIZER, byte_fallback_tokenizer(), word_piece_tokenizer(), tiny_tokenizer(["ab", "c ", "é"])],
-    ids=["bytes", "byte fallback", "word pieces", "fused"],
-)
-def test_pieces_equal_the_quadratic_version(tokenizer):
-    """Random tokens, and texts of single bytes that are cut or have tokens inserted."""
-    rng = random.Random(0)
-    for _ in range(300):
-        ids = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(14))]
-        assert answer_files.pieces(tokenizer, ids) == slow_pieces(tokenizer, ids)
-        text = "".join(rng.choice("aé日🙂 \n\ufffdb") for _ in range(5))
-        ids = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()]
-        if None in ids:  # not a tokenizer with byte tokens
-            continue
-        ids.insert(rng.randrange(len(ids) + 1), rng.randrange(len(tokenizer)))
-        ids = ids[: rng.randrange(len(ids) + 1)]
-        assert answer_files.pieces(tokenizer, ids) == slow_pieces(tokenizer, ids)
-
-
-def test_pieces_decode_a_linear_number_of_tokens(monkeypatch):
-    """Besides one decoding of the whole answer, every token is decoded a bounded number of times."""
-    ids = TOKENIZER("plain text and 日本 " * 50).input_ids
-    n_decoded = []
-    decode = TOKENIZER.decode
-    monkeypatch.setattr(
-        TOKENIZER, "decode", lambda ids, **kwargs: n_decoded.append(len(ids)) or decode(ids, **kwargs)
-    )
-    answer_files.pieces(TOKENIZER, ids)
-    assert sum(n_decoded) < 10 * len(ids)

@@ -8,9 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from ram.answers import answer_files, influence
 from ram.answers.jobs import AnswerJob, Pair
+from ram.data.text import spelling
 from ram.decoding import generation, reference, rows, scoring
 from ram.decoding.par import PARParams, gumbel_argmax
 from ram.storage.files import write_jsonl
@@ -137,9 +141,22 @@ def test_sampling_from_the_recomputed_distributions_gives_the_answer(models, mon
 def test_partial_character_is_shown_as_in_the_vocabulary():
     tokenizer = byte_tokenizer()
     ids = tokenizer("aé").input_ids
-    assert influence.word(tokenizer, ids[0]) == "a"
-    assert influence.word(tokenizer, ids[1]) == tokenizer.convert_ids_to_tokens(ids[1]) != "\ufffd"
-    assert influence.word(tokenizer, tokenizer.eos_token_id) == "</s>"
+    words = spelling(tokenizer)
+    assert words.word(ids[0]) == "a"
+    assert words.word(ids[1]) == tokenizer.convert_ids_to_tokens(ids[1]) != "\ufffd"
+    assert words.word(tokenizer.eos_token_id) == "</s>"
+
+
+def test_tokens_of_equal_text_are_told_apart():
+    """A report showed two rows `s`: the second one has its spelling in the vocabulary."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "s": 2, "<0x73>": 3, "▁s": 4}
+    tokenizer = Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    law = torch.tensor([[0.0, 0.0, 0.5, 0.3, 0.2]]).log()
+    (position,) = influence.candidates(fast, [law, law, law], torch.tensor([4]), True)
+    assert [text for text, *_ in position] == ["s", "<0x73>", " s"]
 
 
 @pytest.mark.parametrize("n, count, expected", [(3, 9, [0, 4, 8]), (5, 2, [0, 1]), (1, 7, [0]), (0, 3, [])])

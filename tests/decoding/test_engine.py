@@ -10,12 +10,11 @@ import pytest
 import torch
 from engines import MODELS, PAR, PROPOSAL, Listener, alone, ask, assert_alone, assert_whole
 from pairs import CASES, LETTERS, last_logits
-from tiny import byte_tokenizer, tiny_model
+from tiny import tiny_model
 
 from ram.decoding import cache, noise, par
 from ram.decoding.drafting import WIDTHS, Clocked
 from ram.decoding.requests import Request, UnknownAligner
-from ram.decoding.rows import ShownText, StopWatch
 from ram.serving.loop import Done, Piece
 
 SETTINGS = [params for roles, params, _ in CASES.values() if roles[0]]
@@ -241,20 +240,3 @@ def test_log_probabilities_are_the_laws(params, start):
         best = [(i, v) for v, i in zip(*(x.tolist() for x in law.topk(2)), strict=True) if v > par.NEG_INF]
         assert [value for _, value in known.top] == pytest.approx([value for _, value in best], abs=1e-4)
         context.append(token)
-
-
-def test_text_is_shown_when_it_is_safe():
-    """Pieces make the whole text; none shows half a character or what becomes a stop string."""
-    tokenizer = byte_tokenizer()
-    for text, stop, shown in (
-        ("aé日🙂!", (), "aé日🙂!"),
-        ("one\n\nHuman", ("\n\nHuman",), "one"),
-        ("one\n\nHum.", ("\n\nHuman",), "one\n\nHum."),
-        ("xé日本", ("日本",), "xé"),
-    ):
-        growing, ids, pieces = ShownText(StopWatch(tokenizer, stop)), tokenizer(text).input_ids, []
-        for end in range(1, len(ids)):
-            pieces.append(growing.more(ids[:end], False))
-            assert shown.startswith("".join(pieces)) and "\ufffd" not in pieces[-1]
-        pieces.append(growing.more(ids, True))
-        assert "".join(pieces) == shown and sum(map(bool, pieces)) > (len(shown) > 1)

@@ -9,7 +9,6 @@ from tiny import tiny_model
 
 from ram.decoding.reference import decode_batch
 from ram.decoding.requests import Request
-from ram.decoding.rows import StopWatch
 from ram.serving.loop import Done, EngineThread, Piece
 
 MODELS = {
@@ -70,7 +69,7 @@ def alone(request):
     settings |= {"stop": request.stop, "stop_token_ids": request.stop_token_ids}
     models = (PROPOSAL, aligner, LETTERS)
     *_, (row,) = decode_batch(*models, [request.prompt_ids], request.params, **settings)
-    return row.generation(StopWatch(LETTERS, request.stop))
+    return row.generation()
 
 
 def assert_alone(request, listener):

@@ -24,7 +24,7 @@ TOKENIZER = byte_tokenizer()
 # The test servers do not use TLS. Without this context httpx reads the machine's certificates with every
 # request, which takes 40 ms.
 PLAIN = {"verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "trust_env": False, "timeout": 60}
-get, post = functools.partial(httpx.get, **PLAIN), functools.partial(httpx.post, **PLAIN)
+get, head, post = (functools.partial(call, **PLAIN) for call in (httpx.get, httpx.head, httpx.post))
 SAMPLING = ["sampling.temperature=1.0", "sampling.base_temperature=1.0", "sampling.sample_mode=par"]
 
 

@@ -40,7 +40,7 @@ def locked(folder):
 
 @contextlib.contextmanager
 def slow_server(folder, *arguments):
-    """A server with a slow proposal and room for two answers at once and three that wait."""
+    """A server with a slow proposal and room for two answers of a client at once and three that wait."""
     load = checkpoints.load_model
 
     def load_slowly(source, *args, **kwargs):
@@ -48,7 +48,7 @@ def slow_server(folder, *arguments):
         model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
         return model
 
-    bounds = ["engine.max_rows=2", "engine.max_waiting=3", "limits.choices=2"]
+    bounds = ["engine.max_rows=4", "engine.max_waiting=6", "limits.choices=2"]
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoints, "load_model", load_slowly)

@@ -25,6 +25,8 @@ def test_document_describes_every_endpoint(server):
         "/v1/models/{name}",
         "/v1/chat/completions",
         "/v1/completions",
+        "/tokenize",
+        "/detokenize",
         "/admin/aligners",
         "/admin/aligners/{name}",
     }

@@ -39,14 +39,24 @@ def test_stream_ends_with_the_text_of_generate(pair):
 
 
 def test_sampling_settings_of_a_request_are_used(pair):
-    """A temperature near 0 means argmax; PAR's own keys are accepted too."""
+    """A temperature near 0 means argmax of the whole pair; PAR's own keys are accepted too."""
     assert request_params(PARAMS, {"temperature": 1e-6, "top_k": 3}) == PARParams(
-        sample_mode="par", temperature=0.0, top_k=3, base_temperature=1.0
+        sample_mode="par", temperature=0.0, top_k=3, base_temperature=0.0
     )
-    greedy = {"temperature": 0.0, "base_temperature": 0.0}
+    own = {"temperature": 0, "base_temperature": 0.9}
+    assert request_params(PARAMS, own) == PARParams("par", temperature=0, base_temperature=0.9)
+    greedy = {"temperature": 0.0}
     assert len({stream(pair, seed=seed, **greedy)[-1]["text"] for seed in range(3)}) == 1
     with pytest.raises(ValueError, match="sample_mode='best'"):
         stream(pair, sample_mode="best")
+
+
+def test_settings_are_the_proposals_if_it_answers_alone(pair):
+    """They had no effect: FastChat's temperature was the aligner's, which there was not."""
+    alone = PairModel(pair.proposal, None, PARAMS)
+    assert len({stream(alone, seed=seed, temperature=0)[-1]["text"] for seed in range(3)}) == 1
+    hot = stream(alone, seed=1, temperature=1.7)[-1]["text"]
+    assert hot == stream(alone, seed=1, base_temperature=1.7)[-1]["text"] != stream(alone, seed=1)[-1]["text"]
 
 
 def scripted(text):

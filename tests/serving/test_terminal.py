@@ -107,7 +107,9 @@ def test_commands(models):
 
 def test_refused_question_is_not_remembered(models):
     dialogue, output = chat(models, "x" * 9000, "hi")
-    assert "not answered: a dialogue of" in output and [user for user, _ in dialogue.turns] == [True, False]
+    assert "not answered: the last message does not fit" in output and [
+        user for user, _ in dialogue.turns
+    ] == [True, False]
 
 
 def test_tokens_outside_common_blocks_are_marked(models, monkeypatch):

@@ -13,10 +13,13 @@ import torch
 from ram.data.tokenization import encode_prompts
 from ram.decoding.generation import decode_rows
 from ram.decoding.par import PARParams
-from ram.decoding.rows import ShownText, StopWatch
+from ram.serving.bounds import of_proposal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+LEAST_TEMPERATURE = 1e-4  # FastChat requests argmax by a smaller one
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,17 @@ class PairModel:
 def request_params(params: PARParams, request: dict[str, Any]) -> PARParams:
     """Return `params` with the values of all PARParams keys in a request.
 
+    Temperature 0 makes the whole pair greedy, unless the request gives the proposal's too.
+
     Raises:
         ValueError: A value is out of range.
     """
     values = {key: request[key] for key in PARParams.field_names() if request.get(key) is not None}
     for key in ("temperature", "base_temperature"):
-        if key in values and 0 <= values[key] < 1e-4:  # FastChat requests argmax by a small temperature
+        if key in values and 0 <= values[key] < LEAST_TEMPERATURE:
             values[key] = 0.0
+    if values.get("temperature") == 0:
+        values.setdefault("base_temperature", 0.0)
     return replace(params, **values)
 
 
@@ -89,7 +96,8 @@ def generate_stream(
         ValueError: A setting is out of range, or there is no room for a prompt.
     """
     del device, judge_sent_end
-    law, new = request_params(model.params, params), int(params.get("max_new_tokens", 256))
+    request = of_proposal(params) if model.aligner is None else params
+    law, new = request_params(model.params, request), int(params.get("max_new_tokens", 256))
     if not 0 < new < context_len:
         raise ValueError(f"max_new_tokens={new}: expected between 1 and context_len - 1 = {context_len - 1}")
     stop = params.get("stop") or []
@@ -106,13 +114,14 @@ def generate_stream(
         seed=int(params.get("seed") or 0),
         stop=stop,
         stop_token_ids=params.get("stop_token_ids") or (),
+        continued=echo,
     )
-    shown = ShownText(StopWatch(tokenizer, stop))
     sent_text = ""
     sent = 0  # tokens
     for row in rows:
-        shown.more(row.shown_ids, row.finish is not None)
-        text, new = shown.shown, len(row.ids) - sent
+        whole = row.text.text if row.finish is None else row.text.finish()
+        count = row.text.settled()
+        text, new = whole[: row.text.ends[count - 1]] if count else "", len(row.ids) - sent
         if row.finish is None and (text == sent_text or new < stream_interval):
             continue
         sent_text, sent = text, len(row.ids)

@@ -35,10 +35,11 @@ from ram.decoding.par import PARParams
 from ram.decoding.requests import EngineError, TooLong, UnknownAligner
 from ram.errors import UserError, nearest
 from ram.log import log
+from ram.serving import bounds
 from ram.serving.guard import HUNG_UP, Guard
 from ram.serving.loop import Busy, Done
 from ram.serving.metrics import Metrics
-from ram.serving.protocol import LAW_OF_ONE, ApiError
+from ram.serving.protocol import ApiError
 from ram.serving.registry import Models, Served
 from ram.serving.responses import Gone, Running, answer_json, to_json, while_connected
 from ram.settings.serving import Settings, is_loopback
@@ -127,7 +128,9 @@ def failure(error: Exception) -> dict[str, Any]:
     return {"text": str(error), "error_code": int(code)}
 
 
-def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[list[decoding.Request], str]:
+def to_request(
+    models: Models, params: dict[str, Any], served: Served, client: str
+) -> tuple[list[decoding.Request], str]:
     """Turn a request of FastChat's protocol into requests for the engine.
 
     Returns:
@@ -141,7 +144,7 @@ def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[
         raise ValueError("prompt: expected a text")
     law = {key: params[key] for key in PARParams.field_names() if params.get(key) is not None}
     if served.aligner is None:
-        law |= {f"base_{key}": law.pop(key) for key in LAW_OF_ONE if key in law}
+        law = bounds.of_proposal(law)
     stop = params.get("stop") or []
     stop = [text for text in ([stop] if isinstance(stop, str) else stop) if text]
     if not all(isinstance(text, str) for text in stop):
@@ -151,13 +154,23 @@ def to_request(models: Models, params: dict[str, Any], served: Served) -> tuple[
         raise ValueError("stop_token_ids: expected a list of token ids")
     limit = params.get("max_new_tokens")
     limit = models.usual if limit is None else int(limit)
-    room = models.max_length - len(models.encode_text(prompt, served.add_bos))
-    new = min(limit, max(room, models.usual))  # FastChat asks for more tokens than fit
-    ids = models.encode_cut(prompt, new, served.add_bos)
+    ids = models.encode_rendered(prompt, min(limit, models.usual), served.add_bos)
+    new = min(limit, models.max_length - len(ids))  # FastChat asks for more tokens than fit
     seed = params.get("seed", models.settings.config.seed)
     seed = secrets.randbits(32) if seed is None else int(seed)
-    requests = models.requests(served, [ids], models.law(law), new, seed, stop, stop_token_ids=stop_ids)
-    return requests, prompt if params.get("echo", True) else ""
+    echo = bool(params.get("echo", True))
+    requests = models.requests(
+        served,
+        [ids],
+        models.law(law),
+        new,
+        seed,
+        stop,
+        stop_token_ids=stop_ids,
+        continued=echo,
+        client=client,
+    )
+    return requests, prompt if echo else ""
 
 
 async def growing(running: Running, shown: str) -> AsyncIterator[dict[str, Any]]:
@@ -199,24 +212,24 @@ def create_worker(models: Models) -> Guard:
     """Make the worker's ASGI application."""
     config = models.settings.config
 
-    async def items(params: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def items(params: dict[str, Any], client: str) -> AsyncIterator[dict[str, Any]]:
         try:
             served = models.find(str(params.get("model")))
-            requests, shown = await asyncio.to_thread(to_request, models, params, served)
+            requests, shown = await asyncio.to_thread(to_request, models, params, served, client)
             async for item in growing(Running(models.engine, requests, streamed=True), shown):
                 yield item
         except (EngineError, ApiError, ValueError, TypeError, OverflowError) as error:
             yield failure(error)
 
     async def generate_stream(request: Request) -> Response:
-        return Items(items(await read(request)), config.limits.seconds)
+        return Items(items(await read(request, models), request.scope["ram.client"]), config.limits.seconds)
 
     async def generate(request: Request) -> Response:
         async def last() -> dict[str, Any]:
             async with asyncio.timeout(config.limits.seconds):
-                return [item async for item in items(params)][-1]
+                return [item async for item in items(params, request.scope["ram.client"])][-1]
 
-        params = await read(request)
+        params = await read(request, models)
         try:
             return answer_json(await while_connected(request.receive, last()))
         except TimeoutError:
@@ -228,13 +241,17 @@ def create_worker(models: Models) -> Guard:
         return answer_json(status(models))
 
     async def count_token(request: Request) -> Response:
-        prompt = str((await read(request)).get("prompt", ""))
-        ids = await asyncio.to_thread(models.encode_text, prompt, False)
+        prompt = str((await read(request, models)).get("prompt", ""))
+        try:
+            ids = await asyncio.to_thread(models.encode_text, prompt, False)
+        except TooLong:  # FastChat only asks whether it fits
+            return answer_json({"count": len(prompt) // bounds.TOKEN_CHARACTERS + 1, "error_code": 0})
         return answer_json({"count": len(ids), "error_code": 0})
 
     async def conversation(request: Request) -> Response:
         template = dataclasses.asdict(prompts.conversation_template(config.template))
-        return answer_json({"conv": template | {"sep_style": int(template["sep_style"])}})
+        changed = {"sep_style": int(template["sep_style"]), "stop_token_ids": models.template_stop_ids}
+        return answer_json({"conv": template | changed})
 
     async def details(request: Request) -> Response:
         return answer_json({"context_length": models.max_length})
@@ -262,7 +279,7 @@ def create_worker(models: Models) -> Guard:
     return Guard(app, open_to_all, Metrics())
 
 
-async def read(request: Request) -> dict[str, Any]:
+async def read(request: Request, models: Models) -> dict[str, Any]:
     """Read the JSON object in a request's body; raise ApiError if it is not one."""
     try:
         body = from_json(await request.body(), allow_inf_nan=False)
@@ -270,6 +287,10 @@ async def read(request: Request) -> dict[str, Any]:
         body = None
     if not isinstance(body, dict):
         raise ApiError(400, "expected a JSON object", "invalid_body")
+    try:
+        bounds.check_lists(body, models.settings.config.limits, models.max_length)
+    except EngineError as error:
+        raise ApiError(400, str(error), "invalid_value") from None
     return body
 
 
@@ -281,10 +302,26 @@ def run_fastchat(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] not in SERVERS:
         hint = nearest(arguments[0] if arguments else "", SERVERS)
         raise UserError(f"fastchat {' '.join(arguments[:1])}: expected one of its servers. {hint}")
+    arguments = closed(arguments)
     patch_fastchat()
     name = f"fastchat.serve.{arguments[0]}"
     sys.argv = [name, *arguments[1:]]
     runpy.run_module(name, run_name="__main__")
+
+
+def closed(arguments: Sequence[str]) -> list[str]:
+    """Add the arguments that let a server of FastChat listen on loopback, and admit no other page's scripts.
+
+    Arguments that the user gives stay.
+    """
+    given = {argument.partition("=")[0] for argument in arguments}
+    defaults = {"--host": "127.0.0.1"}
+    if arguments[0] == "openai_api_server":
+        defaults["--allowed-origins"] = "[]"
+    return [
+        *arguments,
+        *(part for key, value in defaults.items() if key not in given for part in (key, value)),
+    ]
 
 
 def patch_fastchat() -> None:
