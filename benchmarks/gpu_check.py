@@ -30,6 +30,7 @@ from ram.decoding import generation
 from ram.decoding.par import PARParams
 from ram.log import pick_device
 from ram.models import checkpoints
+from ram.models.small import id_tokenizer
 from ram.settings import compose
 from ram.settings.schema import settings_of
 from ram.training import logps, losses, packing
@@ -145,24 +146,9 @@ def decoded(
 ) -> list[generation.Generation]:
     """Answers of exactly `new_tokens` tokens; a pair of one model decodes with it alone."""
     proposal, aligner = (*pair, None)[:2]
-    tokenizer: Any = Vocabulary(pair[0].config.vocab_size)
+    tokenizer = id_tokenizer(pair[0].config.vocab_size)
     settings = {"max_new_tokens": new_tokens, "batch_size": len(prompts)} | settings
     return generation.generate(proposal, aligner, tokenizer, prompts, params, **settings)
-
-
-class Vocabulary:
-    """The part of a tokenizer that decoding token ids needs: no EOS, and no texts."""
-
-    eos_token_id, pad_token_id, padding_side = None, 0, "left"
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def decode(self, ids: list[int], **settings: Any) -> str:
-        return ""
 
 
 # ---- figures -----------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 A pass gives the logits of all positions at once, so any number of schemes (modes, settings, one model alone)
 costs one pass. The plain loop (`reference`) computes the same distributions one position at a time.
 
-Shapes: R rows, T scored tokens of a row, N positions, V vocabulary (cut to the tokenizer's length).
+Shapes: R rows, T scored tokens of a row, N positions, V vocabulary (the ids that all models can draw).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ram.decoding.par import PARParams, next_token_law, wide
+from ram.decoding.par import NEG_INF, PARParams, next_token_law, wide
 from ram.decoding.rows import eos_token_ids
 from ram.errors import UserError
+from ram.models.abilities import is_own_family, keep
+from ram.models.vocabulary import Vocabulary, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,7 +123,7 @@ def score(
         By scheme and by row, in their order.
 
     Raises:
-        ValueError: if a prompt is empty or a model lacks rows for the vocabulary.
+        ValueError: if a prompt is empty or a model lacks a row for a token.
         UserError: if a distribution is not a number.
     """
     used = {name for scheme in schemes for name in (scheme.proposal, scheme.aligner)} | {anchor}
@@ -206,13 +208,14 @@ def positions_of(
 
     The tensors are on the first model's device. Raises ValueError as `score`.
     """
-    vocab_size = len(tokenizer)
-    for name, model in models.items():
-        if model.config.vocab_size < vocab_size:
-            raise ValueError(
-                f"{name} has {model.config.vocab_size} vocabulary rows, the tokenizer {vocab_size} tokens: "
-                "they do not belong together"
-            )
+    ids_known = vocabulary(tokenizer, *models.values())
+    vocab_size = ids_known.size
+    highest = max((max(part) for row in rows for part in row if len(part)), default=-1)
+    if highest >= vocab_size:
+        raise ValueError(
+            f"a row has the token id {highest}, but a model has {vocab_size} vocabulary rows: they do not "
+            "belong together"
+        )
     if empty := [index for index, row in enumerate(rows) if not len(row.prompt_ids)]:
         raise ValueError(f"row {empty[0]} has no context: scoring needs at least one token before the first")
     device = next(iter(models.values())).device
@@ -228,7 +231,9 @@ def positions_of(
             ids[line, : len(row)] = torch.as_tensor(row)
         first_seen = _first_places(ids, vocab_size).to(device) if needs_seen else None
         width = max(1, most_logits // (vocab_size * len(batch)))
-        for column, logits in _windows(models, ids[:, :-1], int(starts.min()) - 1, width, vocab_size):
+        if not all(map(is_own_family, models.values())):
+            width = ids.shape[1]  # one pass without a cache, which is right for all models
+        for column, logits in _windows(models, ids[:, :-1], int(starts.min()) - 1, width, ids_known):
             places = column + torch.arange(next(iter(logits.values())).shape[1])
             steps = places + 1 - starts.unsqueeze(1)
             lines, offsets = torch.nonzero((steps >= 0) & (steps < counts.unsqueeze(1)), as_tuple=True)
@@ -273,7 +278,7 @@ def _batches(rows: Sequence[Row], most_positions: int) -> Iterator[list[int]]:
 
 
 def _windows(
-    models: Mapping[str, "PreTrainedModel"], ids: torch.Tensor, first: int, width: int, vocab_size: int
+    models: Mapping[str, "PreTrainedModel"], ids: torch.Tensor, first: int, width: int, ids_known: Vocabulary
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Yield each model's logits (R, W, V) of the columns from `first` on, with the first of these columns.
 
@@ -296,11 +301,13 @@ def _windows(
             output = model(
                 input_ids=ids[:, start:end].to(model.device),
                 use_cache=len(ends) > 1,
-                logits_to_keep=end - column,
+                **keep(model, end - column),
                 **cache,
             )
-            # Rows beyond the tokenizer are padding of the embedding; they name no token.
-            logits[name] = output.logits[..., :vocab_size]
+            # Rows beyond the tokenizer are padding of the embedding; they name no token, and neither do gaps.
+            wanted = output.logits[:, column - end :, : ids_known.size]
+            unused = torch.tensor(ids_known.unused, dtype=torch.int64, device=wanted.device)
+            logits[name] = wanted.index_fill(-1, unused, NEG_INF) if ids_known.unused else wanted
         yield column, logits
         start = end
 

@@ -25,6 +25,7 @@ from ram.evaluation.context import EvaluationContext
 from ram.evaluation.systems import System
 from ram.log import log, pick_device, progress
 from ram.models import checkpoints
+from ram.models.vocabulary import vocabulary
 from ram.storage.files import fingerprint, read_rows
 from ram.storage.provenance import is_made_from, write_marked
 
@@ -259,13 +260,11 @@ def _system_figures(
     for start in progress(range(0, len(rows), AT_ONCE), desc=f"{system.name}: likelihood", unit="chunk"):
         chunk = rows[start : start + AT_ONCE]
         scored += zip(*scoring.score(models, tokenizer, chunk, every, anchor=base_role), strict=True)
-    figures = []
+    found = vocabulary(tokenizer, *models.values())
+    figures, size = [], found.size - len(found.unused)
     for place, (row_id, _) in enumerate(context.rows):
         base, *own = scored[place]
-        laws = {
-            name: _sums(scores, base.logprobs, len(tokenizer))
-            for name, scores in zip(schemes, own, strict=True)
-        }
+        laws = {name: _sums(scores, base.logprobs, size) for name, scores in zip(schemes, own, strict=True)}
         row = {"row": row_id, "tokens": len(base.logprobs), "bytes": tokens.bytes[place], "laws": laws}
         if tokens.worse:
             base, first, *_ = scored[len(tokens.targets) + place]

@@ -6,9 +6,12 @@ quantised or sharded weights. Layers are kept up to the first that repeats no ea
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 POSITIONS = 128  # more than the rows of a check have tokens
 VOCABULARY = 96
@@ -225,3 +228,13 @@ def small_model(kind: Any, config: Any, attention: str) -> Any:
             else:
                 weight.add_(0.1 * noise)
     return model.eval()
+
+
+def id_tokenizer(size: int) -> "PreTrainedTokenizerFast":
+    """Make a tokenizer for models without text: its tokens are the numbers below `size`, and none is EOS."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = WordLevel({str(token): token for token in range(size)}, unk_token="0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from ram.errors import UserError
 from ram.log import log, quiet_transformers, setup_logging
 from ram.models import abilities
 from ram.models.abilities import TOLERANCE, distance, whole_logits, whole_objection
-from ram.models.small import IDS, VOCABULARY, NoSmallModel, small_config, small_model
+from ram.models.small import IDS, VOCABULARY, NoSmallModel, id_tokenizer, small_config, small_model
 from ram.storage.files import replacing
 from ram.training import logps, passes
 
@@ -116,7 +116,7 @@ def _refused(model: Any) -> bool:
     attempts = (
         lambda: passes.pick([model], LONGEST),
         lambda: generation.generate(
-            model, None, cast(Any, Ids()), [[8] * LONGEST], PARParams(), max_new_tokens=1
+            model, None, id_tokenizer(VOCABULARY), [[8] * LONGEST], PARParams(), max_new_tokens=1
         ),
     )
     for attempt in attempts:
@@ -166,7 +166,7 @@ def decoding_fault(model: Any) -> str:
     expected = [_whole_answer(model, prompt, row, params) for row, prompt in enumerate(prompts)]
     for speculative in (True, False):
         settings = {"max_new_tokens": NEW, "speculative": speculative}
-        answers = generation.generate(model, None, cast(Any, Ids()), prompts, params, **settings)
+        answers = generation.generate(model, None, id_tokenizer(VOCABULARY), prompts, params, **settings)
         for answer, own in zip(answers, expected, strict=True):
             if answer.token_ids != own[: len(answer.token_ids)]:
                 return f"speculative={str(speculative).lower()} gives other tokens than whole forwards"
@@ -182,21 +182,6 @@ def _whole_answer(model: Any, prompt: Sequence[int], row: int, params: PARParams
         noise = gumbel_noise(0, torch.tensor([row]), torch.tensor([step]), law.shape[-1])
         ids.append(int((law.double() + noise).argmax()))
     return ids[len(prompt) :]
-
-
-class Ids:
-    """A tokenizer for models without text: token ids below VOCABULARY, and no EOS."""
-
-    eos_token_id = None
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-    def get_vocab(self) -> dict[str, int]:
-        return {str(index): index for index in range(VOCABULARY)}
-
-    def decode(self, ids: Sequence[int], **_: Any) -> str:
-        return " ".join(map(str, ids))
 
 
 def _line(error: Exception) -> str:

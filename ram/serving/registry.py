@@ -17,14 +17,13 @@ from ram.data import prompts
 from ram.data.text import spelling
 from ram.data.tokenization import encode
 from ram.decoding.par import PARParams
-from ram.decoding.requests import BadRequest, Request, TooLong, UnknownAligner
+from ram.decoding.requests import LAW_OF_ONE, BadRequest, Request, TooLong, UnknownAligner
 from ram.decoding.scoring import RAW
 from ram.errors import UserError
 from ram.log import log, pick_device
 from ram.models import checkpoints, run_folder
 from ram.models.abilities import max_positions
 from ram.serving import bounds
-from ram.serving.bounds import LAW_OF_ONE
 from ram.serving.fastchat.stream import request_params
 from ram.serving.loop import EngineThread
 from ram.settings import serving

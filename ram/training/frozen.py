@@ -23,6 +23,7 @@ from ram.data.tokenization import TokenizedDataset
 from ram.errors import UserError
 from ram.log import log, progress
 from ram.models import checkpoints
+from ram.models.vocabulary import vocabulary
 from ram.storage.files import fingerprint, replacing, write_json
 from ram.training.logps import Answers, has_linear_head
 from ram.training.losses import IGNORE_INDEX
@@ -174,8 +175,8 @@ def open_proposal(
         cache_dir: folder of the files; None lets the proposal run along.
     """
     proposal = checkpoints.load_model(source, dtype, device)
-    rows = [len(tokenizer), aligner.config.vocab_size, proposal.config.vocab_size]
-    running = FrozenProposal(proposal, min(rows), checkpoints.pad_id(tokenizer))
+    size = vocabulary(tokenizer, aligner, proposal).size
+    running = FrozenProposal(proposal, size, checkpoints.pad_id(tokenizer))
     if cache_dir is None:
         return running
     weights = checkpoints.weights_fingerprint(source)

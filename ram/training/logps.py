@@ -352,11 +352,10 @@ def alone_logps(
     proposal: "FrozenProposal | None" = None,
 ) -> Answers:
     """Compute the same as `padded_logps` from a forward pass per row, for models that padding changes."""
+    negatives = [None if drawn is None else [drawn[index]] for index in range(len(rows))]
     parts = [
-        padded_logps(
-            model, data, [row], answers, pad_id, None if drawn is None else [drawn[i]], False, proposal
-        )
-        for i, row in enumerate(rows)
+        padded_logps(model, data, [row], answers, pad_id, own, False, proposal)
+        for row, own in zip(rows, negatives, strict=True)
     ]
     sums = {key: torch.cat([own[key] for own, _ in parts]) for key in parts[0][0]}
     return sums, {answer: [size for _, own in parts for size in own[answer]] for answer in answers}

@@ -13,6 +13,7 @@ from ram.decoding import generation, reference, scoring
 from ram.decoding.par import PARParams
 from ram.decoding.scoring import RAW, Row, Scheme
 from ram.errors import UserError
+from ram.models.small import id_tokenizer
 
 VOCAB = len(LETTERS)
 SCORED = [name for name in CASES if name != "snis"]
@@ -146,7 +147,7 @@ def test_large_vocabularies_are_scored_in_windows():
     """V = 128,256: no tensor holds all positions at once, and the scores equal the whole pass."""
     model = tiny_model(128_256, 3, hidden=4)
     ids = torch.randint(0, 128_000, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    tokenizer = type("Long", (), {"__len__": lambda self: 128_256, "eos_token_id": 2})()
+    tokenizer = id_tokenizer(128_256)
     widths = []
     handle = model.register_forward_hook(lambda *args: widths.append(args[-1].logits.shape[1]))
     with pytest.MonkeyPatch.context() as patch:
@@ -168,7 +169,7 @@ def test_impossible_requests_are_refused(models):
     with pytest.raises(ValueError, match="row 1 has no context"):
         scoring.score(models, LETTERS, [Row([1], [2]), Row([], [2])], [Scheme()])
     with pytest.raises(ValueError, match="do not belong together"):
-        scoring.score({"proposal": tiny_model(3, 1)}, LETTERS, [Row([1], [2])], [Scheme(aligner=None)])
+        scoring.score({"proposal": tiny_model(3, 1)}, LETTERS, [Row([1], [3])], [Scheme(aligner=None)])
     damaged = tiny_model(VOCAB, 1)
     with torch.no_grad():
         damaged.lm_head.weight[0] = math.nan

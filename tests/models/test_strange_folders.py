@@ -13,7 +13,7 @@ from ram.data.tokenization import encode, tokenizer_fingerprint
 from ram.decoding import generation
 from ram.decoding.par import PARParams
 from ram.errors import UserError
-from ram.models import checkpoints, survey, vocabulary
+from ram.models import checkpoints, small, survey, vocabulary
 from ram.settings import recipes
 from utils import TABLES
 
@@ -77,7 +77,9 @@ def test_composite_models_decode():
     assert "vocab_size" not in vars(model.config)
     for speculative in (True, False):
         settings = {"max_new_tokens": 2, "speculative": speculative}
-        (answer,) = generation.generate(model, None, survey.Ids(), [[9, 10]], PARParams(), **settings)
+        (answer,) = generation.generate(
+            model, None, small.id_tokenizer(small.VOCABULARY), [[9, 10]], PARParams(), **settings
+        )
         assert len(answer.token_ids) == 2
 
 

@@ -13,7 +13,7 @@ import torch
 from ram.data.tokenization import encode_prompts
 from ram.decoding.generation import decode_rows
 from ram.decoding.par import PARParams
-from ram.serving.bounds import of_proposal
+from ram.decoding.requests import of_proposal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -32,7 +32,7 @@ from starlette.types import Receive, Scope, Send
 from ram.data import prompts
 from ram.decoding import requests as decoding
 from ram.decoding.par import PARParams
-from ram.decoding.requests import EngineError, TooLong, UnknownAligner
+from ram.decoding.requests import EngineError, TooLong, UnknownAligner, of_proposal
 from ram.errors import UserError, nearest
 from ram.log import log
 from ram.serving import bounds
@@ -144,7 +144,7 @@ def to_request(
         raise ValueError("prompt: expected a text")
     law = {key: params[key] for key in PARParams.field_names() if params.get(key) is not None}
     if served.aligner is None:
-        law = bounds.of_proposal(law)
+        law = of_proposal(law)
     stop = params.get("stop") or []
     stop = [text for text in ([stop] if isinstance(stop, str) else stop) if text]
     if not all(isinstance(text, str) for text in stop):
