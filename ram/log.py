@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,6 +42,16 @@ def setup_logging(log_file: Path | None = None) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # transformers shows a bar for every model it loads; the project's own bars cover slow steps.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def redacted(text: str) -> str:
+    """Return a text without the user names and passwords of the URLs in it."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
+def printable(text: str) -> str:
+    """Return one line of text from elsewhere, with what could command a terminal replaced."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def quiet_transformers() -> None:

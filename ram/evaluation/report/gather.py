@@ -99,6 +99,7 @@ def gather(context: EvaluationContext) -> dict[str, Any]:
         f"{context.task}, seed {config.seed}, judge {config.judge.name}, answers compared with "
         f"{config.evaluation.reference}."
     ]
+    notes += tables.warnings(context.board)
     notes += [warning for row in context.board if (warning := statistics.gate_warning(row))]
     figures = {
         name: influence.read_figures(system.output, context.job(name)) for name, system in systems.items()
