@@ -27,13 +27,13 @@ from ram.data.catalogue import hub_cache
 from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.errors import UserError, run_entry_point
-from ram.log import log, pick_dtype
+from ram.log import log, pick_dtype, redacted
 from ram.models import checkpoints, run_folder
 from ram.settings import recipes
 from ram.settings.checks import nested
 from ram.settings.schema import settings_of
 from ram.storage import provenance
-from ram.storage.files import BadRows, only_run, set_aside
+from ram.storage.files import BadRows, only_run, set_aside, write_text
 from ram.training import resume
 from ram.training.losses import LOSSES
 from trainers import BasicTrainer, pick_trainer
@@ -97,7 +97,7 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
             run_folder.clear_run(run_dir)
             resume.clear(run_dir)
         bad.report(run_dir / run_folder.BAD_ROWS)
-        OmegaConf.save(OmegaConf.create(nested(config)), run_dir / "config.yaml")
+        write_text(run_dir / "config.yaml", redacted(OmegaConf.to_yaml(OmegaConf.create(nested(config)))))
     processes.barrier()
     metrics = trainer.train(state)
     if not config.debug and processes.is_rank0():
