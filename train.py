@@ -31,13 +31,13 @@ from ram.data.catalogue import hub_cache
 from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.errors import UserError, run_entry_point
-from ram.log import brief, labelled, log, log_path, notice, pick_device, pick_dtype, use_console
+from ram.log import brief, labelled, log, log_path, notice, pick_device, pick_dtype, redacted, use_console
 from ram.models import checkpoints, hub, lora, run_folder, vocabulary
 from ram.settings import recipes
 from ram.settings.checks import nested
 from ram.settings.schema import settings_of
 from ram.storage import provenance
-from ram.storage.files import BadRows, only_run, set_aside
+from ram.storage.files import BadRows, only_run, set_aside, write_text
 from ram.training import frozen, resume
 from ram.training.losses import LOSSES
 from trainers import BasicTrainer, pick_trainer
@@ -110,7 +110,7 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> str:
             run_folder.clear_run(run_dir)
             resume.clear(run_dir)
         bad.report(run_dir / run_folder.BAD_ROWS)
-        OmegaConf.save(OmegaConf.create(nested(config)), run_dir / "config.yaml")
+        write_text(run_dir / "config.yaml", redacted(OmegaConf.to_yaml(OmegaConf.create(nested(config)))))
     processes.barrier()
     metrics = trainer.train(state)
     if not config.debug and processes.is_rank0():

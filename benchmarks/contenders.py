@@ -28,14 +28,23 @@ class Bench:
     def __init__(self, proposal, aligner, tokenizer, prompts, params: PARParams, new_tokens: int) -> None:
         self.proposal, self.aligner, self.tokenizer = proposal, aligner, tokenizer
         self.prompts, self.params, self.new_tokens = prompts, params, new_tokens
+        self.compiled_forward = None
         tokenizer.padding_side = "left"
 
-    def generate(self, batch: int):
+    def generate(self, batch: int, longest: int | None = None, **settings):
+        """transformers' generate with the proposal alone, in fixed batches.
+
+        Args:
+            batch: rows of a batch.
+            longest: the length to pad every prompt to; None pads to the longest of its batch.
+            settings: further ones of generate.
+        """
         p, tokens, start = self.params, 0, time.perf_counter()
         eos, pad = self.tokenizer.eos_token_id, checkpoints.pad_id(self.tokenizer)
+        how = {"padding": "max_length", "max_length": longest} if longest else {"padding": True}
         for i in range(0, len(self.prompts), batch):
-            given = self.tokenizer.pad({"input_ids": self.prompts[i : i + batch]}, return_tensors="pt")
-            given = given.to(self.proposal.device)
+            prompts = {"input_ids": self.prompts[i : i + batch]}
+            given = self.tokenizer.pad(prompts, return_tensors="pt", **how).to(self.proposal.device)
             output = self.proposal.generate(
                 input_ids=given["input_ids"],
                 attention_mask=given["attention_mask"],
@@ -46,10 +55,26 @@ class Bench:
                 top_k=0,
                 pad_token_id=pad,
                 eos_token_id=eos,
+                **settings,
             )
             for row in output[:, given["input_ids"].shape[1] :].tolist():
                 tokens += row.index(eos) + 1 if eos in row else len(row)
         return tokens, time.perf_counter() - start, None
+
+    def compiled(self, batch: int):
+        """generate with a static cache and a compiled forward. All shapes are equal: a warm-up compiles."""
+        if self.compiled_forward is None:
+            self.compiled_forward = torch.compile(self.proposal.forward)
+        self.proposal.forward = self.compiled_forward
+        try:
+            longest = max(map(len, self.prompts))
+            return self.generate(batch, longest, cache_implementation="static", disable_compile=True)
+        finally:
+            del self.proposal.forward
+
+    def assisted(self, batch: int):
+        """Assisted generation with the aligner as assistant, which takes one row at a time."""
+        return self.generate(1, assistant_model=self.aligner)
 
     @torch.inference_mode()
     def published(self, batch: int):

@@ -7,6 +7,7 @@ and above: one line per stage, warnings and results.
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -94,6 +95,16 @@ def labelled(label: str) -> Iterator[None]:
         yield
     finally:
         _console["label"] = before
+
+
+def redacted(text: str) -> str:
+    """Return a text without the user names and passwords of the URLs in it."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
+def printable(text: str) -> str:
+    """Return one line of text from elsewhere, with what could command a terminal replaced."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def quiet_transformers() -> None:

@@ -114,6 +114,16 @@ def test_eval_ours_evaluates_the_eight_settings(small_world, tmp_path):
     assert len(settings) == 8 and {row["judge"] for row in rows} == {"dummy"}
     for row in rows:
         assert 0 <= float(row["win_rate_low"]) <= float(row["win_rate"]) <= float(row["win_rate_high"]) <= 1
+    # Tiny models judged by their length are not taken for the paper's.
+    report, warning = (
+        small_world / "out" / "report" / "llama_uc",
+        "warning: judge=dummy prefers the longer answer",
+    )
+    assert warning in result.stdout and warning in (report / "report.html").read_text()
+    assert (report / "leaderboard.md").read_text().startswith(warning)
+    paper = (report / "paper_table.md").read_text()
+    assert "not comparable: the published figures" in paper and "judged by dummy" in paper
+    assert "W.Up 8B |" not in paper and "is published as W.Up 8B" in paper
 
 
 def test_untrained_pairs_are_named_and_skipped(small_world, tmp_path):

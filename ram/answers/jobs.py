@@ -9,7 +9,7 @@ from ram.data.text import spelling
 from ram.data.tokenization import encode_prompts
 from ram.decoding.par import PARParams
 from ram.errors import UserError
-from ram.log import log, pick_device
+from ram.log import log, pick_device, redacted
 from ram.models import checkpoints, vocabulary
 from ram.settings.overrides import MODEL_KEYS
 from ram.storage.files import fingerprint
@@ -128,7 +128,10 @@ class AnswerJob:
         models: dict[str, Any] = {"proposal": proposal, "aligner": aligner}
         if settings.backend == "endpoint":
             server = settings.endpoint
-            models |= {"endpoint": server.model or list(server.urls), "endpoint.send": server.send}
+            models |= {
+                "endpoint": server.model or list(map(redacted, server.urls)),
+                "endpoint.send": server.send,
+            }
         return {
             **models,
             **self.pair.law(self.params),

@@ -24,12 +24,14 @@ class Load(NamedTuple):
         rows: their number.
         beside: tokens that the verifier reads for other rows and prompts.
         new: whether no row of the round has a token yet.
+        room: the most tokens that one of the rows can still get.
     """
 
     role: Role
     rows: int
     beside: int
     new: bool
+    room: int
 
 
 class DraftPolicy:
@@ -98,7 +100,9 @@ COSTS = {
 class Counted(DraftPolicy):
     """Decides by acceptance counts and the fixed table `COSTS`: the same command gives the same rounds."""
 
-    TRIAL = 16  # every so many rounds a model alone tries drafts, which width 1 tells nothing about
+    # Every so many rounds a model alone tries drafts, which width 1 tells nothing about. Rows with less room
+    # would not pay a trial back.
+    TRIAL = 16
 
     def width(self, load: Load) -> int:
         role, is_pair = load.role, load.role.is_pair
@@ -108,7 +112,7 @@ class Counted(DraftPolicy):
         costs = COSTS.get(verifier.pool.device.type, COSTS["cuda"])
         step = self.seconds(costs, drafter, load.rows)
         best = self.best(load, step, lambda tokens: costs.round + self.seconds(costs, verifier, tokens))
-        if best == 1 and not is_pair and self.rounds[is_pair] % self.TRIAL == 0:
+        if best == 1 and not is_pair and self.rounds[is_pair] % self.TRIAL == 0 and load.room > self.TRIAL:
             return 4
         return best
 

@@ -243,11 +243,13 @@ class Engine:
         new = not any(ticket.row.ids for ticket in tickets)
         beside = read + sum(ticket.unread for ticket in tickets if not ticket.row.ids)
         for is_pair in (True, False):
-            roles = [ticket.role for ticket in tickets if ticket.role.is_pair == is_pair]
+            own = [ticket for ticket in tickets if ticket.role.is_pair == is_pair]
+            roles = [ticket.role for ticket in own]
             role = next((role for role in roles if role.drafter is not None), None)
             if role is not None:
                 others = (len(tickets) - len(roles)) * widths[not is_pair]
-                widths[is_pair] = self.policy.width(Load(role, len(roles), beside + others, new))
+                room = max(ticket.end - len(ticket.tokens) for ticket in own)
+                widths[is_pair] = self.policy.width(Load(role, len(roles), beside + others, new, room))
         return widths
 
     def _leave(self, ticket: Ticket) -> None:
@@ -266,6 +268,6 @@ class Engine:
         events = ticket.row.events or []
         self.counts["accepted"] += ticket.row.accepted
         self.counts["drafted"] += len(events)
-        for event in (FELL_BACK, CHANGED):
-            self.counts[event] += events.count(event)
+        self.counts[FELL_BACK] += events.count(FELL_BACK)
+        self.counts[CHANGED] += ticket.row.changed
         ticket.role = ticket.role._replace(drafter=None)

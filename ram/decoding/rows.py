@@ -22,9 +22,11 @@ class Generation:
         text: the decoded answer without special tokens, cut before the first stop string.
         finish_reason: "stop" (EOS or a stop string) or "length".
         stats: proposal_forwards, aligner_forwards, drafted, accepted (drafts of the aligner that the pair's
-            law confirmed), fallback_fraction and changed_fraction (shares of its tokens), mean_kl (nats).
+            law confirmed), fallback_fraction and changed_fraction (shares of its tokens: those that fell
+            back; those that the proposal alone would not have drawn), mean_kl (nats).
         events: for a pair, one of "agreed" (the proposal alone would have drawn the same token with the same
-            noise), "changed" or "fell_back" per token; None if one model decodes alone.
+            noise), "changed" or, whatever was drawn then, "fell_back" per token; None if one model decodes
+            alone.
     """
 
     token_ids: list[int]
@@ -43,7 +45,7 @@ class DecodingRow:
         self.finish: str | None = None  # "stop" or "length" once it has ended
         self.events: list[str] | None = [] if pair else None
         self.kl_sum = 0.0
-        self.accepted = self.proposal_forwards = self.aligner_forwards = 0
+        self.accepted = self.changed = self.proposal_forwards = self.aligner_forwards = 0
 
     @property
     def stats(self) -> dict[str, float]:
@@ -55,7 +57,7 @@ class DecodingRow:
             "drafted": len(events),
             "accepted": self.accepted,
             "fallback_fraction": events.count(FELL_BACK) / n if n else 0.0,
-            "changed_fraction": events.count(CHANGED) / n if n else 0.0,
+            "changed_fraction": self.changed / n if n else 0.0,
             "mean_kl": self.kl_sum / n if n else 0.0,
         }
 
@@ -91,8 +93,9 @@ def append_token(
         )
     row.ids.append(token)
     if row.events is not None:
-        agreed = AGREED if report["as_proposal"][position] else CHANGED
-        row.events.append(FELL_BACK if report["fell_back"][position] else agreed)
+        event = AGREED if report["as_proposal"][position] else CHANGED
+        row.changed += event == CHANGED
+        row.events.append(FELL_BACK if report["fell_back"][position] else event)
         row.kl_sum += report["kl"][position]
         row.accepted += report["as_draft"][position]
     ended = token in ends or token in row.text.stop_ids

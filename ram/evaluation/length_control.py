@@ -35,15 +35,7 @@ def length_controlled(preferences: Sequence[float], differences: Sequence[float]
     if not d.std():
         return float(y.mean())
     x = np.stack([np.ones_like(y), np.tanh(d / d.std())], axis=1)
-    ridge = np.diag([1e-3, 1e-3]) * len(y)  # the optimum stays finite if one side always wins
-    weights = np.zeros(2)
-    for _ in range(50):  # Newton's method on a strictly convex function
-        p = sigmoid(x @ weights)
-        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + ridge, x.T @ (y - p) - ridge @ weights)
-        weights += step
-        if np.abs(step).max() < 1e-10:
-            break
-    return float(sigmoid(weights[0]))
+    return float(sigmoid(fit(x, y, np.ones_like(y), STRENGTHS[-1])[0]))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -6,20 +6,29 @@ from typing import Any
 import numpy as np
 
 from ram.data import toy_world
-from ram.decoding import rows as decoding_rows
 from ram.errors import UserError
 from ram.evaluation import length_control
 from ram.evaluation.judges.base import Judgement
 from ram.settings.overrides import system_override
 
+Z = 1.959963984540054  # the normal law's 97.5 % quantile
 
-def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean (Efron 1979)."""
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % score interval of the mean of values in [0, 1]; for 0 and 1 it is Wilson's (1927).
+
+    Wilson's variance p (1 - p) is the largest that values of mean p can have. Ties and soft preferences have
+    less, so it is multiplied by the share of it that was observed, with Z^2 rows of the largest variance
+    added: a few equal values are no certainty, neither at 0 and 1 nor between them.
+    """
     array = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(array), size=(resamples, len(array)))
-    low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
+    n, p = len(array), array.mean()
+    largest = p * (1 - p)
+    share = array.var() / largest if largest > 0 else 1.0
+    width = Z**2 * (n * share + Z**2) / (n + Z**2) / n
+    middle = (p + width / 2) / (1 + width)
+    half = np.sqrt(width * (largest + width / 4)) / (1 + width)
+    return max(float(middle - half), 0.0), min(float(middle + half), 1.0)
 
 
 def paired_difference(
@@ -27,7 +36,8 @@ def paired_difference(
 ) -> dict[str, float]:
     """Return the difference of two systems' win rates on the rows that have both judgements, and its p-value.
 
-    The test is the two-sided sign-flip test of the mean difference (Fisher 1935). Empty if no row has both.
+    The test is the two-sided sign-flip test of the mean difference (Fisher 1935). `p_floor` is the least
+    p-value that so many random flips can give. Empty if no row has both.
     """
     pairs = zip(ours, theirs, strict=True)
     both = [(a["preference"], b["preference"]) for a, b in pairs if "failed" not in a and "failed" not in b]
@@ -39,15 +49,14 @@ def paired_difference(
     for start in range(0, resamples, step):
         signs = rng.choice((-1.0, 1.0), size=(min(step, resamples - start), len(difference)))
         beyond += int((np.abs((signs * difference).mean(axis=1)) >= seen - 1e-12).sum())
-    return {"difference": float(difference.mean()), "p_value": (beyond + 1) / (resamples + 1)}
+    p_value, floor = ((count + 1) / (resamples + 1) for count in (beyond, 0))
+    return {"difference": float(difference.mean()), "p_value": p_value, "p_floor": floor}
 
 
 def summarise(
     judgements: Sequence[Judgement],
     answers: Sequence[dict],
     references: Sequence[str],
-    resamples: int,
-    seed: int,
 ) -> dict[str, Any]:
     """Return one system's figures, all rates as fractions.
 
@@ -57,8 +66,6 @@ def summarise(
         judgements: one per row; may have `correct`, `aligned`, `both` and `first`.
         answers: one per row, with text and, for a pair, statistics.
         references: the texts that the answers were compared with.
-        resamples: number of bootstrap samples.
-        seed: of the bootstrap.
 
     Raises:
         UserError: if all judgements failed.
@@ -80,9 +87,11 @@ def summarise(
     for key, values in shares.items():
         figures[key] = float(np.mean(values))
         if key in ("win_rate", "both"):
-            figures[f"{key}_low"], figures[f"{key}_high"] = bootstrap_interval(values, resamples, seed)
-    spread = np.std(shares["win_rate"], ddof=1) if len(judgements) > 1 else 0.0
-    figures["standard_error"] = float(spread / np.sqrt(len(judgements)))
+            figures[f"{key}_low"], figures[f"{key}_high"] = interval(values)
+    figures["standard_error"] = None  # one row tells nothing of it
+    if len(judgements) > 1:
+        spread = np.std(shares["win_rate"], ddof=1)
+        figures["standard_error"] = float(spread / np.sqrt(len(judgements)))
     figures["average_length"] = float(np.mean([len(answer["text"]) for answer in answers]))
     longer = differences(answers, references)
     figures["length_controlled"] = length_control.length_controlled(shares["win_rate"], longer)
@@ -121,12 +130,10 @@ def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
         return {}
     weighted = {
         key: sum(a["stats"][key] * a["n_tokens"] for a in pairs) / tokens
-        for key in ("fallback_fraction", "mean_kl")
+        for key in ("fallback_fraction", "changed_fraction", "mean_kl")
     }
-    drafted = sum(a["stats"]["drafted"] for a in pairs)
-    changed = sum(answer["events"].count(decoding_rows.CHANGED) for answer in pairs)
-    weighted["acceptance"] = sum(a["stats"]["accepted"] for a in pairs) / drafted
-    return weighted | {"changed_fraction": changed / tokens}
+    accepted, drafted = (sum(a["stats"][key] for a in pairs) for key in ("accepted", "drafted"))
+    return weighted | {"acceptance": accepted / drafted}
 
 
 def gate_warning(row: dict[str, Any]) -> str | None:

@@ -16,8 +16,8 @@ from ram.evaluation import ablations, likelihood, likelihood_figures, statistics
 from ram.evaluation.context import EvaluationContext
 from ram.evaluation.judges.base import Judgement
 from ram.evaluation.report import gather, wandb_run
-from ram.evaluation.systems import System, job_of
-from ram.log import labelled, log, notice
+from ram.evaluation.systems import System, job_of, sizes_of
+from ram.log import labelled, log, notice, redacted
 from ram.storage import provenance
 from ram.storage.files import fingerprint, read_rows, write_json, write_jsonl
 
@@ -69,6 +69,8 @@ def likelihood_columns(context: EvaluationContext) -> dict[str, dict[str, Any]]:
 
 def judge(context: EvaluationContext) -> None:
     """Judge every system's answers; judgements of the same inputs are read back."""
+    if context.judge.warning:
+        log.warning(context.judge.warning)
     for name, system in context.systems.items():
         context.judgements[name] = _judgements_of(context, system)
 
@@ -155,7 +157,12 @@ def leaderboard(context: EvaluationContext) -> None:
             f"{evaluation.dataset}/{task}, judge {config.judge.name}, against {evaluation.reference}, seed "
             f"{config.seed}. All figures in %."
         )
-        tables.write_paper_table(folder, context.board, systems, caption)
+        sizes = {name: sizes_of(context.systems, name) for name in systems if name in context.systems}
+        assert evaluation.dataset is not None  # the pipeline refuses an evaluation without a data set
+        differs = tables.differences_from_paper(
+            context.judge, evaluation.dataset, evaluation.reference, context.board
+        )
+        tables.write_paper_table(folder, context.board, systems, caption, sizes, differs)
     if evaluation.ablation:
         ablations.add_point(folder, task, context.board, config)
 
@@ -165,16 +172,17 @@ def _leaderboard_row(
 ) -> dict[str, Any]:
     """Return a system's figures and where they come from, also written beside its answers."""
     config = context.config
-    resamples, seed = config.evaluation.bootstrap, config.seed
+    seed = config.seed
     judgements, answers = context.judgements[system.name], context.answers[system.name]
     row: dict[str, Any] = {"system": system.name, "dataset": config.evaluation.dataset, "task": context.task}
-    row |= statistics.summarise(judgements, answers, context.references, resamples, seed)
+    row |= statistics.summarise(judgements, answers, context.references)
     if context.gamed:
         row |= statistics.alpaca_figures(judgements, answers, context.references, context.gamed)
     row |= statistics.style_shares(judgements) | likelihoods
     first = next(iter(context.systems))
     if system.name != first:
-        row |= statistics.paired_difference(judgements, context.judgements[first], resamples, seed)
+        flips = config.evaluation.bootstrap
+        row |= statistics.paired_difference(judgements, context.judgements[first], flips, seed)
         row["compared_with"] = first
     row |= {
         "judge": context.judge.name,
@@ -183,10 +191,12 @@ def _leaderboard_row(
         "seed": seed,
         "generator": system.generator,
         "settings": system.tag,
-        "command": f"python pipeline.py {' '.join(sys.argv[1:])}",
+        "command": redacted(f"python pipeline.py {' '.join(sys.argv[1:])}"),
         "commit": provenance.commit(),
         "date": f"{datetime.now():%Y-%m-%d}",
     }
+    if context.judge.warning:
+        row["warning"] = context.judge.warning
     tables.write_system_row(system.folder, row)
     return row
 

@@ -1,9 +1,12 @@
 """The systems of a leaderboard: their models, their decoding settings, and the folders of their answers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from ram.answers.jobs import AnswerJob, Pair
 from ram.data import prompts
@@ -145,6 +148,22 @@ def settings_tag(pair: Pair, settings: SamplingSettings, seed: int, corrected: s
     if corrected:
         decisive.append(corrected)
     return "_".join([*parts, fingerprint(decisive)[:8]])
+
+
+def sizes_of(systems: dict[str, System], name: str) -> list[int | None]:
+    """Return the number of weights of a system's models, its proposal's or what it corrects first."""
+    system = systems[name]
+    before = sizes_of(systems, system.corrects) if system.corrects else []
+    return [*before, *(weights_in(path) for path in (system.pair.proposal, system.pair.aligner) if path)]
+
+
+def weights_in(folder: str) -> int | None:
+    """Return the number of weights in a folder's files, None if it has none, as a name on the hub."""
+    total = 0
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return total or None
 
 
 def job_of(

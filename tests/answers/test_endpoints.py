@@ -157,7 +157,7 @@ def test_unreachable_server_ends_the_run_early(remote):
         "sampling.endpoint.concurrency=2",
         "sampling.endpoint.model=toy",
     )
-    with pytest.raises(UserError, match="the last 4 requests all failed .*refused"):
+    with pytest.raises(UserError, match="the last 4 requests all failed .*Refused"):
         sample(remote(*overrides, port=free_port()))
 
 

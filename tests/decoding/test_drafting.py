@@ -107,9 +107,9 @@ def test_another_model_may_draft_for_one_alone(role):
     assert sum(g.stats[key] for g in found) < 0.9 * sum(len(g.token_ids) for g in found)
 
 
-def load(is_pair=True, rows=1, new=False, drafter=None, verifier=None):
+def load(is_pair=True, rows=1, new=False, drafter=None, verifier=None, room=100):
     sources = ("verifier", "drafter") if is_pair else ("verifier", None)
-    return Load(Role(verifier, drafter, *sources), rows, 0, new)
+    return Load(Role(verifier, drafter, *sources), rows, 0, new, room)
 
 
 def test_clocked_width_follows_costs_and_agreement():
@@ -136,10 +136,10 @@ def test_counted_width_follows_sizes_and_agreement(served_model):
     """By its table a small drafter that agrees is worth long drafts, and one of equal size is not."""
     large, small = served_model(layers=24, parameters=1_000_000_000), served_model(2, 1_000_000)
 
-    def settle(drafter, agreed, is_pair=True):
+    def settle(drafter, agreed, is_pair=True, room=100):
         policy, widths = Counted(), []
         for _ in range(64):
-            width = policy.width(load(is_pair, 4, drafter=drafter, verifier=large))
+            width = policy.width(load(is_pair, 4, drafter=drafter, verifier=large, room=room))
             kept = 1 + sum(agreed**i for i in range(1, width))
             counts = {True: [0, 0], False: [0, 0]} | {is_pair: [kept, agreed * kept]}
             policy.learn(RoundResult(width, random.random(), random.random(), counts, []))
@@ -149,7 +149,8 @@ def test_counted_width_follows_sizes_and_agreement(served_model):
     assert settle(small, 0.95)[-1] >= 6 > settle(small, 0.5)[-1]
     assert settle(large, 0.3)[-1] == 1
     assert settle(small, 0.9) == settle(small, 0.9)  # the times of the rounds change nothing
-    assert 4 in settle(large, 0.0, is_pair=False)[-17:]  # a model alone goes on trying
+    assert 4 in settle(large, 0.0, is_pair=False)[-17:]  # a model alone goes on trying,
+    assert set(settle(large, 0.0, is_pair=False, room=16)[-40:]) == {1}  # if its answers can pay for it
 
 
 @pytest.fixture

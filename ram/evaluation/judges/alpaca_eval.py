@@ -38,8 +38,8 @@ Answers = list[dict[str, float] | RequestFailed]  # log-probabilities of m and M
 class AlpacaEvalJudge(endpoint.ServedJudge):
     """Uses AlpacaEval's prompt for helpfulness and `endpoint.QUESTION` for the other criteria.
 
-    Display order and the reading of log-probabilities are AlpacaEval's. Equal answers are a tie and are not
-    sent.
+    Display order and the weighting by log-probabilities are AlpacaEval's. So is its frame of triple quotes,
+    which an answer can forge. Equal answers are a tie and are not sent.
     """
 
     name: str = "alpaca_eval"
@@ -69,6 +69,11 @@ class AlpacaEvalJudge(endpoint.ServedJudge):
                 return [RequestFailed(failed[key]) if key in failed else saved.known[key] for key in keys]
 
             instructions = [row[self.instruction_key] for row in rows]
+            if template is not None:
+                columns = instructions, answers, references
+                instructions, answers, references = (
+                    [endpoint.enclosed(text) for text in column] for column in columns
+                )
             return evaluate(instructions, answers, references, template, servers.model(), send)
 
 
@@ -92,18 +97,11 @@ def contained() -> Iterator[None]:
 
 
 def read_logprobs(answer: dict[str, Any]) -> dict[str, float] | RequestFailed:
-    """Return the log-probabilities of m and M as the first token of a chat completion.
-
-    Returns RequestFailed if neither is among the tokens that the server lists: another try would not help.
-    """
-    content = (answer["choices"][0].get("logprobs") or {}).get("content") or [{}]
-    candidates = content[0].get("top_logprobs") or []
-    logprobs = {item["token"]: float(item["logprob"]) for item in candidates if item["token"] in ("m", "M")}
-    if not logprobs:
-        return RequestFailed(
-            "no log-probability of m or M; the server has to support logprobs and top_logprobs"
-        )
-    return logprobs
+    """Return the log-probabilities of m and M as the first token of a chat completion; none of 0."""
+    mass = endpoint.first_token(answer)
+    if isinstance(mass, RequestFailed):
+        return RequestFailed(f"{mass}; the server has to support logprobs and top_logprobs")
+    return {token: math.log(p) for token, p in mass.items() if p > 0}
 
 
 def evaluate(

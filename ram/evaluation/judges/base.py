@@ -26,6 +26,7 @@ class Judge:
     """Compares two answers to the same instruction. Its fields are the keys of its YAML file."""
 
     name: str
+    warning = ""  # a line for the log, the tables and the report; no setting
 
     def for_task(self, task: str) -> Self:
         """Return the judge with settings that depend on the task's name filled in."""

@@ -9,6 +9,7 @@ from ram.evaluation.judges.base import Judge, Judgement, Rows, Texts
 @dataclass(frozen=True)
 class DummyJudge(Judge):
     name: str = "dummy"
+    warning = "warning: judge=dummy prefers the longer answer and measures nothing: choose another judge"
 
     def compare(self, rows: Rows, answers: Texts, references: Texts, cache: Path) -> list[Judgement]:
         pairs = zip(map(len, answers), map(len, references), strict=True)

@@ -4,6 +4,7 @@ pairs of answers -> answers known from the cache -> requests for the others -> j
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal, Self
 from ram.answers.endpoints import Endpoints, Read, RequestFailed, Tally
 from ram.errors import UserError, pick
 from ram.evaluation.judges.base import Cache, Judge, Judgement, Rows, Texts
-from ram.log import log, progress
+from ram.log import log, progress, redacted
 from ram.settings.checks import Count, CountOrZero, NotNegative, Positive
 from ram.storage.files import fingerprint
 
@@ -98,7 +99,7 @@ class ServedJudge(Judge):
         return super().identity() | {"model": model, "criterion": self.criterion}
 
     def describe(self) -> str:
-        model = self.model or f"first of {' '.join(self.urls)}"
+        model = self.model or redacted(f"first of {' '.join(self.urls)}")
         return f"model {model}" + (f", criterion {self.criterion}" if self.criterion else "")
 
     def ask(self, servers: Endpoints, requests: dict[str, dict], cache: Cache, read: Read) -> dict[str, str]:
@@ -108,7 +109,7 @@ class ServedJudge(Judge):
             servers: open connections.
             requests: bodies of the chat protocol by cache key.
             cache: receives `read(answer)` of each answer.
-            read: parses an answer; an exception counts as a failed try.
+            read: parses an answer; an exception counts as a failed try, a RequestFailed as the last one.
 
         Returns:
             The reason of each request that failed, by key.
@@ -190,9 +191,9 @@ class EndpointJudge(ServedJudge):
                 for is_second in (True, False) if self.both_orders else (swap,):
                     text = QUESTION.format(
                         criterion=self.criterion_text,
-                        instruction=row[self.instruction_key],
-                        first=reference if is_second else answer,
-                        second=answer if is_second else reference,
+                        instruction=enclosed(row[self.instruction_key]),
+                        first=enclosed(reference if is_second else answer),
+                        second=enclosed(answer if is_second else reference),
                     )
                     body = {"model": model, "messages": [{"role": "user", "content": text}]}
                     body |= {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 5}
@@ -203,24 +204,46 @@ class EndpointJudge(ServedJudge):
         return [average(order, saved.known, failed) for order in orders]
 
 
-def read_preference(answer: dict[str, Any]) -> float:
+def enclosed(text: str) -> str:
+    """Return a text that cannot end the part of `QUESTION` that holds it, nor begin another."""
+    return re.sub(r"<(?=\s*/?\s*(output|instruction)\b)", "&lt;", text, flags=re.IGNORECASE)
+
+
+def first_token(answer: dict[str, Any]) -> dict[str, float] | RequestFailed:
+    """Return P(m) and P(M) as the first token of a chat completion, with or without spaces around it.
+
+    Returns RequestFailed if it is more likely neither: at temperature 0 another try gives the same.
+
+    Raises:
+        ValueError: the probabilities sum to more than 1.
+    """
+    content = (answer["choices"][0].get("logprobs") or {}).get("content") or []
+    candidates = (content[0].get("top_logprobs") or content[:1]) if content else []
+    mass = {"m": 0.0, "M": 0.0}
+    for token, logprob in {item["token"]: item["logprob"] for item in candidates}.items():
+        if token.strip() in mass:
+            mass[token.strip()] += math.exp(logprob)
+    total = sum(mass.values())
+    if not total <= 1.001:
+        raise ValueError(f"probabilities of m and M sum to {total:.3g}")
+    if total < 0.5:
+        return RequestFailed(f"m and M have a probability of {total:.2g} as the judge's first token")
+    return mass
+
+
+def read_preference(answer: dict[str, Any]) -> float | RequestFailed:
     """Return P(M) / (P(m) + P(M)) from the first token of a chat completion.
 
     Without log-probabilities the text decides: 0 or 1. Dubois et al. 2024 (arXiv 2404.04475) use the same
-    weighting. Raises ValueError for any other answer.
+    weighting. Returns RequestFailed for any other answer.
     """
     choice = answer["choices"][0]
-    content = (choice.get("logprobs") or {}).get("content") or []
-    if content:
-        mass = {"m": 0.0, "M": 0.0}
-        for candidate in content[0].get("top_logprobs") or [content[0]]:
-            if (token := candidate["token"].strip()) in mass:
-                mass[token] += math.exp(candidate["logprob"])
-        if sum(mass.values()) > 0:
-            return mass["M"] / sum(mass.values())
+    if (choice.get("logprobs") or {}).get("content"):
+        mass = first_token(answer)
+        return mass if isinstance(mass, RequestFailed) else mass["M"] / sum(mass.values())
     text = str(choice["message"]["content"]).strip()
     if text not in ("m", "M"):
-        raise ValueError(f"expected m or M, found {text[:20]!r}")
+        return RequestFailed(f"expected m or M, found {text[:20]!r}")
     return float(text == "M")
 
 

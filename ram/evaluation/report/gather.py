@@ -101,6 +101,7 @@ def gather(context: EvaluationContext) -> dict[str, Any]:
         f"{config.evaluation.reference}."
     ]
     notes += context.notes
+    notes += tables.warnings(context.board)
     notes += [warning for row in context.board if (warning := statistics.gate_warning(row))]
     figures = {
         name: influence.read_figures(system.output, context.job(name)) for name, system in systems.items()

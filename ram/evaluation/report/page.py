@@ -51,7 +51,7 @@ COLUMNS = {
         "Win rate",
         ".3f",
         "share of prompts won against the reference; a tie counts half; dotted line at 0.5; "
-        "range and whisker: 95 % percentile bootstrap over prompts",
+        "range and whisker: 95 % score interval over prompts",
     ),
     "failed": Column("Failed", ",.0f", "prompts whose judgement failed; excluded from all rates"),
     "length_controlled": Column(
@@ -70,7 +70,10 @@ COLUMNS = {
         "LC error", ".3f", "its standard error as AlpacaEval computes it, over questions only"
     ),
     "p_value": Column(
-        "p", ".4f", "two-sided sign-flip test of the win rate against the first system's, row by row"
+        "p",
+        ".4f",
+        "two-sided sign-flip test of the win rate against the first system's, row by row; "
+        "≤: no random flip reached the difference",
     ),
     "first_shown_wins": Column(
         "First wins", ".3f", "how often the judge preferred the answer that it was shown first"
@@ -237,6 +240,8 @@ def _cell(number: int, row: dict[str, Any], key: str) -> Cell:
     low, high = finite(row.get(f"{key}_low")), finite(row.get(f"{key}_high"))
     if isinstance(value, float) and low is not None and high is not None:
         shown += f" ({low:{spec}} to {high:{spec}})"
+    if key == "p_value" and value is not None and value <= row.get("p_floor", 0.0):
+        shown = f"≤ {shown}"
     alert = MOSTLY_FELL_BACK if key == "fallback_fraction" and (value or 0) > 0.5 else ""
     return Cell(column.style, shown, alert=alert)
 
