@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from training_runs import TOKENIZER, assert_same_path, dataset, path_of, settings, trainer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import trainers
 from ram.training import packing
@@ -34,9 +35,25 @@ def test_unpackable_model_is_trained_with_padding(tmp_path, caplog):
     data = dataset(8), dataset(6, seed=99)
     packed = BasicTrainer(settings("packed=true"), capped, TOKENIZER, *data, tmp_path, {})
     padded = BasicTrainer(settings("packed=false"), plain, TOKENIZER, *data, tmp_path, {})
-    assert "packed=true does not work with this model" in caplog.text
+    assert "packed training is not used (its logits are not a linear function" in caplog.text
     rows = np.arange(8)
     assert torch.equal(packed.losses(data[0], rows)[0], padded.losses(data[0], rows)[0])
+
+
+@pytest.mark.parametrize("dropout", ["none", "config"])
+def test_dropout_is_off_unless_asked_for(tmp_path, dropout):
+    """Off: DPO begins at ln 2, and the same rows give the same losses again."""
+    size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": len(TOKENIZER)}
+    model, reference = (GPT2LMHeadModel(GPT2Config(**size, attn_pdrop=0.4)) for _ in range(2))
+    reference.load_state_dict(model.state_dict())
+    data = dataset(8), dataset(6, seed=99)
+    config = settings("loss=dpo", f"dropout={dropout}")
+    run = BasicTrainer(config, model, TOKENIZER, *data, tmp_path, {}, reference=reference)
+    run.model.train()
+    first, again = (run.losses(data[0], np.arange(8))[0] for _ in range(2))
+    is_off = dropout == "none"
+    assert torch.equal(first, again) == is_off
+    assert torch.allclose(first, torch.full((8,), np.log(2)), rtol=1e-5) == is_off
 
 
 # ---- a fraction of the negatives ---------------------------------------------------------------------------
