@@ -10,6 +10,7 @@ from training_runs import TOKENIZER, assert_same_path, dataset, path_of, setting
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import trainers
+from ram.errors import UserError
 from ram.training import packing
 from trainers import BasicTrainer
 
@@ -38,6 +39,13 @@ def test_unpackable_model_is_trained_with_padding(tmp_path, caplog):
     assert "packed training is not used (its logits are not a linear function" in caplog.text
     rows = np.arange(8)
     assert torch.equal(packed.losses(data[0], rows)[0], padded.losses(data[0], rows)[0])
+
+
+def test_labels_without_a_row_are_refused(tmp_path):
+    """The packed pass would train on a logit of 0."""
+    small, data = tiny_model(20, seed=0), (dataset(8), dataset(6, seed=99))
+    with pytest.raises(UserError, match="has 20 vocabulary rows, but the training data has the token id"):
+        BasicTrainer(settings(), small, TOKENIZER, *data, tmp_path, {})
 
 
 @pytest.mark.parametrize("dropout", ["none", "config"])
