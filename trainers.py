@@ -75,6 +75,7 @@ class BasicTrainer:
         self.settings = settings
         self.model, self.reference, self.proposal, self.tokenizer = model, reference, proposal, tokenizer
         self.train_data, self.eval_data = train_data, eval_data
+        passes.check_labels(model, train_data, eval_data)
         self.run_dir, self.card, self.origin = run_dir, card, origin or {}
         self.loss = LOSSES[settings.loss.name]
         self.answers = ("target", "negative") if self.loss.needs_negative else ("target",)

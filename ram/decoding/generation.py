@@ -14,6 +14,7 @@ from ram.decoding.engine import Engine
 from ram.decoding.par import PARParams
 from ram.decoding.requests import Failed, Request, Tokens
 from ram.decoding.rows import DecodingRow, Generation
+from ram.errors import UserError
 from ram.log import log
 from ram.models.abilities import fall_back, max_positions, text_config
 from ram.models.vocabulary import check_ids, vocabulary
@@ -31,7 +32,7 @@ def check_pair(
     longest: int,
     highest: Sequence[int] = (),
 ) -> None:
-    """Raises ValueError or UserError if there is no model, or one lacks positions or rows for ids in use.
+    """Raises ValueError if there is no model, or one lacks positions or rows for ids in use.
 
     Args:
         longest: positions that prompt and answer may need.
@@ -43,9 +44,12 @@ def check_pair(
         raise ValueError("proposal and aligner are both None: give at least one model")
     for name, model in models.items():
         rows, limit = text_config(model.config).vocab_size, max_positions(model.config)
-        check_ids(highest, rows, f"the {name}", "a prompt")
-        if tokenizer.eos_token_id is not None:
-            check_ids([cast(int, tokenizer.eos_token_id)], rows, f"the {name}", "EOS")
+        try:
+            check_ids(highest, rows, f"the {name}", "a prompt")
+            if tokenizer.eos_token_id is not None:
+                check_ids([cast(int, tokenizer.eos_token_id)], rows, f"the {name}", "EOS")
+        except UserError as error:
+            raise ValueError(str(error)) from None
         if limit is not None and longest > limit:
             raise ValueError(
                 f"prompt + max_new_tokens = {longest} positions, but the {name} holds {limit}: "

@@ -45,7 +45,7 @@ class Truth(NamedTuple):
 
 Probe = Callable[[Any, Truth], float]  # runs a path; the largest difference from the truth, in nats
 _known: "weakref.WeakKeyDictionary[Any, dict[tuple, str | None]]" = weakref.WeakKeyDictionary()
-_told: set[str] = set()
+_told: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
 
 
 # ---- declared properties -----------------------------------------------------------------------------------
@@ -154,10 +154,10 @@ def check_decodable(model: Any, longest: int) -> None:
 
 
 def fall_back(model: Any, path: str, instead: str, reason: str) -> None:
-    """Say once that a slower path is used."""
+    """Say once for a model that a slower path is used."""
     line = f"{type(model).__name__}: {path} is not used ({reason}); using {instead}"
-    if line not in _told:
-        _told.add(line)
+    if line not in _told.setdefault(model, set()):
+        _told[model].add(line)
         log.info(line)
 
 

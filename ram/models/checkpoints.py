@@ -349,8 +349,9 @@ def load_pair(
     rows = {name: vocabulary.rows_in(path) for name, path in sources.items()}
     ranges = [vocabulary.id_range(other) for other in (tokenizer, *tokenizers.values())]
     size = min([*ranges, *(count for count in rows.values() if count is not None)])
+    shared = vocabulary.shared_fingerprint(tokenizer, size)
     for name, other in tokenizers.items():
-        if vocabulary.shared_fingerprint(other, size) != vocabulary.shared_fingerprint(tokenizer, size):
+        if other is not tokenizer and vocabulary.shared_fingerprint(other, size) != shared:
             raise UserError(
                 f"the tokenizer of the {name} ({sources[name]}, {len(other)} tokens) differs from "
                 f"{first_source} ({len(tokenizer)} tokens): a pair needs one vocabulary"

@@ -61,7 +61,7 @@ def attend(
         (1, heads, T, D).
     """
     assert query.shape[0] == 1 and query.shape[2] == sum(segments.lengths)
-    assert query.shape[1] % key.shape[1] == 0 and key.shape == value.shape
+    assert query.shape[1] % key.shape[1] == 0 and key.shape == value.shape, "keys and values of two sizes"
     calls = _calls(segments, query.device)
     # `split` instead of slices: the backward pass of every slice fills a tensor of all T tokens.
     lengths = [length for length, _, _ in calls]

@@ -28,6 +28,7 @@ from ram.models.abilities import (
     text_config,
     window,
 )
+from ram.models.vocabulary import check_ids
 from ram.training.logps import (
     Answers,
     alone_logps,
@@ -67,6 +68,12 @@ def prepare(
     if forward is alone_logps and processes.count() > 1:
         raise UserError(f"{type(model).__name__} trains row by row, which needs one process; set NPROC=1")
     return forward
+
+
+def check_labels(model: "PreTrainedModel", *datasets: TokenizedDataset) -> None:
+    """Raise UserError if data have token ids beyond a model's rows; the packed pass would take 0 for them."""
+    used = [int(ids.max()) for data in datasets for ids in data.ids.values() if len(ids)]
+    check_ids(used, text_config(model.config).vocab_size, type(model).__name__, "the training data")
 
 
 def pick(models: Sequence["PreTrainedModel"], longest: int, packed: bool = True) -> Callable[..., Answers]:

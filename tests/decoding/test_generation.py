@@ -304,7 +304,7 @@ def test_eos_priority_ends_where_the_proposal_would(mode):
         (PROPOSAL, ["a"], 0, "max_new_tokens=0: expected at least 1"),
         (PROPOSAL, ["a" * 250, "a"], 7, "257 positions, but the proposal holds 256: lower max_length"),
         (ALIGNER, ["a" * 250, "a"], 7, "257 positions, but the aligner holds 256: lower max_length"),
-        ((True, tiny_model(6, 1)), ["a"], 4, "the aligner has 6 vocabulary rows, the tokenizer 10 tokens"),
+        ((True, tiny_model(6, 1)), ["a"], 4, "the aligner has 6 vocabulary rows, but EOS has the token id 8"),
     ],
 )
 def test_mistakes_are_explained(models, prompts, max_new_tokens, message):

@@ -66,10 +66,10 @@ def test_ids_beyond_the_rows_are_refused_only_in_use():
     model = tiny_model(7, 0)
     assert generation.generate(model, None, tokenizer, [[0, 5]], params, max_new_tokens=2)
     with pytest.raises(
-        UserError, match="the proposal has 7 vocabulary rows, but a prompt has the token id 7"
+        ValueError, match="the proposal has 7 vocabulary rows, but a prompt has the token id 7"
     ):
         generation.generate(model, None, tokenizer, [[0, 7]], params, max_new_tokens=2)
-    with pytest.raises(UserError, match="the proposal has 6 vocabulary rows, but EOS has the token id 6"):
+    with pytest.raises(ValueError, match="the proposal has 6 vocabulary rows, but EOS has the token id 6"):
         generation.generate(tiny_model(6, 0), None, tokenizer, [[0]], params, max_new_tokens=2)
     check_ids([3, 4], None, "x", "y")
 

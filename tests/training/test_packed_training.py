@@ -7,8 +7,10 @@ import pytest
 import torch
 from tiny import tiny_model
 from training_runs import TOKENIZER, assert_same_path, dataset, path_of, settings, trainer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import trainers
+from ram.errors import UserError
 from ram.training import packing
 from trainers import BasicTrainer
 
@@ -34,9 +36,32 @@ def test_unpackable_model_is_trained_with_padding(tmp_path, caplog):
     data = dataset(8), dataset(6, seed=99)
     packed = BasicTrainer(settings("packed=true"), capped, TOKENIZER, *data, tmp_path, {})
     padded = BasicTrainer(settings("packed=false"), plain, TOKENIZER, *data, tmp_path, {})
-    assert "packed training is not used (its logits are not a linear" in caplog.text
+    assert "packed training is not used (its logits are not a linear function" in caplog.text
     rows = np.arange(8)
     assert torch.equal(packed.losses(data[0], rows)[0], padded.losses(data[0], rows)[0])
+
+
+def test_labels_without_a_row_are_refused(tmp_path):
+    """The packed pass would train on a logit of 0."""
+    small, data = tiny_model(20, seed=0), (dataset(8), dataset(6, seed=99))
+    with pytest.raises(UserError, match="has 20 vocabulary rows, but the training data has the token id"):
+        BasicTrainer(settings(), small, TOKENIZER, *data, tmp_path, {})
+
+
+@pytest.mark.parametrize("dropout", ["none", "config"])
+def test_dropout_is_off_unless_asked_for(tmp_path, dropout):
+    """Off: DPO begins at ln 2, and the same rows give the same losses again."""
+    size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": len(TOKENIZER)}
+    model, reference = (GPT2LMHeadModel(GPT2Config(**size, attn_pdrop=0.4)) for _ in range(2))
+    reference.load_state_dict(model.state_dict())
+    data = dataset(8), dataset(6, seed=99)
+    config = settings("loss=dpo", f"dropout={dropout}")
+    run = BasicTrainer(config, model, TOKENIZER, *data, tmp_path, {}, reference=reference)
+    run.model.train()
+    first, again = (run.losses(data[0], np.arange(8))[0] for _ in range(2))
+    is_off = dropout == "none"
+    assert torch.equal(first, again) == is_off
+    assert torch.allclose(first, torch.full((8,), np.log(2)), rtol=1e-5) == is_off
 
 
 # ---- a fraction of the negatives ---------------------------------------------------------------------------
