@@ -18,8 +18,6 @@ TOP_LOGPROBS = 20
 ITEMS = 128  # of any other list or object in a request
 TOKEN_CHARACTERS = 16  # a text has at least one token per this many characters, or it is refused
 
-# These keys set the aligner's distribution; with the prefix `base_` they set the proposal's.
-LAW_OF_ONE = ("temperature", "top_p", "top_k", "repetition_penalty")
 Temperature = Annotated[float, Field(ge=0, le=100)]
 # Bounds of the keys of the next-token distribution, without `base_`. A key that is not listed has the type
 # that PARParams declares; PARParams itself checks the range of every key.
@@ -42,12 +40,6 @@ LAW_FIELDS: dict[str, Any] = {
 # Types are not converted; NaN and infinite numbers are refused.
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 LawKeys = create_model("LawKeys", __config__=STRICT, **LAW_FIELDS)
-
-
-def of_proposal(law: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a request to the proposal alone: they are its own, even without `base_`."""
-    own = {f"base_{key}": law[key] for key in LAW_OF_ONE if law.get(key) is not None}
-    return own | {key: value for key, value in law.items() if key not in LAW_OF_ONE and value is not None}
 
 
 def check_lists(body: Any, limits: LimitSettings, max_length: int) -> None:

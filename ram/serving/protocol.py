@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ram.decoding.par import PARParams
 from ram.errors import nearest
-from ram.serving.bounds import STOP_CHARACTERS, STOPS, STRICT, TOP_LOGPROBS, LawKeys, of_proposal
+from ram.serving.bounds import STOP_CHARACTERS, STOPS, STRICT, TOP_LOGPROBS, LawKeys
+from ram.serving.fastchat.stream import of_proposal
 
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
 Zero = Annotated[float, Field(ge=0, le=0)]

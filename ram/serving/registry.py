@@ -23,8 +23,7 @@ from ram.errors import UserError
 from ram.log import log, pick_device
 from ram.models import checkpoints
 from ram.serving import bounds
-from ram.serving.bounds import LAW_OF_ONE
-from ram.serving.fastchat.stream import request_params
+from ram.serving.fastchat.stream import LAW_OF_ONE, request_params
 from ram.serving.loop import EngineThread
 from ram.settings import serving
 from ram.settings.serving import PROPOSAL, Settings

@@ -13,12 +13,13 @@ import torch
 from ram.data.tokenization import encode_prompts
 from ram.decoding.generation import decode_rows
 from ram.decoding.par import PARParams
-from ram.serving.bounds import of_proposal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+# These keys set the aligner's distribution; with the prefix `base_` they set the proposal's.
+LAW_OF_ONE = ("temperature", "top_p", "top_k", "repetition_penalty")
 LEAST_TEMPERATURE = 1e-4  # FastChat requests argmax by a smaller one
 
 
@@ -68,6 +69,12 @@ def request_params(params: PARParams, request: dict[str, Any]) -> PARParams:
     if values.get("temperature") == 0:
         values.setdefault("base_temperature", 0.0)
     return replace(params, **values)
+
+
+def of_proposal(law: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a request to the proposal alone: they are its own, even without `base_`."""
+    own = {f"base_{key}": law[key] for key in LAW_OF_ONE if law.get(key) is not None}
+    return own | {key: value for key, value in law.items() if key not in LAW_OF_ONE and value is not None}
 
 
 def generate_stream(

@@ -36,6 +36,7 @@ from ram.decoding.requests import EngineError, TooLong, UnknownAligner
 from ram.errors import UserError, nearest
 from ram.log import log
 from ram.serving import bounds
+from ram.serving.fastchat.stream import of_proposal
 from ram.serving.guard import HUNG_UP, Guard
 from ram.serving.loop import Busy, Done
 from ram.serving.metrics import Metrics
@@ -144,7 +145,7 @@ def to_request(
         raise ValueError("prompt: expected a text")
     law = {key: params[key] for key in PARParams.field_names() if params.get(key) is not None}
     if served.aligner is None:
-        law = bounds.of_proposal(law)
+        law = of_proposal(law)
     stop = params.get("stop") or []
     stop = [text for text in ([stop] if isinstance(stop, str) else stop) if text]
     if not all(isinstance(text, str) for text in stop):
