@@ -150,9 +150,7 @@ class Text:
 
     def characters(self, token_id: int) -> str:
         """Return the characters that a token would complete now."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.setstate(self.decoder.getstate())
-        return decoder.decode(self.data(token_id))
+        return codecs.utf_8_decode(self.decoder.getstate()[0] + self.data(token_id), "replace", False)[0]
 
     @property
     def pending(self) -> bool:

@@ -307,14 +307,14 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
             answers = Answer(chat, served, seed, n, reports, models.tokenizer, lengths, repeated)
             return answers, Running(engine, requests if plan.new_tokens != 0 else [], bool(body.stream))
 
-        async def whole() -> dict[str, Any]:
+        async def whole() -> Response:
             answers, running = await run()
             return await answers.whole(running)
 
         try:
             async with asyncio.timeout(limits.seconds):
                 if not body.stream:
-                    return answer_json(await while_connected(request.receive, whole()))
+                    return await while_connected(request.receive, whole())
                 answers, running = await while_connected(request.receive, run())
         except TimeoutError:
             raise too_slow(limits.seconds) from None

@@ -18,7 +18,6 @@ TOP_LOGPROBS = 20
 ITEMS = 128  # of any other list or object in a request
 TOKEN_CHARACTERS = 16  # a text has at least one token per this many characters, or it is refused
 
-# These keys set the aligner's distribution; with the prefix `base_` they set the proposal's.
 Temperature = Annotated[float, Field(ge=0, le=100)]
 # Bounds of the keys of the next-token distribution, without `base_`. A key that is not listed has the type
 # that PARParams declares; PARParams itself checks the range of every key.

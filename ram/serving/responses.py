@@ -303,12 +303,18 @@ class Answer:
             "total_tokens": n_prompt + n_completion,
         }
 
-    async def whole(self, running: Running) -> dict[str, Any]:
-        """Return the body of the response once all answers have ended."""
-        choices = self.choices()
+    async def whole(self, running: Running) -> Response:
+        """Return the response once all answers have ended."""
         with running:
-            async for index, event in running:
-                choices[index].add(event)
+            events = [event async for event in running]
+        # In a thread, so that other requests need not wait for the log-probabilities of a long answer.
+        return await asyncio.to_thread(lambda: answer_json(self.body(events)))
+
+    def body(self, events: Sequence[tuple[int, Piece | Done]]) -> dict[str, Any]:
+        """The body of the response from all events of its answers."""
+        choices = self.choices()
+        for index, event in events:
+            choices[index].add(event)
         self.end_empty(choices)
         kind = "chat.completion" if self.chat else "text_completion"
         bodies = [self._whole(choice) for choice in choices]
