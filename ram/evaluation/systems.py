@@ -13,6 +13,7 @@ from ram.models import checkpoints
 from ram.settings import recipes
 from ram.settings.schema import SamplingSettings, Settings, check_sampling, merged
 from ram.storage.files import fingerprint
+from ram.vllm import laws
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,10 @@ def _system(
     proposal, aligner = [role and recipes.model_source(role, stages) for role in roles]
     pair = Pair(proposal, aligner, settings.dtype, settings.tokenizer_path)
     if proposal and aligner and settings.backend == "endpoint":
-        raise UserError(
-            f"{where}: an endpoint answers for one model, not for a pair; give {where}.backend=local"
-        )
+        try:
+            laws.check(settings.params)
+        except ValueError as error:
+            raise UserError(f"{where}: a server of a pair cannot keep {error}; or backend=local") from None
     main = Path(aligner or proposal or "")
     assert config.evaluation.dataset is not None  # the pipeline refuses an evaluation without a data set
     tag = settings_tag(pair, settings, config.seed, earlier[corrects].folder.name if corrects else None)

@@ -1,0 +1,3 @@
+"""Fixtures of a small sample stage."""
+
+from sample_stage import folders, resolve  # noqa: F401
