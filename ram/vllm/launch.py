@@ -129,7 +129,11 @@ def main() -> None:
     program = command(sys.argv[1:])
     sys.stdout.write(shlex.join(program) + "\n")
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *program[1:]])
+    module, arguments = "vllm.entrypoints.cli.main", program[1:]
+    if not list(importlib.metadata.distributions(name="vllm")):
+        # The CPU build has another name, and its `vllm` command ends when it looks up its own version.
+        module, arguments = "vllm.entrypoints.launchers.api_server.entry", ["--model", *program[2:]]
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 if __name__ == "__main__":

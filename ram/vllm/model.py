@@ -42,6 +42,8 @@ class RAMPair(nn.Module):
         self.columns = model_config.get_vocab_size()
         # The overrides name this class and may have another vocabulary size; the proposal needs its own.
         own = get_config(model_config.model, model_config.trust_remote_code, model_config.revision)
+        if not own.architectures:
+            raise ValueError(f"{model_config.model}/config.json names no architectures: vLLM needs one")
         proposal_config = copy.deepcopy(model_config.hf_config)
         proposal_config.vocab_size = own.vocab_size
         self.eos_token_ids = shared_ends(model_config, aligner_config)

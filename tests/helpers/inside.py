@@ -16,8 +16,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small import ROOT, run
 from tiny import byte_tokenizer, save_model_folder, tiny_model
+
+from ram.storage.files import read_json, write_json
 
 PYTHON = os.environ.get("RAM_VLLM_PYTHON", "")
 needs_vllm = pytest.mark.skipif(
@@ -56,6 +59,27 @@ def save_random_pair(folder: Path) -> list[str]:
             model.lm_head.weight[:size] *= 2
     models = {"proposal": proposal, "aligner": aligner}
     return [save_model_folder(folder / name / "LATEST", model, TOKENIZER) for name, model in models.items()]
+
+
+def save_quantised(source: str, folder: Path) -> str:
+    """Write a model whose layers have 8-bit weights, as compressed-tensors does; return the folder."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        scale = weights[name].abs().amax(dim=1, keepdim=True) / 127
+        weights[f"{name}_scale"], weights[name] = scale, (weights[name] / scale).round().to(torch.int8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    number = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": number | {"strategy": "channel", "dynamic": False},
+        "input_activations": number | {"strategy": "token", "dynamic": True},
+    }
+    quantization = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"]}
+    quantization |= {"quantization_status": "compressed", "config_groups": {"group_0": group}}
+    config = folder / "config.json"
+    write_json(config, read_json(config) | {"quantization_config": quantization})
+    return str(folder)
 
 
 def train_pair(folder: Path) -> dict[str, str]:

@@ -6,7 +6,16 @@ import subprocess
 
 import pytest
 import torch
-from inside import PYTHON, TOKENIZER, needs_vllm, pair_engine, report, run_jobs, save_random_pair, train_pair
+from inside import (
+    PYTHON,
+    TOKENIZER,
+    needs_vllm,
+    pair_engine,
+    report,
+    run_jobs,
+    save_quantised,
+    save_random_pair,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ram.decoding import generation
@@ -107,11 +116,34 @@ def test_distributions_of_every_mode(tmp_path):
         assert values["sample_mode"] != "par_kl" or min(counts.values()) >= 10
 
 
-def test_texts_and_drafts(tmp_path):
+def test_quantised_proposal_leaves_the_aligner_whole(tmp_path):
+    """A pair of an 8-bit proposal, whose head is whole, and an aligner in float32."""
+    proposal, aligner = save_random_pair(tmp_path)
+    quantised = save_quantised(proposal, tmp_path / "quantised")
+    rng = random.Random(4)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(2, 8))] for _ in range(25)]
+    # With the whole vocabulary as nucleus the aligner decides alone, with temperature 0 the proposal.
+    settings = [{"base_top_p": 1.0, "base_temperature": 1.0}, {"base_temperature": 0.0}]
+    sampling = {"max_tokens": 1, "logprobs": -1, "ignore_eos": True, "seed": 1} | REQUESTS[0]
+    request = {"prompts": prompts, "sampling": sampling}
+    engines = [pair_engine(aligner, sample_mode="par", **values) for values in settings]
+    jobs = [{"model": quantised, "engine": engine, "requests": [request]} for engine in engines]
+    of_aligner, of_proposal = (result["requests"][0] for result in run_jobs(jobs, tmp_path))
+    pair = load(proposal), load(aligner)
+    params = PARParams("par", **settings[0] | REQUESTS[0])
+    assert sum(compare(pair, len(TOKENIZER), (), prompts, of_aligner, params).values()) >= 20
+    with torch.no_grad():
+        logits = [pair[0](torch.tensor([ids])).logits[0, -1, : len(TOKENIZER)] for ids in prompts]
+    same = sum(int(z.argmax()) == ids[0] for z, ids in zip(logits, of_proposal["ids"], strict=True))
+    report(f"8-bit proposal: {same} of {len(prompts)} argmaxes are those of its float32 weights")
+    assert same >= 20
+
+
+def test_texts_and_drafts(tmp_path, trained):
     """Greedy texts are those of `generate`, with and without drafts; drafts and speed are printed."""
-    models = train_pair(tmp_path / "out")
+    folder, models = trained
     tokenizer = AutoTokenizer.from_pretrained(models["proposal"])
-    (questions,) = (tmp_path / "out").glob("data/*/test/toy_test.json")
+    (questions,) = folder.glob("data/*/test/toy_test.json")
     texts = [f"\n\nHuman: {row['instruction']}\n\nAssistant: " for _, row in read_rows(questions)[:64]]
     prompts = [tokenizer(text).input_ids for text in texts]
     penalty = {"repetition_penalty": 1.1, "top_p": 1.0}

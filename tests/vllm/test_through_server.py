@@ -18,7 +18,6 @@ from inside import (
     save_random_pair,
     serving,
     stop,
-    train_pair,
 )
 from omegaconf import OmegaConf
 from sample_stage import part_file, sample, write_rows
@@ -51,10 +50,10 @@ def evaluate(folder: Path, name: str, **pair) -> dict:
     return read_json(folder / name / "results.json")["systems"]["pair"]
 
 
-def test_pair_behind_a_server(tmp_path):
+def test_pair_behind_a_server(tmp_path, trained):
     """The command of bin/serve_vllm.sh, OpenAI's client, refusals, /ram, and a leaderboard through it."""
-    models, port, log = train_pair(tmp_path), free_port(), tmp_path / "server.log"
-    local = evaluate(tmp_path, "local")
+    (folder, models), port, log = trained, free_port(), tmp_path / "server.log"
+    local = evaluate(folder, "local")
     command = ["bash", "bin/serve_vllm.sh", *(f"{role}={path}" for role, path in models.items())]
     command += ["sample_mode=par", "temperature=1.0", "top_p=0.95", "repetition_penalty=1", "drafts=2"]
     command += ["base_temperature=0.5", "base_top_p=0.95", "--", "--port", port]
@@ -81,14 +80,14 @@ def test_pair_behind_a_server(tmp_path):
         assert found["form"] == "open" and found["settings"]["sample_mode"] == "par"
 
         endpoint = {"urls": [f"{root}/v1"]}
-        through = evaluate(tmp_path, "served", backend="endpoint", endpoint=endpoint)
+        through = evaluate(folder, "served", backend="endpoint", endpoint=endpoint)
         report(f"win rate of the pair: here {local['win_rate']:.3f} {local['win_rate_ci95']}, through vLLM")
         report(f"{through['win_rate']:.3f} {through['win_rate_ci95']}")
         half = sum(ci[1] - ci[0] for ci in (local["win_rate_ci95"], through["win_rate_ci95"])) / 2
         assert abs(local["win_rate"] - through["win_rate"]) <= half
         assert "fallback_fraction" in local and "fallback_fraction" not in through
         with pytest.raises(UserError, match=r"base_top_p: 0.95 -> 0.9\b"):
-            evaluate(tmp_path, "other", backend="endpoint", endpoint=endpoint, base_top_p=0.9)
+            evaluate(folder, "other", backend="endpoint", endpoint=endpoint, base_top_p=0.9)
 
 
 def test_sampling_survives_a_killed_server(tmp_path, resolve):
@@ -98,8 +97,17 @@ def test_sampling_survives_a_killed_server(tmp_path, resolve):
     )
     proposal, _ = save_random_pair(tmp_path / "models")
     port, log = free_port(), tmp_path / "server.log"
-    command = [PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", proposal, "--enforce-eager"]
-    command += ["--dtype", "float32", "--chat-template", "{{ messages[0].content }}", "--port", port]
+    # The same server as `vllm serve`, whose command does not start in the CPU build.
+    command = [PYTHON, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", proposal]
+    command += [
+        "--enforce-eager",
+        "--dtype",
+        "float32",
+        "--chat-template",
+        "{{ messages[0].content }}",
+        "--port",
+        port,
+    ]
     url = f"sampling.endpoint.urls=[http://127.0.0.1:{port}/v1]"
     stage = resolve("sampling.backend=endpoint", url, proposal=proposal)
     killed = []
