@@ -96,9 +96,13 @@ def run_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     script = Path(__file__).with_name("vllm_run.py")
     given, results, log = folder / "jobs.json", folder / "results.json", folder / "vllm.log"
     given.write_text(json.dumps(jobs))
+    two = any(job["engine"].get("tensor_parallel_size") == 2 for job in jobs)  # one core for each
     with open(log, "w") as file:
         command = [PYTHON, str(script), str(given), str(results)]
-        done = subprocess.run(command, stdout=file, stderr=file, timeout=1800, check=False)
+        binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if two else {}
+        done = subprocess.run(
+            command, stdout=file, stderr=file, timeout=1800, env=os.environ | binding, check=False
+        )
     assert done.returncode == 0, log.read_text()[-3000:]
     return json.loads(results.read_text())
 

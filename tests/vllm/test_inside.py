@@ -150,7 +150,7 @@ def test_texts_and_drafts(tmp_path, trained):
     greedy = {"temperature": 0.0, "max_tokens": 12} | penalty
     random_one = {"temperature": 1.0, "max_tokens": 12, "seed": 5} | penalty
     speed = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True}
-    speeds = [{"prompts": prompts[:n], "sampling": speed} for n in (1, 16, 64)]
+    speeds = [{"prompts": prompts[:n], "sampling": speed} for n in (1, 1, 16, 64)]  # once to warm up
     engine = pair_engine(models["aligner"], sample_mode="par", base_top_p=0.95, base_temperature=1.0)
     jobs = [{"engine": {}, "requests": speeds}, {"engine": engine, "requests": speeds}]
     jobs[1]["requests"] = [{"prompts": prompts, "sampling": greedy}, *speeds]
@@ -184,6 +184,22 @@ def test_texts_and_drafts(tmp_path, trained):
         rates = [sum(map(len, r["ids"])) / r["seconds"] for r in result["requests"][-3:]]
         rounded = ", ".join(f"{rate:.0f}" for rate in rates)
         report(f"{name}: {rounded} tokens/s at 1, 16, 64 requests; {result['megabytes']:.0f} MB at most")
+
+
+def test_texts_with_tensor_parallelism(tmp_path):
+    """Two processes share both members."""
+    proposal, aligner = save_random_pair(tmp_path)
+    rng = random.Random(5)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(2, 8))] for _ in range(8)]
+    sampling = {"temperature": 0.0, "max_tokens": 12, "repetition_penalty": 1.3}
+    engine = pair_engine(aligner, sample_mode="par", **NUCLEUS) | {"tensor_parallel_size": 2}
+    jobs = [{"model": proposal, "engine": engine, "requests": [{"prompts": prompts, "sampling": sampling}]}]
+    (result,) = run_jobs(jobs, tmp_path)
+    params = PARParams("par", temperature=0.0, repetition_penalty=1.3, **NUCLEUS)
+    expected = generation.generate(
+        load(proposal), load(aligner), TOKENIZER, prompts, params, max_new_tokens=12
+    )
+    assert result["requests"][0]["ids"] == [answer.token_ids for answer in expected]
 
 
 STARTS = """

@@ -1,5 +1,6 @@
 """Servers of vLLM: a pair's for clients and for pipeline.py, a single model's for sampling and as a judge."""
 
+import contextlib
 import json
 import signal
 import threading
@@ -92,46 +93,35 @@ def test_pair_behind_a_server(tmp_path, trained):
 
 def test_sampling_survives_a_killed_server(tmp_path, resolve):
     """200 rows through `vllm serve`, killed once and started again; then the same server as a judge."""
-    write_rows(
-        [{"instruction": f"row {i} " + "x" * (7 * i % 30), "output": "y", "id": i} for i in range(200)]
-    )
+    texts = [f"row {i} " + "x" * (7 * i % 30) for i in range(200)]
+    write_rows([{"instruction": text, "output": "y", "id": i} for i, text in enumerate(texts)])
     proposal, _ = save_random_pair(tmp_path / "models")
     port, log = free_port(), tmp_path / "server.log"
     # The same server as `vllm serve`, whose command does not start in the CPU build.
     command = [PYTHON, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", proposal]
-    command += [
-        "--enforce-eager",
-        "--dtype",
-        "float32",
-        "--chat-template",
-        "{{ messages[0].content }}",
-        "--port",
-        port,
-    ]
+    command += ["--enforce-eager", "--dtype", "float32", "--chat-template", "{{ messages[0].content }}"]
+    command += ["--port", port]
     url = f"sampling.endpoint.urls=[http://127.0.0.1:{port}/v1]"
-    stage = resolve("sampling.backend=endpoint", url, proposal=proposal)
-    killed = []
+    settings = ("sampling.endpoint.concurrency=16", "sampling.endpoint.retries=40")
+    stage, before = resolve("sampling.backend=endpoint", url, *settings, proposal=proposal), []
+    with contextlib.ExitStack() as servers:
+        first = servers.enter_context(serving(command, log))
 
-    def kill_once(server):
-        part = part_file(stage)
-        while not part.exists() or len(part.read_bytes().splitlines()) < 60:
-            time.sleep(0.05)
-        stop(server, signal.SIGKILL)
-        killed.append(len(part.read_bytes().splitlines()))
+        def kill_and_restart():
+            part = part_file(stage)
+            while not part.exists() or len(part.read_bytes().splitlines()) < 60:
+                time.sleep(0.05)
+            stop(first, signal.SIGKILL)
+            before.append(len(part.read_bytes().splitlines()))
+            servers.enter_context(serving(command, log))
 
-    with serving(command, log) as server:
-        killer = threading.Thread(target=kill_once, args=(server,), daemon=True)
+        killer = threading.Thread(target=kill_and_restart, daemon=True)
         killer.start()
-        sampler = threading.Thread(target=lambda: killed.append(sample(stage)), daemon=True)
-        sampler.start()
+        rows = json.loads(sample(stage))
         killer.join(600)
-        with serving(command, log):
-            sampler.join(600)
-            judge_answers(f"http://127.0.0.1:{port}/v1", tmp_path)
-    n_before, content = killed
-    rows = json.loads(content)
-    report(f"killed after {n_before} of 200 rows")
-    assert 60 <= n_before < 200
+        judge_answers(f"http://127.0.0.1:{port}/v1", tmp_path)
+    report(f"killed after {before[0]} of 200 rows")
+    assert 60 <= before[0] < 200
     assert [row["id"] for row in rows] == list(range(200))
     job, _ = train.sample_job(stage)
     answers = answer_files.read_answers(stage.output, job)
