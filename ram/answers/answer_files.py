@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ram.answers import endpoints
+from ram.answers import endpoints, served_pairs
 from ram.answers.jobs import AnswerJob
 from ram.data.text import Text, shares, spelling
 from ram.distributed import processes
@@ -80,7 +80,9 @@ def answer_all(job: AnswerJob, parts: PartFiles) -> None:
     start = time.monotonic()
     n_tokens = 0
     failures: list[dict[str, Any]] = []
-    make_answers = endpoints.answers if job.settings.backend == "endpoint" else decode_locally
+    make_answers = decode_locally
+    if job.settings.backend == "endpoint":
+        make_answers = endpoints.answers if job.pair.is_single_model else served_pairs.answers
     with progress(total=len(share), desc=job.label, unit="row") as bar:
         for answer in make_answers(job, share):
             bar.update()

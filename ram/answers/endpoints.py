@@ -25,6 +25,7 @@ from ram.data.text import text_of
 from ram.errors import UserError
 from ram.log import log, printable, redacted
 from ram.storage.files import fingerprint
+from ram.vllm import laws
 
 Read = Callable[[dict[str, Any]], Any]  # extracts the result from the JSON of one answer
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # status codes after which a retry may succeed
@@ -342,6 +343,8 @@ def answers(job: AnswerJob, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         common["top_k"] = top_k
     if repetition_penalty != 1.0:
         common["repetition_penalty"] = repetition_penalty
+    if not job.pair.is_single_model:
+        common |= laws.request_settings(job.params)  # all of them: the server has defaults of its own
 
     def request(index: int) -> tuple[int, dict[str, Any]]:
         prompt: list[int] | str = prompt_ids[index]

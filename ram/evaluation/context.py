@@ -91,8 +91,9 @@ class EvaluationContext:
 
     @property
     def pairs(self) -> list[System]:
-        """The systems that decode with a proposal and an aligner."""
-        return [system for system in self.systems.values() if system.is_pair]
+        """The systems that decode here with a proposal and an aligner; servers say less about tokens."""
+        systems = self.systems.values()
+        return [system for system in systems if system.is_pair and system.settings.backend == "local"]
 
     def judgements_path(self, system: System) -> Path:
         reference = fingerprint(self.config.evaluation.reference)[:8]

@@ -17,6 +17,7 @@ from ram.settings import recipes
 from ram.settings.overrides import ROLES, system_override
 from ram.settings.schema import SamplingSettings, Settings, check_sampling, merged
 from ram.storage.files import fingerprint
+from ram.vllm import laws
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,13 @@ def _system(
     proposal, aligner = [role and recipes.model_source(role, stages) for role in roles]
     pair = Pair(proposal, aligner, settings.dtype, settings.tokenizer_path)
     if proposal and aligner and settings.backend == "endpoint":
-        raise UserError(
-            f"{where}: an endpoint answers for one model, not for a pair; give "
-            f"{system_override(name, 'backend', 'local')}"
-        )
+        try:
+            laws.check(settings.params)
+        except ValueError as error:
+            raise UserError(
+                f"{where}: a server of a pair cannot keep {error}; or give "
+                f"{system_override(name, 'backend', 'local')}"
+            ) from None
     main = Path(aligner or proposal or "")
     assert config.evaluation.dataset is not None  # the pipeline refuses an evaluation without a data set
     tag = settings_tag(pair, settings, config.seed, earlier[corrects].folder.name if corrects else None)

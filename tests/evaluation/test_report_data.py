@@ -70,13 +70,14 @@ def test_note_explains_missing_figures():
         params = SimpleNamespace(sample_mode=given.get("mode", "par"))
         return SimpleNamespace(is_pair=given.get("is_pair", True), params=params)
 
-    new, old, figures = [{"token_ids": [1]}], [{}], {0: {}}
+    new, old, figures = [{"token_ids": [1], "events": ["agreed"]}], [{"events": ["agreed"]}], {0: {}}
     assert gather.note_on(system(), new, figures, 5) is None
     assert gather.note_on(system(is_pair=False), old, {}, 5) is None
     assert gather.note_on(system(), old, {}, 0) is None
     assert "generate them again" in gather.note_on(system(), old, {}, 5)
     assert "steps=[influence,report]" in gather.note_on(system(), new, {}, 5)
     assert "no fixed law" in gather.note_on(system(mode="snis"), new, figures, 5)
+    assert "answered by a server" in gather.note_on(system(), [{"n_tokens": 3}], {}, 5)
 
 
 def test_curves_have_the_drawn_columns(tmp_path):

@@ -146,6 +146,8 @@ def note_on(system: System, answers: list[dict], figures: dict[int, dict], n: in
     """Return the page's note on a pair's tokens, None if there is none."""
     if not system.is_pair:
         return None
+    if any("events" not in answer for answer in answers):
+        return "answered by a server, which does not say which tokens changed or fell back: left out"
     if not figures and n:
         if any("token_ids" not in answer for answer in answers):
             return (

@@ -36,7 +36,6 @@ from ram.decoding.requests import EngineError, TooLong, UnknownAligner, of_propo
 from ram.errors import UserError, nearest
 from ram.log import log
 from ram.serving import bounds
-from ram.serving.fastchat.stream import of_proposal
 from ram.serving.guard import HUNG_UP, Guard
 from ram.serving.loop import Busy, Done
 from ram.serving.metrics import Metrics
