@@ -29,10 +29,6 @@ class Pair:
     dtype: str = "auto"
     tokenizer_path: str | None = None
 
-    @property
-    def is_single_model(self) -> bool:
-        return self.proposal is None or self.aligner is None
-
     def fingerprint(self) -> list[str | None]:
         """Return the fingerprints of the proposal's and the aligner's weights, None for a missing model."""
         return [path and checkpoints.weights_fingerprint(path) for path in (self.proposal, self.aligner)]
@@ -102,8 +98,8 @@ class AnswerJob:
 
     @property
     def drafter(self) -> str | None:
-        """Path of the small model that drafts for a single model. It changes the speed, not the text."""
-        if self.pair.is_single_model and self.settings.drafter:
+        """Path of the model that drafts, None if the aligner does. It changes the speed, not the text."""
+        if self.settings.drafter:
             return checkpoints.find_model(self.settings.drafter)
         return None
 

@@ -59,11 +59,16 @@ class Limits:
 
 @dataclass(eq=False)
 class ServedModel:
-    """A model with its pool; numbers follow the order in which models were opened."""
+    """A model with its pool; numbers follow the order in which models were opened.
+
+    Args:
+        others: further models whose logits the pool gives, see `ram.decoding.joint`.
+    """
 
     model: "PreTrainedModel"
     pool: "Pool"
     number: int = field(default_factory=itertools.count().__next__)
+    others: "tuple[PreTrainedModel, ...]" = ()
 
     def __post_init__(self) -> None:
         weights = list(self.model.parameters())

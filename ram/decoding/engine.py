@@ -32,7 +32,7 @@ from ram.decoding.requests import (
 )
 from ram.decoding.rounds import Rounds, RowsFailed
 from ram.decoding.rows import CHANGED, FELL_BACK, eos_token_ids
-from ram.decoding.scheduler import Queue, Role, Ticket, plan
+from ram.decoding.scheduler import Queue, Role, Source, Ticket, plan
 from ram.log import log
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class Engine:
 
     Args:
         verifier: the model that all rows share.
-        alone: whether the verifier is a proposal or an aligner; decides the law of a row without an aligner.
+        alone: whether the verifier is a proposal, an aligner, or both members of a pair; decides the law of a
+            row without an aligner.
         aligners: names and models of the pairs' aligners.
         drafter: drafts for rows without an aligner; by default the first aligner.
         max_read: prompt tokens read in one round; None reads prompts at once.
@@ -69,7 +70,7 @@ class Engine:
         tokenizer: "PreTrainedTokenizerBase",
         policy: DraftPolicy,
         *,
-        alone: Literal["proposal", "aligner"] = "proposal",
+        alone: Literal["proposal", "aligner", "pair"] = "proposal",
         aligners: Mapping[str, ServedModel] | None = None,
         drafter: ServedModel | None = None,
         max_read: int | None = None,
@@ -117,9 +118,10 @@ class Engine:
             longest = len(request.prompt_ids) + request.max_new_tokens
             if drafter is not None and longest > (drafter.max_positions or longest):
                 drafter = None
-            sources = ("verifier", None) if self.alone == "proposal" else (None, "verifier")
-            role = Role(verifier, drafter, *sources)
-            eos = eos_token_ids(self.tokenizer, verifier.model)
+            z_p: Source | None = None if self.alone == "aligner" else "verifier"
+            z_q: Source | None = None if self.alone == "proposal" else "verifier"
+            role = Role(verifier, drafter, z_p, z_q)
+            eos = eos_token_ids(self.tokenizer, verifier.model, *verifier.others)
         text = Text(spelling(self.tokenizer), request.stop, request.continued)
         return Ticket(request, role, eos, text)
 

@@ -168,8 +168,9 @@ class Frame:
             logits: (R, W, V) of the verifier, for all rows of the frame.
 
         Returns:
-            The drawn `token`, whether it `as_draft` equals the draft, the number of tokens `kept`, and for a
-            pair the rest of `draw_laws`: each (rows of the group, _). Then each row's log-probabilities.
+            The drawn `token`, whether it equals the draft (`compared`) and the aligner's own draw
+            (`as_draft`), the number of tokens `kept`, and for a pair the rest of `draw_laws`: each (rows of
+            the group, _). Then each row's log-probabilities.
         """
         width, drafted, seen = self.width, self.drafted[group.at], None
         if seens:
@@ -179,17 +180,24 @@ class Frame:
             columns = [column[group.at] for column in self.draft_logits]
             sources["drafter"] = torch.stack(columns, dim=1).flatten(0, 1)
         z_p, z_q = sources[group.role.z_p], sources[group.role.z_q]
+        is_joint = group.role.decodes_pair and not group.role.is_pair
+        if is_joint:
+            z_p, z_q = logits[group.at].flatten(0, 1).chunk(2, dim=-1)
         laws, flat = draw_laws(z_p, z_q, group.params, seen, group.eos, self.noise, group.at)
         if any(ticket.request.logprobs is not None for ticket in group.tickets):
             laws = shown_laws(z_p, z_q, group.params, seen, group.eos, laws)
         report = {key: values.view(-1, width) for key, values in flat.items()}
         as_draft = report["token"][:, : drafted.shape[1]] == drafted
+        own = as_draft
+        if is_joint and z_q is not None:  # the aligner's acceptance is reported although it has not drafted
+            law = warp(wide(z_q), group.params, seen)
+            own = report["token"] == self.noise.draw(law, group.at).view(-1, width)
         kept = as_draft[:, : width - 1].long().cumprod(dim=1).sum(dim=1, keepdim=True) + 1
         logprobs, laws = [], laws.view(-1, width, laws.shape[-1])
         for index, ticket in enumerate(group.tickets):
             count = ticket.request.logprobs
             logprobs.append([] if count is None else _logprobs(laws[index], report["token"][index], count))
-        return report | {"as_draft": as_draft, "kept": kept}, logprobs
+        return report | {"as_draft": own, "compared": as_draft, "kept": kept}, logprobs
 
 
 def draft_law(

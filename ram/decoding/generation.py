@@ -11,6 +11,7 @@ from ram.decoding import reference
 from ram.decoding.cache import Limits, open_model, pool_objection
 from ram.decoding.drafting import Counted, DraftPolicy, Fixed
 from ram.decoding.engine import Engine
+from ram.decoding.joint import joined
 from ram.decoding.par import PARParams
 from ram.decoding.requests import Failed, Request, Tokens
 from ram.decoding.rows import DecodingRow, Generation
@@ -115,7 +116,7 @@ def generate(
         stop: strings that end an answer.
         speculative: False decodes with the plain loop, which gives the same tokens.
         draft_tokens: drafts per round; None adapts them to how many are accepted.
-        drafter: for one model alone, a small model of the same vocabulary that drafts for it.
+        drafter: a small model of the same vocabulary that drafts; by default a pair's aligner does.
         batch_size: rows decoded at once.
         cuda_graphs: accepted, without effect.
 
@@ -164,8 +165,6 @@ def decode_rows(
         raise ValueError(f"{len(row_ids)} row_ids for {len(ids)} prompts: expected one per prompt")
     longest = max((len(row) for row in ids), default=0) + max_new_tokens
     check_pair(proposal, aligner, tokenizer, longest, [max(row) for row in ids])
-    if drafter is not None and proposal is not None and aligner is not None:
-        raise ValueError("a pair drafts with its aligner: give a drafter for one model alone")
     if not ids:
         return
     verifier, *others = (model for model in (proposal, aligner) if model is not None)
@@ -185,18 +184,22 @@ def decode_rows(
     count = min(batch_size, len(ids))
     size, unused = vocabulary(tokenizer, verifier, *others)  # a drafter decides no text
     limits = Limits(size, count, count * longest, longest, share_prefixes=False, unused=unused)
+    served, opened = open_model(verifier, limits), [open_model(model, limits) for model in others]
+    alone = "proposal" if proposal is not None else "aligner"
+    if opened and drafter is not None:
+        served, opened, alone = joined(served, opened[0]), [], "pair"
     engine = Engine(
-        open_model(verifier, limits),
+        served,
         tokenizer,
         policy or Counted(),
-        alone="proposal" if proposal is not None else "aligner",
-        aligners={ALIGNER: open_model(others[0], limits)} if others else {},
+        alone=alone,
+        aligners={ALIGNER: opened[0]} if opened else {},
         drafter=None if drafter is None else open_model(drafter, limits),
     )
     for index in sorted(range(len(ids)), key=lambda index: -len(ids[index])):
         request = Request(
             prompt_ids=tuple(ids[index]),
-            aligner=ALIGNER if others else None,
+            aligner=ALIGNER if opened else None,
             params=params,
             max_new_tokens=max_new_tokens,
             seed=seed,

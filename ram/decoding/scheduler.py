@@ -22,6 +22,7 @@ class Role(NamedTuple):
         verifier: reads every token of the row.
         drafter: drafts tokens for the verifier; None drafts nothing.
         z_p, z_q: the source of the proposal's and of the aligner's logits; None if the law has no such model.
+            If both are the verifier's, it gives them side by side.
     """
 
     verifier: ServedModel
@@ -34,6 +35,11 @@ class Role(NamedTuple):
         """The drafter of a row that has one."""
         assert self.drafter is not None
         return self.drafter
+
+    @property
+    def decodes_pair(self) -> bool:
+        """Whether the law has both models."""
+        return self.z_p is not None and self.z_q is not None
 
     @property
     def is_pair(self) -> bool:
@@ -66,7 +72,7 @@ class Ticket:
 
     def __post_init__(self) -> None:
         params = self.request.params
-        self.row = DecodingRow(0, self.role.is_pair, self.text)
+        self.row = DecodingRow(0, self.role.decodes_pair, self.text)
         self.tokens = list(self.request.prompt_ids)  # prompt and answer
         self.end = len(self.tokens) + self.request.max_new_tokens
         self.ends = {*self.eos, *self.request.stop_token_ids}

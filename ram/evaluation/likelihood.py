@@ -126,14 +126,21 @@ def test_tokens(context: EvaluationContext, anchor: System) -> TestTokens:
     worse: list[Row] = []
     if all(isinstance(record.get("rejected"), str) for record in records):
         worse = _ended(anchor, tokenizer, prompt_ids, [record["rejected"] for record in records])
-    elif anchor.output.is_file():
-        answers = answer_files.read_answers(anchor.output, context.job(anchor.name))
+    elif answers := _finished_answers(context, anchor):
         worse = _ended(anchor, tokenizer, prompt_ids, [answer["text"] for answer in answers])
         for place, answer in enumerate(answers):
             if answer["finish_reason"] == "length":  # it was cut, so it has no EOS
                 ids = encode(tokenizer, [answer["text"]])[0]
                 worse[place] = Row(prompt_ids[place], ids or worse[place].token_ids)
     return TestTokens(targets, sizes, worse)
+
+
+def _finished_answers(context: EvaluationContext, system: System) -> list[dict[str, Any]]:
+    """Return a system's answers to these rows, or an empty list if they have not been generated."""
+    try:
+        return answer_files.read_answers(system.output, context.job(system.name))
+    except UserError:
+        return []
 
 
 def _targets(context: EvaluationContext, system: System) -> tuple[list[Row], list[int]]:

@@ -20,6 +20,7 @@ from pairs import (
     run,
     slow_answers,
 )
+from tiny import tiny_model
 
 from ram.decoding import cache, generation, noise, par
 from ram.decoding.drafting import WIDTHS, Clocked, Counted, DraftPolicy, Fixed, Load
@@ -105,6 +106,25 @@ def test_another_model_may_draft_for_one_alone(role):
         assert_same(found, plain)
     key = ("proposal_forwards", "aligner_forwards")[role]
     assert sum(g.stats[key] for g in found) < 0.9 * sum(len(g.token_ids) for g in found)
+
+
+@pytest.mark.parametrize("case", [case for case, (roles, _, _) in CASES.items() if roles == BOTH])
+def test_pair_with_a_third_model_as_its_drafter_gives_the_same_answers(case):
+    """Tokens, events and the aligner's own acceptance are the plain loop's, whoever drafts."""
+    roles, params, _ = CASES[case]
+    drafter = tiny_model(len(LETTERS), 41)
+    for loop in ({"draft_tokens": 3, "batch_size": 6}, {"draft_tokens": 0}, {"batch_size": 5}):
+        answers = run(roles, params, ragged_prompts(), drafter=drafter, **loop)
+        assert_same(answers, slow_answers(case, torch.float32))
+
+
+def test_good_third_drafter_saves_forwards_of_both_members():
+    """The aligner as a separate drafter is kept as often as if it drafted itself."""
+    roles, params, _ = CASES["par"]
+    members = pair(len(LETTERS), BOTH)
+    answers = run(roles, params, ragged_prompts(), drafter=members[1], draft_tokens=4)
+    for key in ("proposal_forwards", "aligner_forwards"):
+        assert sum(a.stats[key] for a in answers) < 0.6 * sum(len(a.token_ids) for a in answers)
 
 
 def load(is_pair=True, rows=1, new=False, drafter=None, verifier=None, room=100):

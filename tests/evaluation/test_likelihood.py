@@ -9,6 +9,7 @@ import torch
 from small import settings
 from tiny import byte_tokenizer, tiny_model, tiny_tokenizer
 
+from ram.answers import answer_files
 from ram.data.tokenization import Example, tokenize
 from ram.decoding import generation, scoring
 from ram.decoding.par import PARParams
@@ -121,6 +122,17 @@ def test_rejected_answers_give_margins(open_task):
     assert margins[1] == pytest.approx(0, abs=1e-5) and margins[0] != 0
     assert columns["margin"] == pytest.approx(np.mean(margins))
     assert 4 / 18 <= columns["pairwise_accuracy"] <= 14 / 18
+
+
+def test_answers_of_the_anchor_are_the_worse_ones_only_if_they_are_of_these_rows(open_task):
+    """Answers of other rows, as after another test file, are no reason to stop."""
+    context = open_task()
+    answer_files.answer_file(context.systems["proposal"].output, context.job("proposal"), False)
+    likelihood.measure(context)
+    assert "margin" in steps.likelihood_columns(context)["alone"]
+    others = open_task(rows=ROWS[:5])
+    likelihood.measure(others)
+    assert "margin" not in steps.likelihood_columns(others)["alone"]
 
 
 def test_settings_are_checked_before_any_model_loads(open_task):
