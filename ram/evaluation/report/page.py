@@ -201,12 +201,16 @@ def _leaderboard(rows: list[dict], further: Sequence[str] = ()) -> dict[str, Any
     """
     if not rows:
         return None
-    columns = dict(COLUMNS)
-    for key in further:
-        meaning = (
-            "share of answers in this style" if key.startswith("style_") else f"{key} of leaderboard.csv"
-        )
-        columns.setdefault(key, Column(heading(key).capitalize(), ".3f", meaning))
+    columns: dict[str, Column] = {}
+    for known, column in COLUMNS.items():
+        columns[known] = column
+        if known != "aligned":
+            continue
+        for key in further:  # beside the judge's other shares, so that they need no scrolling
+            meaning = (
+                "share of answers in this style" if key.startswith("style_") else f"{key} of leaderboard.csv"
+            )
+            columns.setdefault(key, COLUMNS.get(key) or Column(heading(key).capitalize(), ".3f", meaning))
     keys = [key for key in columns if any(row.get(key) not in (None, "") for row in rows)]
     if not any(row.get("failed") for row in rows):
         keys = [key for key in keys if key != "failed"]
