@@ -135,7 +135,8 @@ def run(composed: DictConfig, overrides: list[str]) -> None:
     processes.barrier()
     if missing:
         listed = ", ".join(f"{task} ({path})" for task, path in missing.items())
-        raise UserError(f"not evaluated, because there is no test file: {listed}; {how_to_get(Path(listed))}")
+        remedy = how_to_get(next(iter(missing.values())))
+        raise UserError(f"not evaluated, because there is no test file: {listed}; {remedy}")
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")

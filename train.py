@@ -324,13 +324,21 @@ def run(composed: DictConfig, overrides: list[str]) -> None:
     processes.start()
     if brief():
         notice(f"{config.experiment_name}: {len(running)} stages; every line is in {log_path()}")
-    width = max((len(stage.name) for stage in running), default=0)
+    width, before = max((len(stage.name) for stage in running), default=0), []
     for number, stage in enumerate(running, start=1):
         label = f"stage {number:>{len(str(len(running)))}} of {len(running)}  {stage.name:<{width}}"
         began = time.monotonic()
         with labelled(label.rstrip()):
             said = RUN[stage.kind](stage, config.overwrite)
-        notice(f"{label}  {said}, {time.monotonic() - began:.0f} s" if said != BEFORE else f"{label}  {said}")
+        if said == BEFORE:
+            before.append(stage.name)
+            if number < len(running):
+                continue
+        if before:
+            notice(f"{BEFORE}: {', '.join(before)}")
+            before = []
+        if said != BEFORE:
+            notice(f"{label}  {said}, {time.monotonic() - began:.0f} s")
     processes.barrier()  # a process that ends early breaks the others' connections
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train the pair of config/experiment/qwen_hh.yaml, stage by stage; any key=value is passed on.
 #   bash bin/train_qwen_hh.sh dry_run=true        print the stages with their inputs and outputs
-#   bash bin/train_qwen_hh.sh stages=[aligner]    one stage
+#   bash bin/train_qwen_hh.sh 'stages=[aligner]'    one stage
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 use_python

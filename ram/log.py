@@ -127,7 +127,7 @@ def progress(iterable: Iterable[Any] | None = None, main: bool = False, **kwargs
     """Return a progress bar that appears only for slow work and disappears at the end.
 
     On a terminal it appears after 2 seconds. In a log file or pipe it becomes a line every 30 seconds, on a
-    brief console every two minutes. Only rank 0 shows it.
+    brief console every three minutes. Only rank 0 shows it.
 
     Args:
         iterable: The items to iterate over; None for a bar that is updated by hand.

@@ -13,7 +13,7 @@ from tiny import byte_tokenizer, tiny_model
 
 import pipeline
 import train
-from ram.errors import run_entry_point
+from ram.errors import UserError, run_entry_point
 from ram.models import checkpoints
 from ram.settings import recipes
 from ram.storage.files import write_json, write_jsonl
@@ -134,6 +134,18 @@ def test_untrained_pairs_are_named_and_skipped(small_world, tmp_path):
     result = script("eval_ours.sh", *overrides, python=python)
     assert result.returncode == 1 and len((tmp_path / "calls").read_text().splitlines()) == 6
     assert "no model at" in result.stderr and "not evaluated: llama_uc qwen_summ (" in result.stderr
+
+
+def test_missing_test_file_stops_its_own_task_alone(small_world, tmp_path, caplog):
+    """It used to stop all tasks, also those that come before it."""
+    (tmp_path / "test").mkdir()
+    name = pipeline.test_files["hh"]["helpful"]
+    (tmp_path / "test" / name).symlink_to(small_world / "data" / "test" / name)
+    overrides = ["experiment=llama_hh", f"output_dir={small_world / 'out'}", f"data_dir={tmp_path}"]
+    overrides += ["dry_run=true", "sampling.max_length=60", "sampling.max_prompt_length=50"]
+    with pytest.raises(UserError, match=r"no test file: harmless \(.*harmless_test.*prepare_data.sh"):
+        run(pipeline, *overrides)
+    assert "helpful: proposal\n" in caplog.text and "harmless: proposal\n" not in caplog.text
 
 
 MISTAKES = {

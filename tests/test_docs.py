@@ -1,14 +1,23 @@
 """README and docs: commands resolve, links exist, the Python example runs, the README is short."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
-from small import ROOT
+from small import ROOT, settings
 from tiny import byte_tokenizer, tiny_model
 
-from ram.settings import compose, recipes
+import pipeline
+from preference_datasets import get_dataset
+from ram.data import prepare
+from ram.errors import UserError
+from ram.evaluation.systems import resolve_systems
+from ram.settings import compose, recipes, serving
+from ram.settings.checks import nested
+from ram.storage.files import BadRows, read_rows
 from utils import TABLES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "_data" / "README.md"]
@@ -48,23 +57,83 @@ def test_first_commands_are_in_the_readme():
     assert {"bash bin/demo.sh", "bash bin/test.sh"} <= set(commands(README))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_resolve(command):
-    """Every training command selects its stages; every script exists; every override composes."""
-    _, target, *arguments = shlex.split(command)
+def arguments_of(command: str) -> tuple[str, list[str], list[str]]:
+    """The script or module of a command, its words, and its overrides, those that a script adds included."""
+    _, target, *words = shlex.split(command)
     if target == "-m":
-        module = arguments[0].replace(".", "/")
-        assert (ROOT / f"{module}.py").is_file()
+        return words[0], words[1:], []
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    script = Path(target).stem
+    if script.startswith("train_"):
+        overrides.insert(0, f"experiment={script.removeprefix('train_')}")
+    if script == "paper_table":
+        overrides[:0] = [f"experiment={words[0]}_{words[1]}", "baselines=true"]
+    if script == "demo":
+        overrides.insert(0, "experiment=demo")
+    return target, words, overrides
+
+
+def resolved(overrides: list[str], evaluates: bool) -> dict[str, Any]:
+    """All that a command line decides: stages with what they read, the selected ones, systems, other keys."""
+    overrides = compose._values(compose.preflight(overrides))[-1]  # the last point of an ablation
+    config = settings(*overrides)
+    stages = recipes.resolve(overrides, TABLES)
+    facts = nested(config)
+    for key in ("sampling", "stage", "pair"):  # stages and systems have what they use of these
+        facts.pop(key, None)
+    given = {compose.key_of(override) for override in overrides}
+    by_name = {stage.name: stage for stage in stages}
+    tasks = config.evaluation.tasks if evaluates else {}
+    return {
+        "keys": facts | {"evaluation": {k: v for k, v in facts["evaluation"].items() if k != "systems"}},
+        "stages": {
+            stage.name: [recipes.identity(stage.config), stage.output, stage.source, stage.reads]
+            + ([stage.config.sampling] if stage.kind == "sample" else [])
+            for stage in stages
+        },
+        "selected": [stage.name for stage in recipes.select(stages, config.stages)],
+        "systems": {task: resolve_systems(config, task, by_name, given) for task in tasks},
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_key_of_a_command_changes_what_it_resolves_to(command):
+    """The README once had `sampling.sample_mode=par`, which every system's own setting beat."""
+    target, words, overrides = arguments_of(command)
+    if not target.endswith((".py", ".sh")):  # a module
+        assert (ROOT / f"{target.replace('.', '/')}.py").is_file()
         return
-    assert (ROOT / target).is_file()
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    if target.startswith("bin/train_"):
-        overrides.insert(0, f"experiment={target.removeprefix('bin/train_').removesuffix('.sh')}")
-    if target == "train.py" or target.startswith("bin/train_"):
-        stages = recipes.resolve(compose.preflight(overrides), TABLES)
-        recipes.select(stages, compose.compose(compose.preflight(overrides)).stages)
-    elif target == "pipeline.py":
-        compose.preflight(overrides)
+    assert (ROOT / target).is_file(), target
+    if Path(target).stem == "prepare_data":
+        assert set(itertools.takewhile(lambda word: not word.startswith("-"), words)) <= set(prepare.SOURCES)
+        return
+    if Path(target).stem == "serve" and not any(word.startswith("experiment=") for word in words):
+        full = serving.read_settings(overrides)
+        for left_out in overrides:
+            rest = [override for override in overrides if override != left_out]
+            if not left_out.startswith("proposal="):  # is required
+                assert serving.read_settings(rest) != full, left_out
+        return
+    own = [override for override in overrides if override in words]
+    if not own or own[0].startswith("report="):
+        return
+    evaluates = Path(target).stem in ("pipeline", "paper_table", "demo", "serve")
+    full = resolved(overrides, evaluates)
+    for left_out in own:
+        if left_out.split("=")[0] in ("experiment", "model", "datasets"):  # are required
+            continue
+        try:
+            rest = resolved([override for override in overrides if override != left_out], evaluates)
+        except UserError:  # the others need it
+            continue
+        assert rest != full, left_out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_can_be_pasted_into_zsh(page):
+    """zsh takes brackets and stars outside quotes for names of files, and ends with "no matches found"."""
+    for command in commands(page.read_text(encoding="utf-8")):
+        assert not re.search(r"[][{}*?]", re.sub(r"'[^']*'|\"[^\"]*\"", "", command)), command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -102,10 +171,24 @@ def test_old_wording_does_not_return(page):
 
 
 def test_python_example_of_the_readme_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     tokenizer = byte_tokenizer()
     models = {
         name: tiny_model(len(tokenizer), seed=seed) for seed, name in enumerate(("proposal", "aligner"))
     }
     exec(example, {"tokenizer": tokenizer, **models})
     assert "proposal_forwards" in capsys.readouterr().out
+
+
+def test_python_example_of_a_pair_of_ones_own_is_read_by_its_commands(tmp_path, monkeypatch):
+    """The files have the names and the keys that the recipe of the commands below the example reads."""
+    monkeypatch.chdir(tmp_path)
+    _, example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(example, {"my_answers": [(f"question {i}", f"answer {i}") for i in range(130)]})
+    overrides = ["experiment=llama_uc", "data_dir=_data/mine", "output_dir=_output/mine"]
+    first = recipes.resolve(overrides, TABLES)[0]
+    assert [path for path in first.reads if not path.is_file()] == []
+    examples = get_dataset("uc", "all", data_dir="_data/mine", cache_dir=None, bad=BadRows("error"))
+    assert len(examples) == 30 and "question 100" in examples[0].prompt
+    path = pipeline.test_file(settings(*overrides), "helpful")
+    assert len(read_rows(path, ["instruction", "output"], BadRows("error"))) == 100

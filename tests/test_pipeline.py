@@ -152,6 +152,14 @@ def test_report_has_figures_of_pairs_and_is_rebuilt_identically(finished, tmp_pa
     made = [finished / name for name in ("report.html", "leaderboard.md", "leaderboard.tex")]
     saved = json.loads((finished / "report.json").read_text())["report"]
     assert [system["name"] for system in saved["systems"]] == [row["system"] for row in saved["board"]]
+    about = {system["name"]: system for system in saved["about"]["systems"]}
+    assert list(about) == [row["system"] for row in saved["board"]]
+    assert about["proposal+aligner[par]"]["alpha"] == 0.01 and about["proposal"]["alpha"] is None
+    assert about["proposal"]["proposal"].startswith("proposal, 0.8")
+    command = shlex.split(about["proposal+aligner[par]"]["command"])
+    settings = serving.read_settings(command[3:])
+    assert command[:3] == ["bash", "bin/serve.sh", "chat"] and settings.params.sample_mode == "par"
+    assert saved["about"]["lead"].startswith("No pair does better than proposal")
     for place, system in enumerate(saved["systems"]):
         with_figures = [i for i, row in enumerate(saved["rows"]) if "influence" in row["answers"][place]]
         assert with_figures == ([0, 11] if system["name"].endswith("]") else []) and system["note"] is None

@@ -58,4 +58,4 @@ def say(contexts: Sequence[EvaluationContext], experiment: str | None, overrides
         return
     width = min(max((len(line) for text in lines for line in text.split("\n")), default=0), 100)
     rule = "─" * width  # no frame at the sides: lines can be copied
-    notice("\n".join(["", rule, *lines, rule] if brief() else lines))
+    notice("\n".join([rule, *lines, rule] if brief() else lines))

@@ -143,7 +143,9 @@ def push(folder: Path, repository: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Write a card and, with --push, upload the folder."""
-    parser = argparse.ArgumentParser(prog="python -m ram.models.publish", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m ram.models.publish", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("run", help="a run's folder or name")
     parser.add_argument("--push", metavar="ORG/NAME", help="upload to this repository; private if it is new")
     given = parser.parse_args(arguments)

@@ -59,7 +59,11 @@ def check_used(
     Raises:
         UserError: a key changes nothing; the message names the systems that set it themselves.
     """
+    # Of both, n_examples decides; n_epochs alone would be taken for the length of the run.
+    both = any(key_of(override) == "n_examples" for override in overrides)
     for override, keys in keys_given(overrides):
+        if both and key_of(override) == "n_epochs":
+            continue
         reasons = [unused(key, config, stages, systems) for key in keys]
         if reasons and all(reasons):
             raise UserError(f"{override.lstrip('+')}: changes nothing: {reasons[0]}")

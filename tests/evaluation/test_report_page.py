@@ -109,6 +109,59 @@ def test_rows_are_filtered_and_sorted(visit):
     assert choose(page, "tokens", "changed") == []  # a model alone has none
 
 
+def test_rows_whose_pairs_differ_are_found_and_escape_clears_the_filters(visit):
+    report = make_report(rows=12)
+    report["rows"][3]["answers"][1]["runs"][4] = ["c", " blue"]
+    page = visit(report)
+    assert choose(page, "texts", "differ") == ["row-6"]
+    choose(page, "system", 1)
+    assert page.run(IDS) == ["row-6"] and len(choose(page, "texts", "same")) == 10
+    page.run("document.querySelector('.token').focus()")  # figures of a token are closed first
+    page.key("Escape")
+    assert page.run(f"{PEEK}.hidden") and page.run("document.getElementById('by-texts').value") == "same"
+    page.key("Escape")
+    assert page.run("document.querySelector('.status').textContent") == "12 rows"
+    assert page.run("[...document.querySelectorAll('select')].every(box => box.selectedIndex === 0)")
+
+
+def test_opening_says_who_was_compared_and_links_the_files(visit):
+    about = {
+        "lead": "No pair does better than A+B[par].",
+        "facts": [["Judge", "exact"]],
+        "systems": [
+            {
+                "name": "A+B[par]",
+                "what": "a pair",
+                "proposal": "A, 1.00 M weights",
+                "aligner": "B",
+                "mode": "par",
+            }
+            | {"temperatures": "proposal 0.5", "alpha": 0.0, "command": "bash bin/serve.sh chat proposal=A"},
+            {"name": "C", "what": "one model alone", "proposal": "C", "aligner": None, "mode": None}
+            | {"temperatures": "", "alpha": None, "command": None},
+        ],
+        "links": [["leaderboard.csv", "leaderboard.csv"]],
+    }
+    page = visit(make_report(about=about, columns=["style_terse"]))
+    assert page.run("document.querySelector('.lead').textContent") == about["lead"]
+    rows = "[...document.querySelectorAll('.systems tbody tr')]"
+    cells = f"{rows}.map(row => [...row.cells].map(cell => cell.textContent))"
+    assert page.run(cells) == [
+        [
+            "A+B[par]",
+            "a pair",
+            "A, 1.00 M weights",
+            "B",
+            "par",
+            "proposal 0.5",
+            "0.0",
+            about["systems"][0]["command"],
+        ],
+        ["C", "one model alone", "C", "–", "–", "", "–", "–"],
+    ]
+    assert page.run("document.querySelector('a[href=\"leaderboard.csv\"]') !== null")
+
+
 def test_pages_turn_and_systems_can_be_hidden(visit):
     page = visit(make_report(rows=25))
     page.run("document.querySelectorAll('.pager button')[1].click()")

@@ -181,7 +181,15 @@ def make_hostile():
         record("heldout", 1, HOSTILE[0]),
         record(HOSTILE[0], 1, 1.0),
     ]
+    keys = ("name", "what", "proposal", "aligner", "mode", "temperatures", "alpha", "command")
+    about = {
+        "lead": HOSTILE[0],
+        "facts": [[text, text] for text in HOSTILE],
+        "systems": [dict.fromkeys(keys, text) for text in HOSTILE],
+        "links": [[HOSTILE[1], "leaderboard.csv"]],
+    }
     return report | {
+        "about": about,
         "title": HOSTILE[0],
         "notes": [*HOSTILE, f"warning: {HOSTILE[0]}"],
         "board": [row | {"system": name} for name in names],

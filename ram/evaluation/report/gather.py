@@ -20,7 +20,7 @@ from ram.decoding import rows as decoding_rows
 from ram.errors import UserError
 from ram.evaluation import statistics, tables
 from ram.evaluation.context import EvaluationContext
-from ram.evaluation.report import page
+from ram.evaluation.report import opening, page
 from ram.evaluation.report.charts import finite
 from ram.evaluation.systems import System
 from ram.log import log
@@ -95,19 +95,14 @@ def results(context: EvaluationContext) -> dict[str, Any]:
 def gather(context: EvaluationContext) -> dict[str, Any]:
     """Return everything that a report shows, as plain JSON values; `page.write_report` takes it."""
     config, systems, settings = context.config, context.systems, context.settings
-    notes = [
-        f"{config.experiment_name}: {len(context.rows)} test rows of {config.evaluation.dataset}/"
-        f"{context.task}, seed {config.seed}, judge {config.judge.name}, answers compared with "
-        f"{config.evaluation.reference}."
-    ]
-    notes += context.notes
-    notes += tables.warnings(context.board)
+    notes = context.notes + tables.warnings(context.board)
     notes += [warning for row in context.board if (warning := statistics.gate_warning(row))]
     figures = {
         name: influence.read_figures(system.output, context.job(name)) for name, system in systems.items()
     }
     return {
         "title": f"{config.experiment_name}: {context.task}",
+        "about": opening.about(context),
         "notes": notes,
         "board": context.board,
         "columns": config.evaluation.columns,

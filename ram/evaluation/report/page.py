@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from markupsafe import Markup
 
 from ram.evaluation.report import charts
 from ram.evaluation.report.charts import Curve, Point, finite, text, visible
+from ram.evaluation.tables import heading
 from ram.storage.files import write_text
 
 PAGE = Path(__file__).parent / "assets"
@@ -148,6 +150,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
         path: The file to write, completely or not at all.
         report: The result of `gather`, with the keys
             title: a text;
+            about: the opening, as `opening.about` makes it; reports of earlier versions have none;
+            columns: further columns of the board, if any;
             notes: paragraphs of plain text; one that begins with "warning:" is highlighted;
             board: the leaderboard's rows in order, each with "system" and any of COLUMNS; win_rate and both
             come with _low and _high;
@@ -166,7 +170,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
             style=Markup(STYLE),
             script=Markup(SCRIPT),
             notes=report["notes"],
-            board=_leaderboard(report["board"]),
+            about=report.get("about"),
+            board=_leaderboard(report["board"], report.get("columns", ())),
             plots=_plots(report),
             stages=_stages(report["curves"]),
             answers=_answers(report),
@@ -209,11 +214,26 @@ def embedded(value: Any) -> Markup:
 # ---- leaderboard -------------------------------------------------------------------------------------------
 
 
-def _leaderboard(rows: list[dict]) -> dict[str, Any] | None:
-    """The columns and cells of the table, and the values that all rows have in common."""
+def _leaderboard(rows: list[dict], further: Sequence[str] = ()) -> dict[str, Any] | None:
+    """The columns and cells of the table, and the values that all rows have in common.
+
+    Args:
+        rows: The leaderboard.
+        further: Columns of leaderboard.csv that are shown too (`evaluation.columns`).
+    """
     if not rows:
         return None
-    keys = [key for key in COLUMNS if any(row.get(key) not in (None, "") for row in rows)]
+    columns: dict[str, Column] = {}
+    for known, column in COLUMNS.items():
+        columns[known] = column
+        if known != "aligned":
+            continue
+        for key in further:  # beside the judge's other shares, so that they need no scrolling
+            meaning = (
+                "share of answers in this style" if key.startswith("style_") else f"{key} of leaderboard.csv"
+            )
+            columns.setdefault(key, COLUMNS.get(key) or Column(heading(key).capitalize(), ".3f", meaning))
+    keys = [key for key in columns if any(row.get(key) not in (None, "") for row in rows)]
     if not any(row.get("failed") for row in rows):
         keys = [key for key in keys if key != "failed"]
     common = []
@@ -222,12 +242,14 @@ def _leaderboard(rows: list[dict]) -> dict[str, Any] | None:
         if key in keys and len({row.get(key) for row in rows}) == 1:
             keys.remove(key)
             common.append((COLUMNS[key].heading, rows[0][key]))
-    cells = [[_cell(number, row, key) for key in keys] for number, row in enumerate(rows, start=1)]
-    return {"columns": [COLUMNS[key] for key in keys], "rows": cells, "common": common}
+    cells = [
+        [_cell(number, row, key, columns[key]) for key in keys] for number, row in enumerate(rows, start=1)
+    ]
+    return {"columns": [columns[key] for key in keys], "rows": cells, "common": common}
 
 
-def _cell(number: int, row: dict[str, Any], key: str) -> Cell:
-    column, value = COLUMNS[key], row.get(key)
+def _cell(number: int, row: dict[str, Any], key: str, column: Column) -> Cell:
+    value = row.get(key)
     spec = column.number_format
     value = finite(value) if spec else value
     shown = DASH if value in (None, "") else format(value, spec)

@@ -212,10 +212,13 @@ const drawing = (() => {
   // Makes white space visible, because two candidates may differ only in it.
   const spelled = (word) => word.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥");
 
+  /** Hide the figures of a token; return whether there were any. */
   function hide() {
+    const shown = !peek.hidden;
     shownFor?.removeAttribute("aria-describedby");
     shownFor = null;
     peek.hidden = true;
+    return shown;
   }
 
   function walk(span, by) {

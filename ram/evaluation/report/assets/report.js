@@ -7,9 +7,11 @@
   const pairs = systems.some((system) => system.pair);
   const says = (key) => data.rows.some((row) => row.answers.some((answer) => key in answer.judged));
   const detailed = data.rows.filter((row) => row.answers.some((answer) => answer.tokens)).length;
-  const state = { find: "", system: -1, outcome: "", tokens: "", judged: "", sort: "row" };
+  const state = { find: "", system: -1, outcome: "", tokens: "", judged: "", texts: "", sort: "row" };
+  const unfiltered = { ...state };
   const hidden = new Set();
   const haystacks = [];
+  let waiting = 0; // timer of the search
   let order = data.rows.map((_, place) => place);
   let page = 0;
 
@@ -33,6 +35,13 @@
     return key in judged && Boolean(judged[key]) === wanted;
   }
 
+  // Whether the pairs of a row do not all give one text; with a system chosen, whether another pair's text differs.
+  function differ(row) {
+    const texts = row.answers.filter((_, at) => systems[at].pair).map(written);
+    const mine = systems[state.system]?.pair ? written(row.answers[state.system]) : texts[0];
+    return texts.some((text) => text !== mine);
+  }
+
   const SORTS = {
     row: ["order of the rows"],
     worst: ["lowest preference first", (answer) => answer.judged.preference, 1],
@@ -52,6 +61,7 @@
     data.rows.forEach((row, place) => {
       if (find && !haystack(place).includes(find)) return;
       if (anything && !of(row).some(fits)) return;
+      if (state.texts && differ(row) !== (state.texts === "differ")) return;
       order.push(place);
     });
     const [, value, sign] = SORTS[state.sort];
@@ -95,6 +105,9 @@
       const events = [["", "any"], ["changed", "some changed"], ["fell_back", "some fell back"]];
       if (detailed) events.push(["figures", "with figures"]);
       found.append(select("tokens", "Tokens", events));
+    }
+    if (systems.filter((system) => system.pair).length > 1) {
+      found.append(select("texts", "Texts of pairs", [["", "any"], ["differ", "differ"], ["same", "are the same"]]));
     }
     const keys = ["correct", "aligned", "both"].filter(says);
     if (keys.length) {
@@ -210,7 +223,7 @@
   }
 
   function reset() {
-    Object.assign(state, { find: "", system: -1, outcome: "", tokens: "", judged: "", sort: "row" });
+    Object.assign(state, unfiltered);
     hidden.clear();
     search.value = "";
     for (const element of browser.querySelectorAll("select")) element.selectedIndex = 0;
@@ -237,8 +250,10 @@
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const typing = event.target.matches("input, select, textarea");
     if (event.key === "Escape") {
-      hide();
-      if (event.target === search) search.blur();
+      if (hide()) return; // first the figures of a token, then the filters
+      clearTimeout(waiting);
+      if (search.value || Object.keys(state).some((key) => state[key] !== unfiltered[key])) reset();
+      if (typing) event.target.blur();
     } else if (!typing && event.key === "/") {
       event.preventDefault();
       search.focus();
@@ -248,7 +263,6 @@
     }
   });
 
-  let waiting = 0;
   search.addEventListener("input", () => {
     clearTimeout(waiting);
     waiting = setTimeout(() => {
@@ -258,7 +272,7 @@
   });
 
   browser.append(
-    make("p", { class: "small keys" }, "Keys: j and k move between rows, ← and → between tokens, / goes to the search, Esc closes."),
+    make("p", { class: "small keys" }, "Keys: j and k move between rows, ← and → between tokens, / goes to the search, Esc closes figures and clears the filters."),
     controls(), shownSystems(), make("div", { class: "bar" }, status, pager()), legend(), rows,
     make("div", { class: "bar" }, make("span"), pager()),
   );
