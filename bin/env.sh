@@ -9,12 +9,14 @@ if [ -z "${PYTHON:-}" ]; then
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
 fi
 
-# Create .venv from requirements.txt, unless .venv was made from the same file.
+# Create .venv from requirements.txt and requirements.lock, unless .venv was made from the same files.
 make_venv() {
     PYTHON=.venv/bin/python
-    if [ -x .venv/bin/python ] && cmp -s requirements.txt .venv/requirements.installed; then return; fi
+    if [ -x .venv/bin/python ] && cat requirements.txt requirements.lock | cmp -s - .venv/requirements.installed; then return; fi
     echo "installing requirements.txt into .venv (1.6 GB, a minute or two)"
     [ -x .venv/bin/python ] || python3 -m venv .venv
-    .venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
-    cp requirements.txt .venv/requirements.installed
+    # torch and its CUDA packages differ by machine; everything else has one version and a hash.
+    .venv/bin/python -m pip install -qq --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+    cat requirements.txt requirements.lock > .venv/requirements.installed
 }
