@@ -11,6 +11,7 @@ from ram.errors import UserError
 from ram.log import log, pick_device
 from ram.models import checkpoints
 from ram.storage.files import fingerprint
+from ram.storage.provenance import Inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 # The sampling settings of one model alone; the proposal's have the prefix "base_".
 MODEL_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
+# Settings that one mode reads; in the others they change no answer.
+MODE_OF = {
+    "div_threshold": "par_kl",
+    "kl_fallback": "par_kl",
+    "n_candidates": "snis",
+    "expert_temperature": "mds",
+}
 
 
 @dataclass(frozen=True)
@@ -34,18 +42,33 @@ class Pair:
     def is_single_model(self) -> bool:
         return self.proposal is None or self.aligner is None
 
-    def fingerprint(self) -> list[str | None]:
-        """Return the fingerprints of the proposal's and the aligner's weights, None for a missing model."""
-        return [path and checkpoints.weights_fingerprint(path) for path in (self.proposal, self.aligner)]
+    def fingerprint(self, earlier: bool = False) -> list[str | None]:
+        """Return the fingerprints of the proposal's and the aligner's weights, None for a missing model.
 
-    def law(self, params: PARParams) -> dict[str, Any]:
+        Args:
+            earlier: by the rule of earlier versions.
+        """
+        of = checkpoints.earlier_fingerprint if earlier else checkpoints.weights_fingerprint
+        return [path and of(path) for path in (self.proposal, self.aligner)]
+
+    def law(self, params: PARParams, earlier: bool = False) -> dict[str, Any]:
         """Return the settings that decide the next-token distribution (the "law") of this pair.
 
-        A single model reads only its own settings, so the others must not change its identity.
+        A single model reads only its own settings and a mode only some, so the others must not change the
+        identity: they have their default here.
+
+        Args:
+            params: all settings.
+            earlier: by the rule of earlier versions, which kept the settings of other modes.
         """
         values = params.identity()
         if self.proposal and self.aligner:
-            return values
+            unread = {key for key, mode in MODE_OF.items() if mode != params.sample_mode}
+            return (
+                values
+                if earlier
+                else {k: getattr(PARParams, k) if k in unread else values[k] for k in values}
+            )
         prefix = "base_" if self.proposal else ""
         return {f"{prefix}{key}": values[f"{prefix}{key}"] for key in MODEL_KEYS}
 
@@ -63,6 +86,7 @@ class AnswerJob:
         add_bos: Whether prompts begin with BOS, unless the models' cards say otherwise.
         key: Key of the answer in each written row.
         extra: Further keys and values of each written row.
+        cut_key: Key that a written row gets, with "length", if its answer was cut at the length limit.
     """
 
     label: str
@@ -76,6 +100,7 @@ class AnswerJob:
     add_bos: bool
     key: str
     extra: dict[str, Any]
+    cut_key: str | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -108,16 +133,24 @@ class AnswerJob:
     @functools.cached_property
     def made_from(self) -> dict[str, Any]:
         """Everything that decides the answers. Equal for two jobs exactly if they give the same file."""
+        return self._made_from()
+
+    @functools.cached_property
+    def earlier_made_from(self) -> dict[str, Any]:
+        """What an earlier version recorded for the same answers."""
+        return self._made_from(earlier=True)
+
+    def _made_from(self, earlier: bool = False) -> dict[str, Any]:
         settings = self.settings
-        proposal, aligner = self.pair.fingerprint()
+        proposal, aligner = self.pair.fingerprint(earlier)
         models: dict[str, Any] = {"proposal": proposal, "aligner": aligner}
         if settings.backend == "endpoint":
             server = settings.endpoint
             models |= {"endpoint": server.model or list(server.urls), "endpoint.send": server.send}
         return {
             **models,
-            **self.pair.law(self.params),
-            "rows": fingerprint([self.records, self.prompts, self.row_ids]),
+            **self.pair.law(self.params, earlier),
+            "rows": self.rows_until(len(self.prompts)),
             "dtype": self.pair.dtype,
             "tokenizer_path": self.pair.tokenizer_path,
             "seed": self.seed,
@@ -129,9 +162,23 @@ class AnswerJob:
             **self.extra,
         }
 
+    def rows_until(self, count: int) -> str:
+        """Return the fingerprint of the first `count` rows."""
+        return fingerprint([self.records[:count], self.prompts[:count], self.row_ids[:count]])
+
+    @functools.cached_property
+    def row_keys(self) -> list[str]:
+        """A digest of each row, as far as it decides the answer."""
+        return [fingerprint(row)[:16] for row in zip(self.prompts, self.row_ids, strict=True)]
+
     @property
     def identity(self) -> str:
         return fingerprint(self.made_from)
+
+    @property
+    def answer_identity(self) -> str:
+        """Digest of everything that decides an answer besides its row."""
+        return fingerprint(without_rows(self.made_from))
 
     @functools.cached_property
     def encoded(self) -> "tuple[PreTrainedTokenizerBase, list[list[int]]]":
@@ -166,3 +213,10 @@ class AnswerJob:
         if n_cut:
             log.info(f"{self.label}: {n_cut} of {len(prompt_ids)} prompts cut to {limit} tokens")
         return tokenizer, prompt_ids
+
+
+def without_rows(made_from: Inputs) -> Inputs:
+    """Return what decides an answer besides its row."""
+    if isinstance(made_from, str):
+        return made_from
+    return {key: value for key, value in made_from.items() if key != "rows"}

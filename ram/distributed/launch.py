@@ -103,6 +103,7 @@ def main() -> int:
 
     logging.disable(logging.ERROR)  # the process has already printed its own error in one line
     os.environ[LAUNCHER] = str(os.getpid())
+    os.environ.pop(STORE, None)
     try:
         with (
             one_machine() if machines == 1 else contextlib.nullcontext(several(machines, endpoint)) as meeting
