@@ -32,7 +32,7 @@ from ram.log import log, pick_dtype
 from ram.models import checkpoints, run_folder
 from ram.settings import recipes
 from ram.settings.checks import nested
-from ram.settings.schema import settings_of
+from ram.settings.schema import INTRODUCED, settings_of
 from ram.storage import provenance
 from ram.storage.files import BadRows, only_run, set_aside, write_text
 from ram.training import resume
@@ -98,7 +98,7 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> None:
     origin = {"settings": identity, "inputs": inputs}
     resumable = config.resume == "auto" and not overwrite and not config.debug
     earlier_origin = origin | {"inputs": earlier}
-    state = resume.newest(run_dir, origin, earlier_origin) if resumable else None
+    state = resume.newest(run_dir, origin, earlier_origin, INTRODUCED) if resumable else None
     start = time.monotonic()
     with processes.in_turn():
         trainer = make_trainer(stage, source, architecture, tokenizer, data, origin)

@@ -315,8 +315,8 @@ def only_run(path: Path, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         # Removed before the release, so that a run that has already opened the file does not take its lock.
-        if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink()
         lock.release()
 
 

@@ -21,7 +21,6 @@ from torch import nn
 from ram.distributed import processes
 from ram.errors import UserError
 from ram.log import log
-from ram.settings.recipes import recorded_identity
 from ram.storage.files import file_sha256
 from ram.storage.provenance import Manifest, digests_in
 from ram.storage.records import Form, read_record, write_record
@@ -140,7 +139,10 @@ def complete_states(run_dir: Path) -> list[Path]:
 
 
 def newest(
-    run_dir: Path, origin: dict[str, Any], earlier: dict[str, Any] | None = None
+    run_dir: Path,
+    origin: dict[str, Any],
+    earlier: dict[str, Any] | None = None,
+    introduced: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Return the facts of the newest undamaged state, and its `folder`. Log why a state is not used.
 
@@ -150,6 +152,7 @@ def newest(
         run_dir: the run folder.
         origin: what the run is made from.
         earlier: what an earlier version recorded for the same origin.
+        introduced: settings that are younger than some states, with the values that those were trained with.
 
     Returns:
         None if there is no state, or if the newest one was not made from `origin`.
@@ -157,7 +160,7 @@ def newest(
     for folder in reversed(complete_states(run_dir)):
         try:
             facts = read_record(folder / MARK, FACTS, "")
-            manifest = Manifest(_completed(facts["origin"], origin), facts["files"])
+            manifest = Manifest(_completed(facts["origin"], origin, introduced or {}), facts["files"])
         except UserError:
             manifest, facts = Manifest({}, {}), {}
         share = sorted(manifest.files)[processes.rank() :: processes.count()]
@@ -174,11 +177,15 @@ def newest(
     return None
 
 
-def _completed(recorded: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
+def _completed(
+    recorded: dict[str, Any], origin: dict[str, Any], introduced: dict[str, Any]
+) -> dict[str, Any]:
     """Return a state's origin with the settings that are younger than the state."""
-    if not isinstance(recorded.get("settings"), dict) or "settings" not in origin:
+    settings, now = recorded.get("settings"), origin.get("settings", {})
+    if not isinstance(settings, dict):
         return recorded
-    return recorded | {"settings": recorded_identity(recorded, origin["settings"])}
+    younger = {key: value for key, value in introduced.items() if key in now}
+    return recorded | {"settings": younger | settings}
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -74,7 +74,8 @@ def test_state_from_before_a_key_is_used(tmp_path):
     rewrite(newest, origin={"settings": {"lr": 1e-3}, "inputs": {}})
 
     def found(**settings):
-        return resume.newest(tmp_path / "run", {"settings": {"lr": 1e-3} | settings, "inputs": {}})
+        origin = {"settings": {"lr": 1e-3} | settings, "inputs": {}}
+        return resume.newest(tmp_path / "run", origin, None, {"last_batch": "whole"})
 
     assert found(last_batch="whole")["updates"] == 5
     assert found(last_batch="scaled") is None and found(other=1) is None
