@@ -1,6 +1,8 @@
 """Small JSON files with their own digest, so that a changed or cut one is not taken for a whole one."""
 
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -10,7 +12,7 @@ from ram.storage.files import fingerprint, read_json, write_text
 from ram.storage.json_text import dumps, loads
 
 DIGEST = "digest"  # key of a record's own digest; records of earlier versions have none
-Form = dict[str, type | UnionType]  # required keys and their types
+Form = Mapping[str, type | UnionType]  # required keys and their types
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
@@ -19,10 +21,16 @@ def sealed(record: dict[str, Any]) -> dict[str, Any]:
     return stored | {DIGEST: fingerprint(stored)}
 
 
-def is_sealed(record: dict[str, Any]) -> bool:
-    """Return whether a record that has a digest is as it was sealed; one without a digest counts as whole."""
-    rest = {key: value for key, value in record.items() if key != DIGEST}
-    return DIGEST not in record or record[DIGEST] == fingerprint(rest)
+def is_sealed(record: dict[str, Any], form: Form | None = None) -> bool:
+    """Return whether a record is as it was sealed; an earlier version's, without a digest, counts as whole.
+
+    A digest under another key, not one of `form`, means that the key itself was damaged.
+    """
+    if DIGEST in record:
+        rest = {key: value for key, value in record.items() if key != DIGEST}
+        return record[DIGEST] == fingerprint(rest)
+    last = next(reversed(record), "")  # `sealed` puts the digest last
+    return last in (form or ()) or not re.fullmatch("[0-9a-f]{64}", str(record.get(last)))
 
 
 def write_record(path: str | Path, record: dict[str, Any]) -> None:
@@ -52,7 +60,7 @@ def read_record(path: str | Path, form: Form, remedy: str) -> dict[str, Any]:
         )
     if not isinstance(record, dict):
         raise UserError(f"{path}: expected a record (a JSON object), got a {type(record).__name__}; {remedy}")
-    if not is_sealed(record):
+    if not is_sealed(record, form):
         raise UserError(f"{path}: was changed or cut short after it was written; {remedy}")
     return {key: value for key, value in record.items() if key != DIGEST}
 

@@ -27,10 +27,12 @@ from ram.storage.records import Form, read_record, write_record
 
 STATES = "states"  # folder of all states in a run folder
 MARK = "state.json"  # marker file of a complete state: counters, origin, and hashes of the other files
-FACTS: Form = {"origin": dict, "files": dict} | dict.fromkeys(
-    ("updates", "examples", "tokens", "next_eval"), int
-)
-FACTS |= {"next_save": int | None, "best": list | None}
+FACTS: Form = {
+    **dict.fromkeys(("origin", "files"), dict),
+    **dict.fromkeys(("updates", "examples", "tokens", "next_eval"), int),
+    "next_save": int | None,
+    "best": list | None,
+}
 
 
 class Saver:

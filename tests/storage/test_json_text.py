@@ -117,6 +117,15 @@ def test_changed_record_is_refused(tmp_path):
         read_record(path, {"seconds": float}, "do this")
 
 
+def test_damaged_key_of_the_digest_is_noticed(tmp_path):
+    """Without it the record would pass for one of an earlier version."""
+    path = tmp_path / "r.json"
+    write_record(path, {"seconds": 1.5})
+    path.write_text(path.read_text().replace('"digest"', '"dicest"').replace("1.5", "1.6"))
+    with pytest.raises(UserError, match="was changed or cut short"):
+        read_record(path, {"seconds": float}, "do this")
+
+
 def test_record_of_an_earlier_version_is_read(tmp_path):
     write_json(tmp_path / "r.json", {"seconds": 1})
     assert read_record(tmp_path / "r.json", {"seconds": int | float}, "") == {"seconds": 1}

@@ -82,15 +82,10 @@ class Cache:
             self.separator = "" if text.endswith("\n") else "\n"  # ends a line that was cut short
             damaged = 0
             for line in text.split("\n")[:-1] if text.endswith("\n") else text.split("\n"):
-                try:
-                    record = loads(line)
-                    is_whole = isinstance(record, dict) and is_sealed(record)
-                except BadJSON:
-                    record, is_whole = None, False
-                if is_whole and isinstance(record.get("key"), str) and "value" in record:
-                    self.known[record["key"]] = record["value"]
-                else:
+                if (record := _record_of(line)) is None:
                     damaged += 1
+                else:
+                    self.known[record["key"]] = record["value"]
             if damaged:
                 log.warning(f"{path}: {damaged} damaged or cut lines are left out; the judge is asked again")
 
@@ -101,3 +96,14 @@ class Cache:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(self.separator + dumps(sealed({"key": key, "value": value})) + "\n")
             self.separator = ""
+
+
+def _record_of(line: str) -> dict[str, Any] | None:
+    """Return the record in a line, None if it is cut short, changed or something else."""
+    try:
+        record = loads(line)
+    except BadJSON:
+        return None
+    if not isinstance(record, dict) or not is_sealed(record):
+        return None
+    return record if isinstance(record.get("key"), str) and "value" in record else None
