@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 
 from ram.data import prompts
-from ram.data.catalogue import LoadRequest, Source, hub_cache, local_or_hub, parse_name, sampled_name
+from ram.data.catalogue import (
+    CUT,
+    LoadRequest,
+    Source,
+    hub_cache,
+    local_files,
+    local_or_hub,
+    parse_name,
+    sampled_name,
+)
 from ram.data.tokenization import Example, TokenizedDataset, tokenize_cached
 from ram.errors import UserError
 from ram.log import log, progress
@@ -45,8 +54,13 @@ def _instruction_examples(
     for index, row in read_rows(data_file, required, request.bad):
         prompt = prompts.render(row["instruction"], template) if template else row["instruction"]
         negative = row["sampling"] if request.proposal else None
-        examples.append(Example(index, prompt, row["output"], negative, row))
+        examples.append(Example(index, prompt, row["output"], negative, row, unfinished(row, request)))
     return examples
+
+
+def unfinished(row: dict[str, Any], request: LoadRequest) -> tuple[str, ...]:
+    """Return which answers of a row have no end: a sample that was cut at the sample stage's length limit."""
+    return ("negative",) if request.proposal and row.get(CUT) == "length" else ()
 
 
 def get_uc(request: LoadRequest) -> list[Example]:
@@ -110,7 +124,7 @@ def get_hh(request: LoadRequest, subset: str = "") -> list[Example]:
         else:
             prompt, target = chosen
             negative = row["sampling"] if request.proposal else rejected[1]
-            examples.append(Example(index, prompt, target, negative, row))
+            examples.append(Example(index, prompt, target, negative, row, unfinished(row, request)))
     if unequal:
         log.info(f"hh: dropped {unequal} of {len(rows)} rows whose chosen and rejected prompts differ")
     return examples
@@ -205,8 +219,9 @@ def get_dataset(
 ) -> list[Example]:
     """Load the examples of one split of a data set.
 
-    If the set has its own test split, that is the held-out split. Otherwise the `heldout_fraction` of its
-    distinct prompts with the smallest hashes is held out, the same prompts in the plain and the sampled file.
+    If the set has its own test split, that is the held-out split, without the prompts that are in the
+    training split, too. Otherwise the `heldout_fraction` of its distinct prompts with the smallest hashes is
+    held out, the same prompts in the plain and the sampled file.
 
     Args:
         name: BASE[_PROPOSAL][_aligner_warmup|_aligner_common].
@@ -230,11 +245,36 @@ def get_dataset(
         heldout = heldout_prompts(map(question, examples), heldout_fraction)
         wants_heldout = split == "heldout"
         examples = [example for example in examples if (question(example) in heldout) == wants_heldout]
+    if own_split and split == "heldout":
+        examples = _without_training_prompts(examples, source, Path(data_dir), cache_dir, name)
     if variant:
         examples = [_as_correction(example, variant, name, source.correction) for example in examples]
     if not examples and split != "heldout":
         raise UserError(f"data set {name!r} has no {split} examples in {data_dir}")
     return examples
+
+
+def _without_training_prompts(
+    examples: list[Example], source: Source, data_dir: Path, cache_dir: str | None, name: str
+) -> list[Example]:
+    """Leave out held-out examples whose prompt is also in the training split of a set with two splits.
+
+    Without training files beside local test files nothing can be compared.
+    """
+    assert source.test_folder is not None, "a set with two splits"
+    if local_files(data_dir / "test" / source.test_folder, source.pattern) and not local_files(
+        data_dir / "train" / source.test_folder, source.pattern
+    ):
+        return examples
+    request = LoadRequest("train", None, data_dir, cache_dir, BadRows("skip"))
+    trained = set(map(question, source.load(request)))
+    kept = [example for example in examples if question(example) not in trained]
+    if len(kept) < len(examples):
+        log.info(
+            f"{name}: {len(examples) - len(kept)} of {len(examples)} held-out examples have a prompt of the "
+            "training split and are left out"
+        )
+    return kept
 
 
 def question(example: Example) -> str:
@@ -268,16 +308,22 @@ def _as_correction(example: Example, variant: str, name: str, request: str) -> E
             f"data set {name!r} needs an answer to correct: use a sampled variant (NAME_PROPOSAL_{variant})"
         )
     target = answer if copies else example.target
-    return replace(
-        example, prompt=prompts.corrector(example.prompt, answer, request), target=target, negative=None
-    )
+    ends = ("target",) if copies and example.unfinished else ()
+    prompt = prompts.corrector(example.prompt, answer, request)
+    return replace(example, prompt=prompt, target=target, negative=None, unfinished=ends)
 
 
 # ---- batches -----------------------------------------------------------------------------------------------
 
 
 def load_tokenized(
-    names: Sequence[str], split: str, tokenizer: Any, settings: Any, bad: BadRows, needs_negative: bool
+    names: Sequence[str],
+    split: str,
+    tokenizer: Any,
+    settings: Any,
+    bad: BadRows,
+    needs_negative: bool,
+    distinct: bool = False,
 ) -> TokenizedDataset:
     """Load and tokenise one split of several data sets; unchanged ids are read from the cache.
 
@@ -289,6 +335,10 @@ def load_tokenized(
             add_bos.
         bad: Collects the rows that cannot be used.
         needs_negative: Whether the loss needs two answers per prompt; if not, second answers are dropped.
+        distinct: Whether to leave out pairs that are identical, at the latest after they were cut.
+
+    Raises:
+        UserError: If a data set does not fit the loss, or has no pair of two answers.
     """
     examples: list[Example] = []
     for name in names:
@@ -306,14 +356,31 @@ def load_tokenized(
                 "use its sampled variant (NAME_PROPOSAL) or a preference set"
             )
         if not needs_negative:
-            dataset = [replace(example, negative=None) for example in dataset]
+            dataset = [_with_one_answer(example) for example in dataset]
         examples += dataset
     data = tokenize_cached(examples, f"{'+'.join(names)}.{split}", tokenizer, settings)
+    if distinct and len(data):
+        data, all_pairs = data.without_identical_pairs(), data
+        if identical := len(all_pairs) - len(data):
+            log.info(
+                f"{'+'.join(names)} {split}: {identical} of {len(all_pairs):,} pairs are identical: left out"
+            )
+        if not len(data) and split == "train":
+            raise UserError(
+                f"datasets={list(names)}: the two answers of all {len(all_pairs)} pairs are identical within "
+                f"max_length={settings.max_length}; raise it, or use other data"
+            )
+        data.earlier_key = all_pairs.key
     cut = {key: count for key, count in data.counts.items() if key.endswith("_cut") and count}
     sizes = [f"{len(data):,} examples", f"{data.counts['tokens']:,} tokens"]
     sizes += [f"{count} {key.replace('_', ' ')}" for key, count in cut.items()]
     log.info(f"{'+'.join(names)} {split}: {', '.join(sizes)}")
     return data
+
+
+def _with_one_answer(example: Example) -> Example:
+    ends = tuple(name for name in example.unfinished if name != "negative")
+    return replace(example, negative=None, unfinished=ends)
 
 
 def get_batch_iterator(

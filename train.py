@@ -20,14 +20,15 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from preference_datasets import get_dataset, load_tokenized
 from ram.answers import answer_files
 from ram.answers.jobs import AnswerJob, Pair
 from ram.data import toy_world
-from ram.data.catalogue import hub_cache
+from ram.data.catalogue import CUT, hub_cache
 from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.errors import UserError, run_entry_point
@@ -35,7 +36,7 @@ from ram.log import brief, labelled, log, log_path, notice, pick_device, pick_dt
 from ram.models import checkpoints, hub, lora, run_folder, vocabulary
 from ram.settings import recipes
 from ram.settings.checks import nested
-from ram.settings.schema import settings_of
+from ram.settings.schema import INTRODUCED, settings_of
 from ram.storage import provenance
 from ram.storage.files import BadRows, only_run, set_aside, write_text
 from ram.training import frozen, resume
@@ -70,7 +71,9 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> str:
     bad = BadRows(config.on_bad_row)
     with processes.rank0_first():  # the first process caches the token ids, the others read them
         data = {
-            split: load_tokenized(config.datasets, split, tokenizer, config, bad, loss.needs_negative)
+            split: load_tokenized(
+                config.datasets, split, tokenizer, config, bad, loss.needs_negative, loss.needs_reference
+            )
             for split in ("train", "heldout")
         }
     if source is not None:
@@ -78,16 +81,22 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> str:
         used = [int(ids.max()) for part in data.values() for ids in part.ids.values() if len(ids)]
         vocabulary.check_ids(used, rows, source, f"{tokenizer_source}, with which the data were encoded,")
     inputs = {"data": data["train"].key, "weights": source and checkpoints.weights_fingerprint(source)}
+    earlier = {
+        "data": data["train"].earlier_key or data["train"].key,
+        "weights": source and checkpoints.earlier_fingerprint(source),
+    }
     if stage.proposal:
         checkpoints.load_pair(stage.proposal, source)  # checks that they fit together
-        inputs["proposal"] = checkpoints.weights_fingerprint(stage.proposal)
+        inputs["proposal"] = earlier["proposal"] = checkpoints.weights_fingerprint(stage.proposal)
     changed = ""
     if done is not None:
-        settings = recipes.recorded_identity(done, identity)
-        changed = run_folder.manifest_of(done | {"settings": settings}).changes(identity | inputs)
+        manifest = run_folder.manifest_of(done | {"settings": recipes.recorded_identity(done, identity)})
+        changed = manifest.changes(identity | inputs, identity | earlier)
         if not changed:
             run_folder.check_finished(run_dir, done)
             log.info(f"stage {stage.name}: {BEFORE}, {run_dir}")
+            if processes.is_rank0() and not config.debug:
+                resume.clear(run_dir)  # left by a stop between the record and their removal
             return BEFORE
 
     if source and Path(source).resolve().is_relative_to(run_dir.resolve()):
@@ -101,7 +110,8 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> str:
     processes.barrier()
     origin = {"settings": identity, "inputs": inputs}
     resumable = config.resume == "auto" and not overwrite and not config.debug
-    state = resume.newest(run_dir, origin) if resumable else None
+    earlier_origin = origin | {"inputs": earlier}
+    state = resume.newest(run_dir, origin, earlier_origin, INTRODUCED) if resumable else None
     start = time.monotonic()
     with processes.in_turn():
         trainer = make_trainer(stage, source, architecture, tokenizer, data, origin)
@@ -110,11 +120,13 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> str:
             run_folder.clear_run(run_dir)
             resume.clear(run_dir)
         bad.report(run_dir / run_folder.BAD_ROWS)
-        write_text(run_dir / "config.yaml", redacted(OmegaConf.to_yaml(OmegaConf.create(nested(config)))))
+        text = yaml.safe_dump(nested(config), allow_unicode=True, sort_keys=False)
+        write_text(run_dir / "config.yaml", redacted(text))
     processes.barrier()
+    trainer.began = start
     metrics = trainer.train(state)
     if not config.debug and processes.is_rank0():
-        record = origin | {"metrics": metrics, "seconds": time.monotonic() - start}
+        record = origin | {"metrics": metrics, "seconds": time.monotonic() - trainer.began}
         record |= {"finished": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         run_folder.write_done(run_dir, record)
         resume.clear(run_dir)
@@ -197,6 +209,7 @@ def sample_job(stage: recipes.Stage) -> tuple[AnswerJob, BadRows]:
         add_bos=config.add_bos,
         key="sampling",
         extra={},
+        cut_key=CUT,
     )
     return job, bad
 
@@ -292,7 +305,7 @@ def check_samples(stages: list[recipes.Stage], running: list[recipes.Stage]) -> 
         if skipped and read and stage.source and Path(stage.source).is_dir():
             recipes.check_trained(stages, stage.source)
             job, _ = sample_job(stage)
-            provenance.check(stage.output, job.made_from, job.label)
+            provenance.check(stage.output, job.made_from, job.label, job.earlier_made_from)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")

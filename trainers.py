@@ -26,7 +26,7 @@ from ram.models import checkpoints, run_folder
 from ram.training import frozen, logps, packing, passes, resume, sharding
 from ram.training.losses import LOSSES
 from ram.training.metrics import MetricsLog, averages, show_samples
-from ram.training.optimizers import lr_factor, make_optimizer, run_length
+from ram.training.optimizers import batch_factor, lr_factor, make_optimizer, run_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ class BasicTrainer:
         self.is_writer = processes.is_rank0() and not settings.debug  # whether it changes the run folder
         self.device = pick_device()
         dtype = pick_dtype(settings.model.fsdp_policy_mp or "float32", self.device)
-        self.compute_dtype = dtype if dtype != torch.float32 else None
+        self.compute_dtype = None if dtype == torch.float32 else dtype
         if settings.activation_checkpointing:
             self.model.activation_checkpointing_enable()
         self.place()
@@ -94,14 +94,14 @@ class BasicTrainer:
         self.total_examples, self.total_updates, self.warmup = run_length(settings, len(train_data))
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = make_optimizer(settings, trained)
-        limit = settings.n_eval_examples
-        self.n_heldout = len(eval_data) if limit is None else min(limit, len(eval_data))
-        self.updates = self.examples = self.tokens = 0  # tokens: of responses
+        self.n_heldout = len(range(len(eval_data))[: settings.n_eval_examples])
+        self.updates = self.examples = self.tokens = 0  # tokens: those of answers
         self.next_eval = settings.eval_every  # in examples
         self.next_save = settings.save_every  # in examples; None saves no steps
         self.heldout: tuple[int, float] = (-1, math.nan)  # examples and loss of the last evaluation
         self.best: list | None = None  # examples and held-out loss of the best step-N so far
         self.last_state: int | None = None  # updates at the newest training state
+        self.began = time.monotonic()  # when the run began, less the pauses between its sessions
 
     @functools.cached_property
     def saver(self) -> resume.Saver:
@@ -206,7 +206,7 @@ class BasicTrainer:
         row["grad_norm"] = sharding.clip_grad_norm(self.model, self.settings.max_grad_norm)
         self.check(row)
         factor = lr_factor(self.updates, self.warmup, self.total_updates, self.settings.lr_schedule)
-        lr = self.settings.lr * factor
+        lr = self.settings.lr * factor * batch_factor(self.settings, len(rows))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -258,7 +258,8 @@ class BasicTrainer:
         bar = None
         if state is not None:
             self.recall(state)
-        metrics = MetricsLog(self.run_dir, settings, self.updates if state is not None else None)
+        at_end = self.examples >= self.total_examples
+        metrics = MetricsLog(self.run_dir, settings, None if state is None else self.updates, at_end)
         batches = get_batch_iterator(
             len(self.train_data),
             settings.batch_size,
@@ -318,9 +319,8 @@ class BasicTrainer:
         if self.examples >= self.next_eval:
             self.evaluate(metrics)
             self.next_eval = (self.examples // self.settings.eval_every + 1) * self.settings.eval_every
-        save_every = self.settings.save_every
-        if save_every and self.next_save and self.examples >= self.next_save:
-            self.next_save = (self.examples // save_every + 1) * save_every
+        if (every := self.settings.save_every) and self.next_save and self.examples >= self.next_save:
+            self.next_save = (self.examples // every + 1) * every
             self.save(f"step-{self.examples}")
             self.prune()
             self.remember()
@@ -346,8 +346,7 @@ class BasicTrainer:
     @torch.no_grad()
     def heldout_averages(self) -> dict[str, float]:
         """Return averages over the first n_eval_examples held-out examples; empty if there are none."""
-        n = self.n_heldout
-        if n == 0:
+        if not (n := self.n_heldout):
             return {}
         self.model.eval()
         sums: dict[str, float] = defaultdict(float)
@@ -397,7 +396,8 @@ class BasicTrainer:
         if self.settings.debug or self.last_state == self.updates:
             return
         self.last_state = self.updates
-        facts = {key: getattr(self, key) for key in self.COUNTERS} | {"origin": self.origin}
+        facts = {key: getattr(self, key) for key in self.COUNTERS}
+        facts |= {"seconds": time.monotonic() - self.began, "origin": self.origin}
         self.saver.save(self.model, self.optimizer, facts)
 
     def recall(self, state: dict[str, Any]) -> None:
@@ -405,6 +405,7 @@ class BasicTrainer:
         resume.load(state["folder"], self.model, self.optimizer)
         for key in self.COUNTERS:
             setattr(self, key, state[key])
+        self.began -= state.get("seconds", 0.0)  # states of earlier versions do not have it
         log.info(f"resuming after {self.examples:,} of {self.total_examples:,} examples: {state['folder']}")
 
 

@@ -43,6 +43,8 @@ make_python() {
     fi
     PYTHON=.venv/bin/python
     echo "installing requirements.txt into .venv, which takes a minute or more"
-    .venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+    # torch and its CUDA packages differ by machine; everything else has one version and a hash.
+    .venv/bin/python -m pip install -qq --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
     if [ "${1:-}" = dev ]; then .venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]'; fi
 }

@@ -87,3 +87,21 @@ def test_requirements_are_exact_pins():
         pins += extra
     assert all(re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.]+", pin) for pin in pins), pins
     assert len({pin.split("==")[0].lower() for pin in pins}) == len(pins)
+
+
+def test_lock_has_every_pin_with_hashes():
+    """requirements.lock names the versions of requirements.txt; torch and CUDA packages differ by machine."""
+    pin = re.compile(r"^([\w.-]+)==([^\s;]+)", re.MULTILINE)
+
+    def pins(name):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        return {package.replace("_", "-"): version for package, version in pin.findall(text)}
+
+    wanted, locked = pins("requirements.txt"), pins("requirements.lock")
+    assert wanted.pop("torch") and len(locked) > 80
+    assert {package: locked.get(package) for package in wanted} == wanted
+    assert not [name for name in locked if re.match(r"torch$|triton|nvidia-|cuda-", name)]
+    lock = re.sub(r"^#.*\n", "", (ROOT / "requirements.lock").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    entries = lock.replace("\\\n", " ").splitlines()
+    assert len(entries) == len(locked) and all("--hash=sha256:" in entry for entry in entries)
+    assert not re.search(r"://|^\s*-", lock.replace("    --hash=sha256:", ""), re.MULTILINE)

@@ -4,13 +4,16 @@ import contextlib
 import csv
 import io
 import json
+import random
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from damage import damage
 from omegaconf import OmegaConf
 from small import SMALL, run, settings
 
@@ -378,3 +381,40 @@ def test_dry_run_writes_nothing(tmp_path, caplog):
     run(train, "experiment=demo", f"output_dir={tmp_path / 'x'}", "dry_run=true")
     assert "10 stages: everything they need is there" in caplog.text and "n_examples 32000" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+def run_on_damage(finished, tmp_path, count, seed):
+    """Damage one file of a finished demo, run both commands on it, and count the outcomes.
+
+    Either the results are those of the undamaged demo, or a command refuses the file in one line.
+    """
+    rng = random.Random(seed)
+    outcomes = {"right": 0, "refused": 0}
+    expected = contents(finished)
+    for _ in range(count):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        folder = copy_of(finished, tmp_path)
+        path = rng.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
+        how = f"{damage(path, rng)} of {path.relative_to(folder)}"
+        try:
+            demo(folder)
+        except UserError as error:
+            assert "\n" not in str(error), how
+            outcomes["refused"] += 1
+            continue
+        except Exception as error:
+            raise AssertionError(f"{how}: {type(error).__name__}: {error}") from error
+        assert contents(folder) == expected, how
+        outcomes["right"] += 1
+    return outcomes
+
+
+def test_commands_survive_damage(finished, tmp_path):
+    run_on_damage(finished, tmp_path, 2, seed=0)
+
+
+@pytest.mark.slow
+def test_commands_survive_much_damage(finished, tmp_path, capsys):
+    outcomes = run_on_damage(finished, tmp_path, 150, seed=1)
+    with capsys.disabled():
+        sys.stdout.write(f"\n150 damages through both commands: {outcomes}\n")

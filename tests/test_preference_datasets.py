@@ -170,12 +170,19 @@ HUB |= {"se": ("HuggingFaceH4/stack-exchange-preferences", None)}
 def test_missing_local_files_are_loaded_from_the_hub(tmp_path, monkeypatch, name):
     """The request has the right set, split and folder; the rows become the same texts as a file's."""
     (hub_id, folder), (_, row, expected) = HUB[name], CASES[name]
-    monkeypatch.setattr(datasets, "load_dataset", load := Mock(return_value=[row]))
+
+    def change(value):
+        return re.sub("Why|rained", "When", value) if isinstance(value, str) else value
+
+    other = {key: change(value) for key, value in row.items()}
+    load = Mock(side_effect=lambda *_, split, **__: [row if split == "train" else other])
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert texts(get_dataset(name, "all", data_dir=tmp_path, cache_dir="here")) == expected
     load.assert_called_once_with(hub_id, data_dir=folder, split="train", cache_dir="here")
     if DATASETS[name].test_folder:
-        assert texts(get_dataset(name, "heldout", data_dir=tmp_path)) == expected
-        load.assert_called_with(hub_id, data_dir=folder, split="test", cache_dir=None)
+        (example,) = get_dataset(name, "heldout", data_dir=tmp_path)
+        assert example.prompt == change(expected[0][0])
+        load.assert_any_call(hub_id, data_dir=folder, split="test", cache_dir=None)
 
 
 def test_unreachable_hub_error_names_the_local_folder(tmp_path, monkeypatch):
@@ -228,7 +235,19 @@ def test_local_train_and_test_files_are_the_split(put):
     put("train/hh/notes.txt", b"not data")
     splits = {split: get_dataset("hh", split, data_dir=data_dir) for split in ("train", "heldout", "all")}
     assert [e.record for e in splits["train"]] == [*other, HH] and splits["train"] == splits["all"]
-    assert [e.record for e in splits["heldout"]] == other
+    assert splits["heldout"] == [], "the same prompts as in the training files"
+    put(
+        "test/hh/helpful.jsonl.gz",
+        [
+            HH
+            | {
+                "chosen": HH["chosen"].replace("Why", "How"),
+                "rejected": HH["rejected"].replace("Why", "How"),
+            },
+            *other,
+        ],
+    )
+    assert len(get_dataset("hh", "heldout", data_dir=data_dir)) == 1
     assert [len(get_dataset("harmless", split, data_dir=data_dir)) for split in splits] == [9, 1, 10]
 
 

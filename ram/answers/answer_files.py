@@ -6,20 +6,30 @@ Each process answers its share of the rows. The text of a row depends only on (s
 the number of processes do not change the file.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ram.answers import endpoints, served_pairs
-from ram.answers.jobs import AnswerJob
+from ram.answers.jobs import AnswerJob, without_rows
 from ram.data.text import Text, shares, spelling
 from ram.distributed import processes
 from ram.errors import UserError
 from ram.log import log, progress
-from ram.storage.files import only_run, read_rows, write_json, write_jsonl
-from ram.storage.parts import PartFiles
-from ram.storage.provenance import finished, marker, verify, write_marked
+from ram.storage.files import file_sha256, fingerprint, only_run, read_rows, write_jsonl
+from ram.storage.parts import ROW, PartFiles, write_part
+from ram.storage.provenance import (
+    Manifest,
+    finished,
+    marker,
+    read_manifest,
+    read_marker,
+    verify,
+    write_marked,
+)
+from ram.storage.records import Form, read_record, write_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,17 +52,24 @@ def answer_file(output: Path, job: AnswerJob, overwrite: bool) -> bool:
 
 
 def _answer_file(output: Path, job: AnswerJob, overwrite: bool) -> bool:
-    if processes.from_rank0(lambda: finished(output, job.made_from, overwrite, job.label)):
+    def is_finished() -> bool:
+        if not overwrite and (reused := answers_of_other_rows(output, job)):
+            write_part(output, job.answer_identity, reused.values())
+            log.info(f"{job.label}: {len(reused)} answers of a file of other rows are used again")
+        return finished(output, job.made_from, overwrite, job.label, job.earlier_made_from)
+
+    if processes.from_rank0(is_finished):
         return False
     _ = job.encoded  # raises if the job cannot work, before anything is written
-    parts = PartFiles(output, job.identity, overwrite)
+    earlier = [fingerprint(job.made_from), fingerprint(job.earlier_made_from)]
+    parts = PartFiles(output, job.answer_identity, overwrite, job.row_keys, earlier)
     answer_all(job, parts)
     processes.barrier()
     if processes.is_rank0():
         answers = parts.collect(len(job.prompts))
         write_jsonl(trace_path(output), answers)
         rows = [
-            {**record, job.key: answer["text"], **job.extra}
+            {**record, job.key: answer["text"], **job.extra} | cut_mark(job, answer)
             for record, answer in zip(job.records, answers, strict=True)
         ]
         write_marked(output, rows, job.made_from, trace_path(output))
@@ -60,6 +77,42 @@ def _answer_file(output: Path, job: AnswerJob, overwrite: bool) -> bool:
     processes.barrier()
     log.info(f"saved    {output}")
     return True
+
+
+def cut_mark(job: AnswerJob, answer: dict[str, Any]) -> dict[str, str]:
+    """Return what a written row says of an answer that was cut at the length limit."""
+    is_cut = job.cut_key and answer.get("finish_reason") == "length"
+    return {job.cut_key: "length"} if job.cut_key and is_cut else {}
+
+
+def answers_of_other_rows(output: Path, job: AnswerJob) -> dict[int, dict[str, Any]]:
+    """Return answers by index from finished files that differ from the job in their rows only.
+
+    `sampling.limit` changes which rows are answered, but no answer. The file set aside last counts, too.
+    """
+    answers: dict[int, dict[str, Any]] = {}
+    index_of = {key: index for index, key in enumerate(job.row_keys)}
+    if not output.is_file() or not marker(output).is_file():
+        return answers
+    if not read_marker(output).changes(job.made_from, job.earlier_made_from):
+        return answers  # it is the finished file itself
+    for suffix in (".old", ""):
+        meta, trace = (path.with_name(path.name + suffix) for path in (marker(output), trace_path(output)))
+        if not (meta.is_file() and trace.is_file()):
+            continue
+        with contextlib.suppress(UserError):  # damaged: made again
+            manifest, record = read_manifest(meta, "made_from", "sha256", "")
+            rest = Manifest(without_rows(manifest.made_from), {})
+            if rest.changes(without_rows(job.made_from), without_rows(job.earlier_made_from)):
+                continue
+            if manifest.files.get(trace_path(output).name) != file_sha256(trace):
+                continue
+            rows = [row for _, row in read_rows(trace)]
+            if record["made_from"].get("rows") == job.rows_until(len(rows)):
+                # Earlier versions stored no ROW.
+                rows = [row | {ROW: key} for row, key in zip(rows, job.row_keys, strict=False)]
+            answers |= {index_of[row[ROW]]: row for row in rows if row.get(ROW) in index_of}
+    return {index: answer | {"index": index} for index, answer in answers.items()}
 
 
 def answer_all(job: AnswerJob, parts: PartFiles) -> None:
@@ -98,12 +151,38 @@ def answer_all(job: AnswerJob, parts: PartFiles) -> None:
     seconds = max(processes.all_gather(time.monotonic() - start))
     tokens_per_second = total_tokens / seconds
     if processes.is_rank0():
-        speed = {"tokens": total_tokens, "seconds": seconds, "tokens_per_second": tokens_per_second}
-        write_json(speed_path(parts.output), speed)
+        write_speed(parts, total_tokens, seconds)
     log.info(
         f"{job.label}: {len(missing)} answers, {total_tokens:,} tokens in {seconds:.1f} s, "
         f"{tokens_per_second:,.0f} tokens/s"
     )
+
+
+def write_speed(parts: PartFiles, tokens: int, seconds: float) -> None:
+    """Write the tokens and seconds of all sessions that made a file.
+
+    Args:
+        parts: the file's answers; those of earlier sessions count with the time that they took.
+        tokens: of this session.
+        seconds: of this session.
+    """
+    tokens += parts.tokens
+    seconds += parts.seconds
+    speed = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    write_record(speed_path(parts.output), speed)
+
+
+def read_speed(output: Path) -> dict[str, Any] | None:
+    """Return the tokens and seconds that a file took; None if that is unknown."""
+    path = speed_path(output)
+    if not path.is_file():
+        return None
+    form: Form = dict.fromkeys(("tokens", "seconds", "tokens_per_second"), int | float)
+    try:
+        return read_record(path, form, "the time of these answers is left out")
+    except UserError as error:
+        log.warning(str(error))
+        return None
 
 
 def report_failures(job: AnswerJob, parts: PartFiles, failures: list[dict[str, Any]]) -> None:
@@ -182,7 +261,7 @@ def read_answers(output: Path, job: AnswerJob) -> list[dict[str, Any]]:
         raise UserError(
             f"{job.label}: {output} was not made by this program; move it away, or set overwrite=true"
         )
-    verify(output, job.made_from, job.label)
+    verify(output, job.made_from, job.label, job.earlier_made_from)
     return [answer for _, answer in read_rows(trace_path(output))]
 
 

@@ -136,8 +136,8 @@ def evenly_spread(n: int, count: int) -> list[int]:
     return [round(i * (count - 1) / max(n - 1, 1)) for i in range(n)]
 
 
-def made_from(job: AnswerJob) -> str:
-    return fingerprint([job.identity, TOP])
+def made_from(job: AnswerJob, earlier: bool = False) -> str:
+    return fingerprint([fingerprint(job.earlier_made_from) if earlier else job.identity, TOP])
 
 
 def figures_file(output: Path, job: AnswerJob, n: int, overwrite: bool) -> None:
@@ -182,7 +182,7 @@ def figures_file(output: Path, job: AnswerJob, n: int, overwrite: bool) -> None:
 
 
 def is_finished(path: Path, job: AnswerJob, rows: list[int]) -> bool:
-    if not is_made_from(path, made_from(job)):
+    if not is_made_from(path, made_from(job), made_from(job, earlier=True)):
         return False
     return [figures["row"] for _, figures in read_rows(path)] == rows
 
@@ -190,6 +190,6 @@ def is_finished(path: Path, job: AnswerJob, rows: list[int]) -> bool:
 def read_figures(output: Path, job: AnswerJob) -> dict[int, dict[str, Any]]:
     """Return `token_figures` by row. Empty if the file is missing or of other answers."""
     path = figures_path(output)
-    if not is_made_from(path, made_from(job)):
+    if not is_made_from(path, made_from(job), made_from(job, earlier=True)):
         return {}
     return {figures["row"]: figures for _, figures in read_rows(path)}

@@ -1,7 +1,7 @@
 """A file of answers before it is made: its models, prompts and settings, and the record of its inputs."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ram.data import prompts
@@ -13,11 +13,21 @@ from ram.log import log, pick_device, redacted
 from ram.models import checkpoints, vocabulary
 from ram.settings.overrides import MODEL_KEYS
 from ram.storage.files import fingerprint
+from ram.storage.provenance import Inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ram.settings.schema import SamplingSettings
+
+# Settings that one mode reads; in the others they change no answer.
+MODE_OF = {
+    "div_threshold": "par_kl",
+    "kl_fallback": "par_kl",
+    "n_candidates": "snis",
+    "expert_temperature": "mds",
+    "mixture_weight": "mixture",
+}
 
 
 @dataclass(frozen=True)
@@ -29,18 +39,29 @@ class Pair:
     dtype: str = "auto"
     tokenizer_path: str | None = None
 
-    def fingerprint(self) -> list[str | None]:
-        """Return the fingerprints of the proposal's and the aligner's weights, None for a missing model."""
-        return [path and checkpoints.weights_fingerprint(path) for path in (self.proposal, self.aligner)]
+    def fingerprint(self, earlier: bool = False) -> list[str | None]:
+        """Return the fingerprints of the proposal's and the aligner's weights, None for a missing model.
 
-    def law(self, params: PARParams) -> dict[str, Any]:
+        Args:
+            earlier: by the rule of earlier versions.
+        """
+        of = checkpoints.earlier_fingerprint if earlier else checkpoints.weights_fingerprint
+        return [path and of(path) for path in (self.proposal, self.aligner)]
+
+    def law(self, params: PARParams, earlier: bool = False) -> dict[str, Any]:
         """Return the settings that decide the next-token distribution (the "law") of this pair.
 
-        A single model reads only its own settings, so the others must not change its identity.
+        A single model reads only its own settings and a mode only some, so the others must not change the
+        identity: they have their default here.
+
+        Args:
+            params: all settings.
+            earlier: by the rule of earlier versions, which kept the settings of other modes.
         """
         values = params.identity()
         if self.proposal and self.aligner:
-            return values
+            unread = {k: getattr(PARParams, k) for k, mode in MODE_OF.items() if mode != params.sample_mode}
+            return values if earlier else replace(params, **unread).identity()
         prefix = "base_" if self.proposal else ""
         return {f"{prefix}{key}": values[f"{prefix}{key}"] for key in MODEL_KEYS}
 
@@ -58,6 +79,7 @@ class AnswerJob:
         add_bos: Whether prompts begin with BOS, unless the models' cards say otherwise.
         key: Key of the answer in each written row.
         extra: Further keys and values of each written row.
+        cut_key: Key that a written row gets, with "length", if its answer was cut at the length limit.
     """
 
     label: str
@@ -71,6 +93,7 @@ class AnswerJob:
     add_bos: bool
     key: str
     extra: dict[str, Any]
+    cut_key: str | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -119,8 +142,16 @@ class AnswerJob:
     @functools.cached_property
     def made_from(self) -> dict[str, Any]:
         """Everything that decides the answers. Equal for two jobs exactly if they give the same file."""
+        return self._made_from()
+
+    @functools.cached_property
+    def earlier_made_from(self) -> dict[str, Any]:
+        """What an earlier version recorded for the same answers."""
+        return self._made_from(earlier=True)
+
+    def _made_from(self, earlier: bool = False) -> dict[str, Any]:
         settings = self.settings
-        proposal, aligner = self.pair.fingerprint()
+        proposal, aligner = self.pair.fingerprint(earlier)
         models: dict[str, Any] = {"proposal": proposal, "aligner": aligner}
         if settings.backend == "endpoint":
             server = settings.endpoint
@@ -130,8 +161,8 @@ class AnswerJob:
             }
         return {
             **models,
-            **self.pair.law(self.params),
-            "rows": fingerprint([self.records, self.prompts, self.row_ids]),
+            **self.pair.law(self.params, earlier),
+            "rows": self.rows_until(len(self.prompts)),
             "dtype": self.pair.dtype,
             "tokenizer_path": self.pair.tokenizer_path,
             "seed": self.seed,
@@ -144,6 +175,15 @@ class AnswerJob:
             **self.extra,
         }
 
+    def rows_until(self, count: int) -> str:
+        """Return the fingerprint of the first `count` rows."""
+        return fingerprint([self.records[:count], self.prompts[:count], self.row_ids[:count]])
+
+    @functools.cached_property
+    def row_keys(self) -> list[str]:
+        """A digest of each row, as far as it decides the answer."""
+        return [fingerprint(row)[:16] for row in zip(self.prompts, self.row_ids, strict=True)]
+
     @property
     def has_marks(self) -> bool:
         """Whether the template's special tokens may be part of the prompts."""
@@ -152,6 +192,11 @@ class AnswerJob:
     @property
     def identity(self) -> str:
         return fingerprint(self.made_from)
+
+    @property
+    def answer_identity(self) -> str:
+        """Digest of everything that decides an answer besides its row."""
+        return fingerprint(without_rows(self.made_from))
 
     @functools.cached_property
     def encoded(self) -> "tuple[PreTrainedTokenizerBase, list[list[int]]]":
@@ -189,3 +234,10 @@ class AnswerJob:
         if n_cut:
             log.info(f"{self.label}: {n_cut} of {len(prompt_ids)} prompts cut to {limit} tokens")
         return tokenizer, prompt_ids
+
+
+def without_rows(made_from: Inputs) -> Inputs:
+    """Return what decides an answer besides its row."""
+    if isinstance(made_from, str):
+        return made_from
+    return {key: value for key, value in made_from.items() if key != "rows"}

@@ -8,9 +8,10 @@ from ram.data import prompts
 from ram.data.tokenization import Example
 from ram.errors import UserError, nearest
 from ram.log import log
-from ram.storage.files import BadRows, count_lines, read_rows
+from ram.storage.files import BadRows, count_lines, read_rows, usable
 
 VARIANTS = ("aligner_warmup", "aligner_common")
+CUT = "sampling_finish_reason"  # field of a sampled row: "length" if the sample was cut at the length limit
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def local_or_hub(
     """
     paths = local_files(request.data_dir / request.part / folder, pattern)
     if not paths:
-        return list(enumerate(_hub_rows(hub_id, hub_dir, request, folder)))
+        types: dict[str, type] = required if isinstance(required, dict) else dict.fromkeys(required, str)
+        return usable(enumerate(_hub_rows(hub_id, hub_dir, request, folder)), types, hub_id, request.bad)
     rows: list[tuple[int, dict]] = []
     first_id = 0
     for path in paths:
@@ -121,8 +123,24 @@ def local_or_hub(
 
 
 def local_files(folder: Path, pattern: str) -> list[Path]:
-    """Return matching files in order of their names; hidden ones are partial writes of a killed run."""
-    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+    """Return matching .jsonl and .jsonl.gz files in order of their names.
+
+    Hidden ones are partial writes of a killed run; others, such as X.jsonl.bak, are copies.
+
+    Raises:
+        UserError: If a file is there twice, plain and gzipped.
+    """
+    visible = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+    paths = [path for path in visible if path.name.endswith((".jsonl", ".jsonl.gz"))]
+    if len(paths) < len(visible):
+        others = ", ".join(path.name for path in visible if path not in paths)
+        log.warning(f"{folder}: not read, because only .jsonl and .jsonl.gz files are data: {others}")
+    for path in paths:
+        if path.with_name(f"{path.name}.gz") in paths:
+            raise UserError(
+                f"{path} is there twice, plain and as .gz: its rows would count double; remove one"
+            )
+    return paths
 
 
 def _hub_rows(hub_id: str, hub_dir: str, request: LoadRequest, folder: str) -> list[dict]:

@@ -223,8 +223,10 @@ def local_rows(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
         else:
             bad = BadRows("skip")
             rows = files.read_rows(path, bad=bad)
-            if bad.rows:  # malformed rows, unlike rows without an answer, mean a damaged copy
-                raise UserError(f"{bad.rows[0]['where']}: {bad.rows[0]['reason']}; is the file truncated?")
+            for row in bad.rows:  # malformed rows, unlike rows without an answer, mean a damaged copy
+                if row["reason"].startswith(("not valid JSON", "expected a record")):
+                    raise UserError(f"{row['where']}: {row['reason']}; is the file truncated?")
+                log.warning(f"left out {row['where']}: {row['reason']}")
             yield from (row for _, row in rows)
 
 

@@ -18,6 +18,7 @@ from ram.data.text import spelling
 from ram.errors import UserError
 from ram.log import log, progress
 from ram.storage.files import fingerprint, replacing
+from ram.storage.records import DIGEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ class Example:
     target: str
     negative: str | None = None  # the proposal's sample, or the rejected answer
     record: dict | None = None  # the input row; the sample stage writes it back with a `sampling` field
+    unfinished: tuple[str, ...] = ()  # the answers that were cut at a length limit: "target", "negative"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -111,6 +113,7 @@ class TokenizedDataset:
     offsets: dict[str, np.ndarray]  # int64, (examples + 1,)
     counts: dict[str, int]  # numbers of examples, tokens, and texts that were cut
     key: str = ""  # content hash of texts, tokenizer and lengths; empty if the ids were not cached
+    earlier_key: str = ""  # what earlier versions took for the key, if that was something else
 
     def __len__(self) -> int:
         return len(self.offsets["prompt"]) - 1
@@ -118,6 +121,24 @@ class TokenizedDataset:
     def part(self, name: str, index: int) -> np.ndarray:
         """Return the ids of one part of one example."""
         return self.ids[name][self.offsets[name][index] : self.offsets[name][index + 1]]
+
+    def without_identical_pairs(self) -> TokenizedDataset:
+        """Leave out examples whose two answers have the same ids: they state no preference."""
+        kept = [
+            index
+            for index in range(len(self))
+            if not np.array_equal(self.part("target", index), self.part("negative", index))
+        ]
+        if len(kept) == len(self):
+            return self
+        ids, offsets = {}, {}
+        for name in self.ids:
+            rows = [self.part(name, index) for index in kept]
+            ids[name] = np.concatenate(rows) if rows else self.ids[name][:0]
+            offsets[name] = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        counts = self.counts | {"examples": len(kept), "tokens": sum(map(len, ids.values()))}
+        key = self.key and fingerprint([self.key, "without identical pairs"])
+        return TokenizedDataset(ids, offsets, counts, key)
 
 
 def tokenize(
@@ -130,7 +151,7 @@ def tokenize(
     """Encode prompts and answers separately, so that training sees the prompt ids that decoding sees.
 
     An answer ends in EOS if both fit into `max_length` minus the prompt. A longer answer is cut and gets no
-    EOS, so that no model learns to stop in mid-sentence.
+    EOS, nor does an unfinished one, so that no model learns to stop in mid-sentence.
 
     Args:
         examples: All with a second answer, or none.
@@ -154,9 +175,10 @@ def tokenize(
         counts["prompts_cut"] += cut
         for name in answers:
             answer_ids = encode(tokenizer, [getattr(example, name) for example in chunk])
-            for prompt, answer in zip(prompt_ids, answer_ids, strict=True):
-                ids = end(answer, max_length - len(prompt), eos)
-                counts[f"{name}s_cut"] += len(ids) <= len(answer)
+            for example, prompt, answer in zip(chunk, prompt_ids, answer_ids, strict=True):
+                room = max_length - len(prompt)
+                ids = answer[:room] if name in example.unfinished else end(answer, room, eos)
+                counts[f"{name}s_cut"] += len(ids) <= len(answer) and name not in example.unfinished
                 parts[name].append(ids)
     counts["tokens"] = sum(len(ids) for rows in parts.values() for ids in rows)
     flat_ids = {}
@@ -186,6 +208,7 @@ def tokenize_cached(
     text = hashlib.sha256()
     for example in examples:
         text.update(repr((example.prompt, example.target, example.negative)).encode())
+        text.update(repr(example.unfinished).encode() if example.unfinished else b"")
     lengths = [settings.max_length, settings.max_prompt_length, settings.add_bos]
     key = fingerprint([VERSION, text.hexdigest(), tokenizer_fingerprint(tokenizer), lengths])
     path = Path(settings.output_dir) / "cache" / f"{name}.{key[:16]}.safetensors"
@@ -213,14 +236,26 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def _write_cache(path: Path, data: TokenizedDataset) -> None:
     from safetensors.numpy import save_file
 
-    arrays = {f"ids.{name}": array for name, array in data.ids.items()}
-    arrays |= {f"offsets.{name}": array for name, array in data.offsets.items()}
+    metadata = {key: str(count) for key, count in data.counts.items()} | {DIGEST: _digest(data)}
     with replacing(path) as partial:
-        save_file(arrays, partial, metadata={key: str(count) for key, count in data.counts.items()})
+        save_file(_arrays(data), partial, metadata=metadata)
+
+
+def _arrays(data: TokenizedDataset) -> dict[str, np.ndarray]:
+    arrays = {f"ids.{name}": array for name, array in data.ids.items()}
+    return arrays | {f"offsets.{name}": array for name, array in data.offsets.items()}
+
+
+def _digest(data: TokenizedDataset) -> str:
+    digest = hashlib.sha256(fingerprint(data.counts).encode())
+    for name, array in sorted(_arrays(data).items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _read_cache(path: Path) -> TokenizedDataset | None:
-    """Read a cache file; None if it is truncated or damaged."""
+    """Read a cache file; None if it was changed or cut short, or is of a version that wrote no digest."""
     from safetensors import SafetensorError, safe_open
 
     ids: dict[str, np.ndarray] = {}
@@ -230,8 +265,12 @@ def _read_cache(path: Path) -> TokenizedDataset | None:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 kind, name = key.split(".", 1)
                 (ids if kind == "ids" else offsets)[name] = file.get_tensor(key)
-            counts = {key: int(count) for key, count in file.metadata().items()}
-    except SafetensorError:
-        log.warning(f"{path} is damaged; tokenising again")
-        return None
-    return TokenizedDataset(ids, offsets, counts)
+            metadata = dict(file.metadata())
+        digest = metadata.pop(DIGEST)
+        data = TokenizedDataset(ids, offsets, {key: int(count) for key, count in metadata.items()})
+        if digest == _digest(data):
+            return data
+    except (SafetensorError, ValueError, TypeError, KeyError):
+        pass
+    log.warning(f"{path} is damaged or of an earlier version; tokenising again")
+    return None

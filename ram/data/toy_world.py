@@ -17,6 +17,7 @@ from ram.errors import UserError, nearest
 from ram.log import log
 from ram.storage.files import file_sha256, fingerprint, replacing, write_json, write_jsonl
 from ram.storage.provenance import digests_in, read_manifest
+from ram.storage.records import write_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -106,7 +107,7 @@ def build_world(folder: Path, settings: dict[str, Any], seed: int, overwrite: bo
     paths += [folder / "test" / "toy_test.json", *sorted((folder / "tokenizer").iterdir())]
     files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
     # The marker is written last: a folder without it is incomplete.
-    write_json(marker, {"identity": identity, "seed": seed, "settings": settings, "files": files})
+    write_record(marker, {"identity": identity, "seed": seed, "settings": settings, "files": files})
     log.info(
         f"toy data set: {len(facts)} facts, {len(general):,} general rows, {len(aligned)} aligned rows, "
         f"{len(test)} test questions in {folder}"

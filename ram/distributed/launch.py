@@ -3,18 +3,25 @@
     python -m ram.distributed.launch train.py experiment=llama_uc
 
 A thin wrapper around torchrun: it picks the number of processes and exits with the code of the process that
-ended first, so that a scheduler can tell a preempted job from a failed one. Environment variables: NPROC, the
+ended first, so that a scheduler can tell a preempted job from a failed one. The processes of one machine find
+each other through files in a private folder, so no port is open to others. Environment variables: NPROC, the
 processes on this machine (default: its GPUs, or 1); NNODES and RDZV_ENDPOINT (host:port of one of the
 machines) if the same command runs on several machines; torchrun's own PET_* variables for everything else.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from typing import NoReturn
 
 from ram import environment
+from ram.distributed.worker import LAUNCHER
+
+STORE = "RAM_STORE"  # environment variable: the file by which the processes of one machine find each other
 
 
 def refuse(message: str) -> NoReturn:
@@ -42,6 +49,34 @@ def number(name: str) -> int | None:
     return int(text)
 
 
+def several(machines: int, endpoint: str | None) -> list[str]:
+    """Return torchrun's arguments for a run on several machines, which meet at a port of one of them."""
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--nnodes={machines}"]
+    return [*meeting, f"--rdzv-id={os.environ.get('RDZV_ID', 'ram')}"]
+
+
+@contextlib.contextmanager
+def one_machine() -> Iterator[list[str]]:
+    """Yield torchrun's arguments for a run on this machine, without a port that others can reach.
+
+    A store on a port would listen on every interface, and its readers unpickle what anybody wrote there. Here
+    launcher and processes share files in a folder that is the user's alone, and tensors travel over loopback.
+    """
+    with tempfile.TemporaryDirectory(prefix="ram-") as folder:  # made with mode 0700
+        os.environ[STORE] = os.path.join(folder, "processes")
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torchrun's own store, on a port
+        loopback = "lo" if sys.platform == "linux" else "lo0"
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
+        yield [
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={os.path.join(folder, 'launcher')}",
+            "--rdzv-conf=store_type=file",
+            "--nnodes=1",
+            "--rdzv-id=ram",
+        ]
+
+
 def main() -> int:
     command = sys.argv[1:]
     if not command or not os.path.isfile(command[0]):
@@ -52,17 +87,9 @@ def main() -> int:
     machines = number("NNODES") or 1
     if processes == machines == 1:
         os.execv(sys.executable, [sys.executable, *command])
-    rendezvous = ["--standalone"]
-    if machines > 1:
-        endpoint = os.environ.get("RDZV_ENDPOINT")
-        if not endpoint:
-            refuse(f"NNODES={machines}, but RDZV_ENDPOINT is not set: give host:port of one of the machines")
-        rendezvous = [
-            "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={endpoint}",
-            f"--rdzv-id={os.environ.get('RDZV_ID', 'ram')}",
-            f"--nnodes={machines}",
-        ]
+    endpoint = os.environ.get("RDZV_ENDPOINT")
+    if machines > 1 and not endpoint:
+        refuse(f"NNODES={machines}, but RDZV_ENDPOINT is not set: give host:port of one of the machines")
     # Without this, torchrun sets one thread per process and prints a long warning.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     # Seconds that a process has to save its state after a signal before it is killed.
@@ -77,8 +104,13 @@ def main() -> int:
     from ram.errors import PREEMPTED
 
     logging.disable(logging.ERROR)  # the process has already printed its own error in one line
+    os.environ[LAUNCHER] = str(os.getpid())
+    os.environ.pop(STORE, None)
     try:
-        run.main([*rendezvous, f"--nproc-per-node={processes}", *command])
+        with (
+            one_machine() if machines == 1 else contextlib.nullcontext(several(machines, endpoint)) as meeting
+        ):
+            run.main([*meeting, f"--nproc-per-node={processes}", "-m", "ram.distributed.worker", *command])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:

@@ -7,7 +7,6 @@ their device.
 
 import atexit
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -23,6 +22,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ram.distributed.launch import STORE
+from ram.distributed.worker import end_with_launcher
 from ram.errors import run_entry_point
 from ram.log import pick_device
 
@@ -31,7 +32,6 @@ T = TypeVar("T")
 # Rank 0 may work for hours while the others wait (sampling, judging). torchrun detects dead processes.
 TIMEOUT = timedelta(days=2)
 PATIENCE = 2.0  # seconds after the first Ctrl-C from which a second one interrupts at once
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def start(alone: bool = False) -> None:
@@ -44,12 +44,17 @@ def start(alone: bool = False) -> None:
     if dist.is_initialized() or not (torchrun or alone):
         return
     if torchrun:
-        terminate_with_launcher()
+        end_with_launcher()
     device = pick_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if torchrun:
+    if torchrun and (path := os.environ.get(STORE)):
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(
+            backend, timeout=TIMEOUT, init_method=f"file://{path}", rank=rank, world_size=size
+        )
+    elif torchrun:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -80,12 +85,6 @@ def run(main: Callable[[], Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def terminate_with_launcher() -> None:
-    """Let Linux send this process SIGTERM if torchrun dies, so that it is not left running."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def stop() -> None:

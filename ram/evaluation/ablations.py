@@ -13,7 +13,8 @@ from ram.evaluation.report.charts import text
 from ram.log import log
 from ram.settings.recipes import value_of
 from ram.settings.schema import Settings
-from ram.storage.files import read_json, write_csv, write_json, write_text
+from ram.storage.files import write_csv, write_text
+from ram.storage.records import Form, read_record, write_record
 
 POINT = "point.json"
 PANELS = {  # column -> title; a panel is drawn if a curve has values
@@ -49,9 +50,11 @@ def add_point(folder: Path, task: str, board: Sequence[dict[str, Any]], config: 
             if value is None:
                 raise UserError(f"evaluation.ablation.{role}={ablation[role]!r}: no such key here")
             point[role] = value
-    write_json(folder / POINT, point)
+    write_record(folder / POINT, point)
     root = Path(config.report_dir).parent
-    points = [read_json(path) for path in sorted(root.rglob(POINT))]
+    remedy = "evaluate that point again, or remove its folder"
+    form: Form = {"task": str, "rows": list}
+    points = [read_record(path, form, remedy) for path in sorted(root.rglob(POINT))]
     draw(root / f"{task}.html", [p for p in points if p["task"] == task], ablation, config.experiment_name)
 
 

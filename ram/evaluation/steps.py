@@ -19,7 +19,7 @@ from ram.evaluation.report import gather, wandb_run
 from ram.evaluation.systems import System, job_of, sizes_of
 from ram.log import labelled, log, notice, redacted
 from ram.storage import provenance
-from ram.storage.files import fingerprint, read_rows, write_json, write_jsonl
+from ram.storage.files import fingerprint, only_run, read_rows, write_json, write_jsonl
 
 
 def generate(context: EvaluationContext) -> None:
@@ -78,12 +78,16 @@ def judge(context: EvaluationContext) -> None:
 def _judgements_of(context: EvaluationContext, system: System) -> list[Judgement]:
     records = [row for _, row in context.rows]
     texts = [answer["text"] for answer in context.answers[system.name]]
-    inputs = fingerprint([context.judge.identity(), records, texts, context.references])
+    inputs, earlier = (
+        fingerprint([identity, records, texts, context.references])
+        for identity in (context.judge.identity(), context.judge.earlier_identity())
+    )
     path = context.judgements_path(system)
-    if not context.config.overwrite and provenance.is_made_from(path, inputs):
+    if not context.config.overwrite and provenance.is_made_from(path, inputs, earlier):
         return [row for _, row in read_rows(path)]
     cache = Path(context.config.output_dir) / f"judgements_{context.judge.name}.jsonl"
-    judgements = context.judge.compare(records, texts, context.references, cache)
+    with only_run(cache, wait=True):  # another evaluation that asks this judge leaves its answers here
+        judgements = context.judge.compare(records, texts, context.references, cache)
     failed = [judgement for judgement in judgements if "failed" in judgement]
     if not failed:
         provenance.write_marked(path, judgements, inputs)

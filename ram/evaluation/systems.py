@@ -117,12 +117,24 @@ def _system(
             ) from None
     main = Path(aligner or proposal or "")
     assert config.evaluation.dataset is not None  # the pipeline refuses an evaluation without a data set
-    tag = settings_tag(pair, settings, config.seed, earlier[corrects].folder.name if corrects else None)
-    folder = Path(config.output_dir) / config.evaluation.dataset / task / main.parent.name
-    return System(name, pair, settings, settings.params, folder / f"{main.name}#{tag}", corrects)
+    place = Path(config.output_dir) / config.evaluation.dataset / task / main.parent.name
+    corrected = earlier[corrects].folder.name if corrects else None
+    folder, before = (
+        place / f"{main.name}#{settings_tag(pair, settings, config.seed, corrected, rule)}"
+        for rule in (False, True)
+    )
+    if before.is_dir() and not folder.is_dir():  # answers of an earlier version
+        folder = before
+    return System(name, pair, settings, settings.params, folder, corrects)
 
 
-def settings_tag(pair: Pair, settings: SamplingSettings, seed: int, corrected: str | None = None) -> str:
+def settings_tag(
+    pair: Pair,
+    settings: SamplingSettings,
+    seed: int,
+    corrected: str | None = None,
+    earlier: bool = False,
+) -> str:
     """Return the settings that people look for, and a hash of all settings that decide an answer.
 
     Args:
@@ -130,6 +142,7 @@ def settings_tag(pair: Pair, settings: SamplingSettings, seed: int, corrected: s
         settings: its `sampling` keys.
         seed: of decoding.
         corrected: the folder name of the answers that a corrector rewrites.
+        earlier: by the rule of earlier versions, see `Pair.law`.
     """
     s = settings
     aligner = f"t{s.temperature}_p{s.top_p}_rp{s.repetition_penalty}" + (
@@ -146,7 +159,7 @@ def settings_tag(pair: Pair, settings: SamplingSettings, seed: int, corrected: s
         parts.append(s.sample_mode + own.get(s.sample_mode, ""))
     lengths = ("max_length", "max_prompt_length", "stop_str", "template", "multiround")
     fields = ("input_key", "output_key", "system_key", "for_aligner", "tokenizer_path", "dtype")
-    law = pair.law(s.params)
+    law = pair.law(s.params, earlier)
     models = [path and Path(path).parts[-2:] for path in (pair.proposal, pair.aligner)]
     decisive = [{key: getattr(s, key) for key in (*lengths, *fields)}, law, models, seed]
     if corrected:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +19,10 @@ from ram.log import log, pick_dtype, quiet_transformers
 from ram.models import hub, vocabulary
 from ram.models.abilities import max_positions
 from ram.models.lora import merged_state, plain_name
+from ram.models.weight_files import check_weight_files
 from ram.storage.files import fingerprint, read_json, replacing, write_json
+from ram.storage.provenance import cached_sha256
+from ram.storage.records import read_record, write_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,6 +120,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
+    check_weight_files(Path(source))
     device = torch.device(device)
     try:
         if (config := Path(source) / "config.json").is_file():
@@ -162,6 +167,7 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     quiet_transformers()
+    check_weight_files(Path(source))
     tokenizer = load_tokenizer(source)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -256,13 +262,20 @@ def export_model(
         architecture = type(model).__name__.removeprefix("FSDP")  # sharding adds this prefix
         write_json(partial / "config.json", config | {"dtype": dtype, "architectures": [architecture]})
         tokenizer.save_pretrained(partial)
-        write_json(partial / CARD, card)
+        write_record(partial / CARD, card)
 
 
 def read_card(source: str) -> dict[str, Any]:
     """Return the content of an exported folder's card; empty for other folders and hub ids."""
     path = Path(source) / CARD
-    return read_json(path) if path.is_file() else {}
+    remedy = "copy the file again, or remove it: add_bos and lengths then come from the configuration"
+    return read_record(path, {}, remedy) if path.is_file() else {}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json, empty if it has none; raises UserError if it is not a record."""
+    path = folder / "config.json"
+    return read_record(path, {}, "download or copy the model again") if path.is_file() else {}
 
 
 def check_context(source: str | None, longest: int, architecture: dict[str, Any] | None = None) -> None:
@@ -295,9 +308,25 @@ def deciding_files(folder: Path) -> list[Path]:
 def weights_fingerprint(source: str) -> str:
     """Return a content hash of all files in a folder that affect the model's output.
 
-    For a hub id, the name is hashed. Of a file above 64 MB, 64 blocks spread over its length are read: fast,
-    and enough to distinguish two training runs.
+    For a hub id, the name is hashed. A file above 64 MB counts with its digest, which is kept beside it.
     """
+    return _fingerprint(source, lambda path, digest: digest.update(cached_sha256(path).encode()))
+
+
+def earlier_fingerprint(source: str) -> str:
+    """Return what earlier versions took for `weights_fingerprint`: 64 blocks of each file above 64 MB."""
+
+    def add_blocks(path: Path, digest: Any) -> None:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for block in range(64):
+                file.seek(block * (size - BLOCK) // 63)
+                digest.update(file.read(BLOCK))
+
+    return _fingerprint(source, add_blocks)
+
+
+def _fingerprint(source: str, add_large: Callable[[Path, Any], None]) -> str:
     if not Path(source).is_dir():
         return fingerprint(source)
     digest = hashlib.sha256()
@@ -305,13 +334,10 @@ def weights_fingerprint(source: str) -> str:
     for path in deciding_files(Path(source)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            if size <= 64 * BLOCK:
-                digest.update(file.read())
-                continue
-            for block in range(64):
-                file.seek(block * (size - BLOCK) // 63)
-                digest.update(file.read(BLOCK))
+        if size <= 64 * BLOCK:
+            digest.update(path.read_bytes())
+        else:
+            add_large(path, digest)
     return digest.hexdigest()
 
 

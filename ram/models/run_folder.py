@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from ram.errors import UserError, nearest
-from ram.models.checkpoints import deciding_files, find_model, weights_fingerprint
-from ram.storage.files import read_json, write_json
+from ram.models.checkpoints import deciding_files, earlier_fingerprint, find_model, weights_fingerprint
+from ram.storage.files import file_sha256
 from ram.storage.provenance import Manifest, cached_sha256, digests_in
+from ram.storage.records import Form, read_record, write_record
 
 LATEST = "LATEST"
 DONE = "done.json"
 METRICS = "metrics.csv"
 BAD_ROWS = "bad_rows.jsonl"
 # Required keys of done.json and their types; `weights` is the fingerprint of LATEST.
-RECORD = {"settings": dict, "inputs": dict, "weights": str, "metrics": dict, "seconds": int | float}
+CURVE = "metrics_sha256"  # key of the digest of metrics.csv; records of earlier versions have none
+RECORD: Form = {"settings": dict, "inputs": dict, "weights": str, "metrics": dict, "seconds": int | float}
 
 
 def finished_run(run_dir: Path) -> dict[str, Any] | None:
@@ -27,26 +29,17 @@ def finished_run(run_dir: Path) -> dict[str, Any] | None:
     path = Path(run_dir) / DONE
     if not path.exists():
         return None
-    remedy = "set overwrite=true to train the run again"
-    try:
-        record = read_json(path)
-    except UserError as error:
-        raise UserError(f"{error}; {remedy}") from None
-    wrong = [
-        key
-        for key, kind in RECORD.items()
-        if not isinstance(record, dict) or not isinstance(record.get(key), kind)
-    ]
-    if wrong:
-        raise UserError(f"{path}: not a record of a finished run (no {', '.join(wrong)}); {remedy}")
-    return record
+    return read_record(path, RECORD, "set overwrite=true to train the run again")
 
 
 def write_done(run_dir: Path, record: dict[str, Any]) -> None:
-    """Write done.json: `record` with the fingerprint of LATEST and the digest of each of its files."""
+    """Write done.json: `record`, LATEST's fingerprint, the digests of its files and of metrics.csv."""
     latest = run_dir / LATEST
     files = {f"{LATEST}/{path.name}": cached_sha256(path) for path in deciding_files(latest)}
-    write_json(run_dir / DONE, record | {"weights": weights_fingerprint(str(latest)), "files": files})
+    record = record | {"weights": weights_fingerprint(str(latest)), "files": files}
+    if (run_dir / METRICS).is_file():
+        record[CURVE] = file_sha256(run_dir / METRICS)
+    write_record(run_dir / DONE, record)
 
 
 def manifest_of(record: dict[str, Any]) -> Manifest:
@@ -56,8 +49,9 @@ def manifest_of(record: dict[str, Any]) -> Manifest:
 
 def check_finished(run_dir: Path, record: dict[str, Any]) -> None:
     """Raise UserError if LATEST is missing or differs from the weights that `record` (done.json) names."""
+    latest = str(Path(run_dir) / LATEST)
     damaged = manifest_of(record).damaged(digests_in(Path(run_dir), cached_sha256))
-    if damaged or weights_fingerprint(str(Path(run_dir) / LATEST)) != record["weights"]:
+    if damaged or record["weights"] not in (weights_fingerprint(latest), earlier_fingerprint(latest)):
         raise UserError(
             f"{run_dir}: {LATEST} does not hold the weights that {DONE} describes (missing, changed or from "
             "another run); set overwrite=true to train the run again"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import InstanceOf
 
 from ram.data.catalogue import Source, parse_name
@@ -35,11 +35,12 @@ Neutral = Annotated[T, NO_EFFECT]  # a key that is not part of a run's identity
 # Other keys that are younger than finished runs, with the value that those were trained with.
 INTRODUCED: dict[str, Any] = {
     "loss.sampled_fraction": 1.0,
-    "weight_decay": None,
 }
 # Keys that are younger than all records. At this value an identity leaves them out, so it stays the same.
 OMITTED: dict[str, Any] = {
     "dropout": "none",
+    "last_batch": "whole",
+    "weight_decay": None,
     "lora": None,
 }
 
@@ -177,6 +178,7 @@ class Settings(Section):
     warmup_steps: NotNegative  # a count, or a share below 1
     max_grad_norm: Positive
     lora: InstanceOf[LoraSettings] | None
+    last_batch: Literal["whole", "scaled"]
     activation_checkpointing: Neutral[bool]
     packed: Neutral[bool]
     dropout: Literal["none", "config"]
@@ -244,7 +246,11 @@ def sampling_settings(values: Any) -> SamplingSettings:
 
 def merged(sampling: SamplingSettings, *changes: dict[str, Any]) -> SamplingSettings:
     """Return `sampling` keys with changes, later ones winning, checked again."""
-    return sampling_settings(OmegaConf.to_container(OmegaConf.merge(nested(sampling), *changes)))
+    values = nested(sampling)
+    for key, value in (item for change in changes for item in change.items()):
+        inner = values.get(key)
+        values[key] = inner | value if isinstance(inner, dict) and isinstance(value, dict) else value
+    return sampling_settings(values)
 
 
 def decisive(section: Section) -> dict[str, Any]:

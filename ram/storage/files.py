@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from ram.errors import UserError
 from ram.log import log
+from ram.storage.json_text import BadJSON, dumps, elements, finite, is_unicode, loads
 
 HOST = socket.gethostname()
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without locks
@@ -86,44 +87,88 @@ def read_rows(
     types: dict[str, type] = required if isinstance(required, dict) else dict.fromkeys(required, str)
     if not path.is_file():
         raise UserError(f"no such file: {path}; {how_to_get(path)}")
-    usable = []
+    rows = []
     for index, row, where in _parse(path, bad):
-        reason = _defect(row, types)
-        if reason:
+        if reason := _defect(row, types):
             bad.add(where, reason)
         else:
-            usable.append((index, row))
-    if not usable:
+            rows.append((index, row))
+    if not rows:
         raise UserError(
             f"{path}: no usable record; expected at least one with {', '.join(required) or 'fields'}"
         )
-    return usable
+    return rows
+
+
+def usable(
+    rows: Iterable[tuple[int, Any]], types: dict[str, type], name: str, bad: BadRows
+) -> list[tuple[int, dict]]:
+    """Return the rows of another source than a file that have the fields `types`; `bad` gets the others.
+
+    Args:
+        rows: (0-based index, row).
+        types: field -> type.
+        name: of the source, for messages.
+        bad: collects the rows that cannot be used.
+    """
+    kept = []
+    for index, row in rows:
+        reason = _defect(row, types)
+        if not reason and not all(is_unicode(row[key]) for key, kind in types.items() if kind is str):
+            reason = "a text has an unpaired surrogate, which is not valid Unicode"
+        if reason:
+            bad.add(f"{name}, row {index}", reason)
+        else:
+            kept.append((index, row))
+    return kept
 
 
 def _parse(path: Path, bad: BadRows) -> list[tuple[int, Any, str]]:
     """Parse a file into (0-based index, value, place for messages)."""
-    rows: list[tuple[int, Any, str]] = []
     try:
         with open_text(path) as file:
-            if ".jsonl" not in path.suffixes:
-                data = json.load(file)
-                if not isinstance(data, list):
-                    raise UserError(f"{path}: expected a JSON list of records, got a {type(data).__name__}")
-                return [(index, row, f"{path}, row {index}") for index, row in enumerate(data)]
-            for line_number, line in enumerate(file, start=1):
-                where = f"{path}, line {line_number}"
-                if not line.strip():
-                    continue
-                try:
-                    rows.append((line_number - 1, json.loads(line), where))
-                except json.JSONDecodeError as error:
-                    bad.add(where, f"not valid JSON ({error.msg} at column {error.colno})")
-    except json.JSONDecodeError as error:
-        message = f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file truncated?"
-        raise UserError(message) from None
+            if ".jsonl" in path.suffixes:
+                places = ((index, line, f"{path}, line {index + 1}") for index, line in enumerate(file))
+                return _parse_each(places, bad)
+            text = file.read()
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); is the file truncated?") from None
+    try:
+        data = loads(text)
+    except BadJSON as error:
+        if not error.line:  # some rows are beyond the bounds: find out which
+            texts = enumerate(elements(text))
+            return _parse_each(((index, row, f"{path}, row {index}") for index, row in texts), bad)
+        lines = text.split("\n")
+        if error.line > 1 and _is_object(lines[0]):  # JSON Lines under another name
+            return _parse_each(
+                ((index, line, f"{path}, line {index + 1}") for index, line in enumerate(lines)), bad
+            )
+        raise UserError(f"{path}, line {error.line}: {error}; is the file truncated?") from None
+    if not isinstance(data, list):
+        raise UserError(f"{path}: expected a JSON list of records, got a {type(data).__name__}")
+    return [(index, row, f"{path}, row {index}") for index, row in enumerate(data)]
+
+
+def _parse_each(places: Iterable[tuple[int, str, str]], bad: BadRows) -> list[tuple[int, Any, str]]:
+    """Parse rows one by one, given as (index, text, place); an empty text is no row."""
+    rows: list[tuple[int, Any, str]] = []
+    for index, text, where in places:
+        if not text.strip():
+            continue
+        try:
+            rows.append((index, loads(text), where))
+        except BadJSON as error:
+            column = f" at column {error.column})" if error.column else ""
+            bad.add(where, f"{str(error).removesuffix(')')}{column}" if column else str(error))
     return rows
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(loads(line), dict)
+    except BadJSON:
+        return False
 
 
 def _defect(row: Any, types: dict[str, type]) -> str | None:
@@ -131,21 +176,11 @@ def _defect(row: Any, types: dict[str, type]) -> str | None:
     if not isinstance(row, dict):
         return f"expected a record (a JSON object), got a {type(row).__name__}"
     for name, kind in types.items():
-        if not isinstance(row.get(name), kind):
+        value = row.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             expected = "text" if kind is str else f"a {kind.__name__}"
             return f"field {name!r} is missing or not {expected} (fields: {', '.join(row) or 'none'})"
-    for name, kind in types.items():
-        if kind is str and not _is_unicode(row[name]):
-            return f"field {name!r} has an unpaired surrogate, which is not valid Unicode text"
     return None
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def count_lines(path: Path) -> int:
@@ -245,14 +280,18 @@ def set_aside(path: Path, why: str, quiet: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def only_run(path: Path) -> Iterator[None]:
+def only_run(path: Path, wait: bool = False) -> Iterator[None]:
     """Keep a second run from writing the same files.
 
     The first process of a run holds a lock on `path`. The system releases it when that process ends, however
     it ends, so a lock is never stale. On a file system without locks nothing is checked.
 
+    Args:
+        path: What is written.
+        wait: Wait for the other run instead of refusing this one.
+
     Raises:
-        UserError: If another run holds the lock.
+        UserError: If another run holds the lock, unless `wait` is set.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -260,23 +299,29 @@ def only_run(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
     try:
-        lock.acquire(timeout=0)
+        with contextlib.suppress(Timeout) if wait else contextlib.nullcontext():
+            lock.acquire(timeout=0)
+        if not lock.is_locked:
+            log.info(f"waiting for another run that writes {path}")
+            lock.acquire(poll_interval=1)
     except Timeout:
         raise UserError(f"{path}: another run is writing it; wait for it, or stop it first") from None
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        # A folder that cannot be written needs no lock: finished work is read, other work fails by itself.
+        if error.errno not in (*NO_LOCKS, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         log.debug(f"{path}: not locked ({error})")
     try:
         yield
     finally:
         # Removed before the release, so that a run that has already opened the file does not take its lock.
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink()
         lock.release()
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, dumps(value, indent=2) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -286,7 +331,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(dumps(row) + "\n" for row in rows)
 
 
 def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
@@ -299,13 +344,11 @@ def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; raises UserError if it is missing or malformed."""
+    """Read a JSON file; raises UserError if it is missing, malformed or beyond the bounds of `loads`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
+        return loads(Path(path).read_bytes())
+    except BadJSON as error:
+        raise UserError(f"{path}{f', line {error.line}' if error.line else ''}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
 
@@ -317,6 +360,7 @@ def fingerprint(value: Any) -> str:
 
 def differences(before: dict, now: dict) -> str:
     """List the keys whose values differ, as `key: old -> new, ...`."""
+    before, now = finite(before), finite(now)  # as they are stored
     changed = [key for key in before | now if before.get(key) != now.get(key)]
     return ", ".join(f"{key}: {short(before.get(key))} -> {short(now.get(key))}" for key in changed)
 

@@ -12,7 +12,6 @@ format on disk:
 
 import contextlib
 import functools
-import json
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from typing import Any
 
 from ram.errors import UserError
 from ram.log import log
-from ram.storage.files import differences, file_sha256, read_json, replacing, set_aside, write_json
+from ram.storage.files import differences, file_sha256, replacing, set_aside
+from ram.storage.json_text import dumps, loads
+from ram.storage.records import read_record, write_record
 
 Inputs = dict[str, Any] | str  # settings and fingerprints by name, or one fingerprint of all of them
 
@@ -33,9 +34,18 @@ class Manifest:
     made_from: Inputs
     files: dict[str, str]
 
-    def changes(self, made_from: Inputs) -> str:
-        """Return the inputs that differ as `key: old -> new`, empty if none does."""
-        if self.made_from == json.loads(json.dumps(made_from)):
+    def changes(self, made_from: Inputs, earlier: Inputs | None = None) -> str:
+        """Return the inputs that differ as `key: old -> new`, empty if none does.
+
+        Args:
+            made_from: the present inputs.
+            earlier: what an earlier version would have recorded for them, which counts as equal.
+        """
+        recorded, now = loads(dumps(self.made_from)), loads(dumps(made_from))
+        if recorded == now:
+            return ""
+        if earlier is not None and recorded == loads(dumps(earlier)):
+            log.info("made by an earlier version, which identified the same inputs in another way: accepted")
             return ""
         if isinstance(self.made_from, str) or isinstance(made_from, str):
             return "settings, weights or rows"
@@ -63,16 +73,7 @@ def read_manifest(path: Path, made_from: str, files: str, remedy: str) -> tuple[
     Raises:
         UserError: if the file cannot be read or lacks a key.
     """
-    try:
-        record = read_json(path)
-    except UserError as error:
-        raise UserError(f"{error}; {remedy}") from None
-    types = {made_from: dict | str, files: dict}
-    is_record = isinstance(record, dict)
-    missing = [key for key, kind in types.items() if not is_record or not isinstance(record.get(key), kind)]
-    if missing:
-        keys = " and ".join(types)
-        raise UserError(f"{path}: expected a record with {keys}, {missing[0]} is missing; {remedy}")
+    record = read_record(path, {made_from: dict | str, files: dict}, remedy)
     return Manifest(record[made_from], record[files]), record
 
 
@@ -97,16 +98,16 @@ def cached_sha256(path: Path) -> str:
         return file_sha256(path)
     key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
     cache = path.with_name(DIGESTS)
-    try:
-        known = dict(read_json(cache))
-        kept = dict(known.get(path.name, {}))
-    except (UserError, TypeError, ValueError):  # missing or damaged
-        known, kept = {}, {}
-    if kept == key | {"sha256": kept.get("sha256")}:
-        return kept["sha256"]
+    known: dict[str, Any] = {}
+    if cache.is_file():
+        with contextlib.suppress(UserError):  # damaged: made again
+            known = read_record(cache, {}, "")
+    kept = known.get(path.name)
+    if isinstance(kept, dict) and kept == key | {"sha256": kept.get("sha256")}:
+        return str(kept["sha256"])
     digest = file_sha256(path)
     with contextlib.suppress(OSError):
-        write_json(cache, known | {path.name: key | {"sha256": digest}})
+        write_record(cache, known | {path.name: key | {"sha256": digest}})
     return digest
 
 
@@ -122,7 +123,9 @@ def read_marker(path: Path) -> Manifest:
     return read_manifest(marker(path), "made_from", "sha256", "overwrite=true remakes both files")[0]
 
 
-def finished(path: Path, made_from: Inputs, overwrite: bool, label: str) -> bool:
+def finished(
+    path: Path, made_from: Inputs, overwrite: bool, label: str, earlier: Inputs | None = None
+) -> bool:
     """Return whether `path` is complete and made from these inputs.
 
     A file that was made from other inputs is set aside. One without a marker is the user's own and counts as
@@ -133,6 +136,7 @@ def finished(path: Path, made_from: Inputs, overwrite: bool, label: str) -> bool
         made_from: everything that decides its contents.
         overwrite: make it again in any case.
         label: what is being made, for the log.
+        earlier: see `Manifest.changes`.
 
     Raises:
         UserError: if the file is damaged.
@@ -143,7 +147,7 @@ def finished(path: Path, made_from: Inputs, overwrite: bool, label: str) -> bool
         log.info(f"{label}: {path} was not made here and is used as it is (overwrite=true makes it anew)")
         return True
     manifest = read_marker(path)
-    if changed := manifest.changes(made_from):
+    if changed := manifest.changes(made_from, earlier):
         names = [path.name, *(name for name in manifest.files if name != path.name)]
         # The marker is last: a file without one would count as the user's own after a kill.
         for other in (*map(path.with_name, names), marker(path)):
@@ -155,18 +159,18 @@ def finished(path: Path, made_from: Inputs, overwrite: bool, label: str) -> bool
     return True
 
 
-def check(path: Path, made_from: Inputs, label: str) -> None:
+def check(path: Path, made_from: Inputs, label: str, earlier: Inputs | None = None) -> None:
     """Verify a file that is only read. Without a marker it may have been brought from elsewhere."""
     if marker(path).is_file():
-        verify(path, made_from, label)
+        verify(path, made_from, label, earlier)
     elif path.is_file():
         log.info(f"{label}: {path} was not made here and is used as it is")
 
 
-def verify(path: Path, made_from: Inputs, label: str) -> None:
+def verify(path: Path, made_from: Inputs, label: str, earlier: Inputs | None = None) -> None:
     """Raise UserError if a marked file was made from other inputs or is damaged."""
     manifest = read_marker(path)
-    if changed := manifest.changes(made_from):
+    if changed := manifest.changes(made_from, earlier):
         raise UserError(
             f"{label}: {path} was made from other inputs ({changed}); run the step that makes it again"
         )
@@ -182,12 +186,12 @@ def check_whole(path: Path, manifest: Manifest, label: str) -> None:
         )
 
 
-def is_made_from(path: Path, inputs: str) -> bool:
+def is_made_from(path: Path, inputs: str, earlier: str | None = None) -> bool:
     """Return whether a marked file exists, is whole, and was made from these inputs."""
     if not (path.is_file() and marker(path).is_file()):
         return False
     try:
-        verify(path, inputs, path.name)
+        verify(path, inputs, path.name, earlier)
     except UserError:
         return False
     return True
@@ -201,11 +205,11 @@ def write_marked(path: Path, rows: Sequence[dict[str, Any]], made_from: Inputs, 
     with replacing(path) as partial:
         with open(partial, "w", encoding="utf-8") as file:
             if path.suffix == ".json":
-                json.dump(list(rows), file, indent=1, ensure_ascii=False)
+                file.write(dumps(list(rows), indent=1))
             else:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(dumps(row) + "\n" for row in rows)
         digests = {path.name: file_sha256(partial)} | {other.name: file_sha256(other) for other in beside}
-        write_json(marker(path), {"made_from": made_from, "rows": len(rows), "sha256": digests})
+        write_record(marker(path), {"made_from": made_from, "rows": len(rows), "sha256": digests})
 
 
 # ---- the code ----------------------------------------------------------------------------------------------

@@ -39,9 +39,12 @@ class MetricsLog:
     Args:
         after: Number of updates after which the run resumes. Rows of later updates, written by an earlier
             attempt, are dropped. None starts a new file.
+        at_end: Whether no update is left, so that the last evaluation comes next; its row is dropped, too.
     """
 
-    def __init__(self, run_dir: Path, settings: "Settings", after: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, settings: "Settings", after: int | None = None, at_end: bool = False
+    ) -> None:
         self.interval: float = settings.minimum_log_interval_secs
         self.last = -math.inf  # time of the last training row on the console
         # With debug=true the folder may belong to a finished run, so nothing in it is changed.
@@ -51,6 +54,8 @@ class MetricsLog:
         columns = columns_of(self.loss)
         if is_writer:
             rows = [] if after is None else rows_until(self.path, after)
+            if at_end:
+                rows = [row for row in rows if (row["split"], row["updates"]) != ("heldout", str(after))]
             with (
                 replacing(self.path) as temporary,
                 open(temporary, "w", newline="", encoding="utf-8") as file,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ram.errors import UserError, pick
+from ram.log import log
 
 if TYPE_CHECKING:
     from ram.settings.schema import Settings
@@ -57,10 +58,16 @@ def lr_factor(update: int, warmup: int, total: int, schedule: str) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def batch_factor(settings: "Settings", size: int) -> float:
+    """Return the factor of the learning rate for a batch of `size` examples."""
+    return size / settings.batch_size if settings.last_batch == "scaled" else 1.0
+
+
 def run_length(settings: "Settings", size: int) -> tuple[int, int, int]:
     """Return the examples, updates and warm-up updates of a run over `size` training examples.
 
-    The last batch of an epoch is smaller if `batch_size` does not divide `size`.
+    The last batch of an epoch is smaller if `batch_size` does not divide `size`. Warn if it is much smaller
+    and takes a whole update, or if the warm-up takes the whole run.
     """
     n_examples = settings.n_examples
     if n_examples is None:
@@ -72,4 +79,15 @@ def run_length(settings: "Settings", size: int) -> tuple[int, int, int]:
     warmup = settings.warmup_steps
     # Below 1 it is a share of the run's updates, otherwise a number of updates.
     n_warmup = round(warmup * n_updates) if 0 < warmup < 1 else int(warmup)
+    last = size % settings.batch_size
+    if last and n_examples >= size and 8 * last <= settings.batch_size and settings.last_batch == "whole":
+        log.warning(
+            f"the last batch of each epoch has {last} of {settings.batch_size} examples and takes a whole "
+            "update; last_batch=scaled lowers its learning rate in proportion"
+        )
+    if n_warmup >= n_updates:
+        log.warning(
+            f"warmup_steps={warmup}: the run has {n_updates} updates, so the learning rate never reaches lr="
+            f"{settings.lr:g}; lower it, or give a share below 1"
+        )
     return n_examples, n_updates, n_warmup

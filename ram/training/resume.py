@@ -21,11 +21,18 @@ from torch import nn
 from ram.distributed import processes
 from ram.errors import UserError
 from ram.log import log
-from ram.storage.files import file_sha256, write_json
-from ram.storage.provenance import Manifest, digests_in, read_manifest
+from ram.storage.files import file_sha256
+from ram.storage.provenance import Manifest, digests_in
+from ram.storage.records import Form, read_record, write_record
 
 STATES = "states"  # folder of all states in a run folder
 MARK = "state.json"  # marker file of a complete state: counters, origin, and hashes of the other files
+FACTS: Form = {
+    **dict.fromkeys(("origin", "files"), dict),
+    **dict.fromkeys(("updates", "examples", "tokens", "next_eval"), int),
+    "next_save": int | None,
+    "best": list | None,
+}
 
 
 class Saver:
@@ -101,7 +108,7 @@ def write_state(run_dir: Path, state: Any, facts: dict[str, Any], keep: int, gro
     hashes = processes.all_gather({path.name: file_sha256(path) for path in own_files}, group)
     if processes.is_rank0():
         files = {name: digest for part in hashes for name, digest in part.items()}
-        write_json(temporary / MARK, facts | {"files": files})
+        write_record(temporary / MARK, facts | {"files": files})
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
@@ -132,24 +139,36 @@ def complete_states(run_dir: Path) -> list[Path]:
     return sorted(folder for folder in folders if not folder.suffix)
 
 
-def newest(run_dir: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
+def newest(
+    run_dir: Path,
+    origin: dict[str, Any],
+    earlier: dict[str, Any] | None = None,
+    introduced: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
     """Return the facts of the newest undamaged state, and its `folder`. Log why a state is not used.
 
     All processes must call this together; each checks its share of the files.
+
+    Args:
+        run_dir: the run folder.
+        origin: what the run is made from.
+        earlier: what an earlier version recorded for the same origin.
+        introduced: settings that are younger than some states, with the values that those were trained with.
 
     Returns:
         None if there is no state, or if the newest one was not made from `origin`.
     """
     for folder in reversed(complete_states(run_dir)):
         try:
-            manifest, facts = read_manifest(folder / MARK, "origin", "files", "")
+            facts = read_record(folder / MARK, FACTS, "")
+            manifest = Manifest(_completed(facts["origin"], origin, introduced or {}), facts["files"])
         except UserError:
             manifest, facts = Manifest({}, {}), {}
         share = sorted(manifest.files)[processes.rank() :: processes.count()]
         is_damaged = not manifest.files or bool(manifest.damaged(digests_in(folder), share))
         if processes.any_rank(is_damaged):
             log.info(f"{folder}: damaged, skipped")
-        elif manifest.changes(origin):
+        elif manifest.changes(origin, earlier):
             log.info(
                 f"{run_dir}: stopped with other settings, data or weights; training starts from the beginning"
             )
@@ -159,15 +178,29 @@ def newest(run_dir: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+def _completed(
+    recorded: dict[str, Any], origin: dict[str, Any], introduced: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a state's origin with the settings that are younger than the state."""
+    settings, now = recorded.get("settings"), origin.get("settings", {})
+    if not isinstance(settings, dict):
+        return recorded
+    younger = {key: value for key, value in introduced.items() if key in now}
+    return recorded | {"settings": younger | settings}
+
+
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load a state into the model and the optimizer, for any number of processes that wrote it."""
     from torch.distributed.checkpoint import state_dict_loader
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
+    from ram.training import state_reader
+
     weights, moments = _state_of(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    reader, planner = state_reader.SafeReader(folder), state_reader.SafePlanner()
     with dcp_errors_as_oserror(folder):
-        state_dict_loader.load(state, checkpoint_id=folder, no_dist=processes.count() == 1)
+        state_dict_loader.load(state, storage_reader=reader, planner=planner, no_dist=processes.count() == 1)
     options = StateDictOptions(
         strict=len(weights) == len(model.state_dict())
     )  # frozen weights are not stored

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,52 @@ def test_processes_end_with_their_launcher(tmp_path):
     while any(Path(f"/proc/{pid}").exists() for pid in found):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_processes_end_with_a_launcher_that_dies_during_the_imports(tmp_path):
+    """The system is asked before the script's first line, not after imports that take seconds."""
+    path = tmp_path / "script.py"
+    path.write_text("import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(600)\n")
+    running = launch(str(path), cwd=tmp_path)
+    said = ""
+    while len(found := [int(pid) for pid in re.findall(r"pid (\d+)\n", said)]) < 2:
+        said += running.stdout.readline()
+        assert running.poll() is None
+    running.kill()
+    running.wait()
+    deadline = time.monotonic() + 120
+    while any(Path(f"/proc/{pid}").exists() for pid in found):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_process_whose_launcher_is_gone_already_ends(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("print('runs')")
+    command = [sys.executable, "-m", "ram.distributed.worker", str(path)]
+    for launcher, code in ((os.getpid(), 0), (os.getpid() + 1, 143)):
+        env = os.environ | {"PYTHONPATH": str(ROOT), "RAM_LAUNCHER": str(launcher)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (code, "runs\n" if not code else ""), done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("ss"), reason="needs ss")
+def test_no_port_is_open_beyond_this_machine(tmp_path):
+    """Launcher and processes of one machine listen on loopback alone, and their files are the user's."""
+    text = "print(os.getpid(), os.getppid(), os.environ['RAM_STORE'], '\\n', end='', flush=True)"
+    text += "; time.sleep(600)"
+    running = launch(script(tmp_path, text), cwd=tmp_path)
+    found = [running.stdout.readline().split() for _ in range(2)]
+    store = Path(found[0][2])
+    assert store.exists() and store.parent.stat().st_mode & 0o777 == 0o700
+    listed = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
+    pids = {pid for line in found for pid in line[:2]}
+    ours = [line.split()[3] for line in listed.splitlines() if pids & set(re.findall(r"pid=(\d+)", line))]
+    assert ours, "gloo listens on loopback"
+    assert all(address.startswith(("127.", "[::1]")) for address in ours), ours
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=120)
+    assert not store.parent.exists()
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,7 @@ def test_cache_ignores_damaged_lines(tmp_path):
     assert cache.known == {"a": 0.25}
     cache.add("c", 1.0)
     assert base.Cache(path).known == {"a": 0.25, "c": 1.0}
-    assert json.loads(path.read_text().splitlines()[-1]) == {"key": "c", "value": 1.0}
+    assert {"key": "c", "value": 1.0}.items() <= json.loads(path.read_text().splitlines()[-1]).items()
 
 
 # ---- reward model ------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def damages():
         old: r"not a report of this version \(format 1\)",
         list_: "not a report of this version",
         none: "no report.json there; give the folder",
-        half: "was changed after it was written",
+        half: "unpaired surrogate",
     }
 
 

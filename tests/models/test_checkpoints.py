@@ -13,6 +13,7 @@ import trainers
 from ram.errors import UserError
 from ram.models import checkpoints, run_folder
 from ram.settings import recipes
+from ram.storage import provenance
 from ram.storage.files import write_json
 from utils import TABLES
 
@@ -204,6 +205,33 @@ def test_finished_run_is_checked_and_not_trained_again(stage):
     assert run_folder.finished_run(run.output)["weights"] == record["weights"]
 
 
+def test_states_left_by_a_stop_are_removed(stage):
+    """A stop between done.json and the removal of the states leaves them; the next run removes them."""
+    run = stage()
+    train.train_stage(run, overwrite=False)
+    (run.output / "states" / "000000003").mkdir(parents=True)
+    train.train_stage(run, overwrite=False)
+    assert not (run.output / "states").exists()
+
+
+def test_run_of_an_earlier_version_is_accepted(stage, tmp_path, monkeypatch, caplog):
+    """Its record has no digests, no younger keys, and fingerprints of blocks; nothing is trained again."""
+    monkeypatch.setattr(checkpoints, "BLOCK", 2)
+    monkeypatch.setattr(provenance, "LARGE", 1)
+    source = saved(tmp_path / "start")
+    run = stage(f"model.name_or_path={source}")
+    train.train_stage(run, overwrite=False)
+    record = run_folder.finished_run(run.output)
+    assert record["inputs"]["weights"] == checkpoints.weights_fingerprint(source)
+    del record["files"], record["metrics_sha256"], record["settings"]["last_batch"]
+    record["weights"] = checkpoints.earlier_fingerprint(str(run.weights))
+    record["inputs"]["weights"] = checkpoints.earlier_fingerprint(source)
+    write_json(run.output / "done.json", record)
+    before = snapshot(run.output)
+    train.train_stage(run, overwrite=False)
+    assert snapshot(run.output) == before and "made by an earlier version" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["", '{"settings": {', "[]", "5", "{}", '{"settings": {}}'])
 def test_malformed_done_json_is_one_line(stage, text):
     """The remedy in the message works."""
@@ -315,3 +343,32 @@ def test_code_in_a_model_folder_runs_only_if_trusted(tmp_path, monkeypatch):
     monkeypatch.setitem(checkpoints.remote_code, "trust_remote_code", True)
     assert type(checkpoints.load_model(str(folder), "float32")).__name__ == "OwnModel"
     assert (tmp_path / "ran").exists()
+
+
+# ---- weight files ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "missing.safetensors", 5, ""])
+def test_index_that_names_no_file_of_its_folder_is_refused(tmp_path, name):
+    """transformers would read the weights of another folder without a word."""
+    source = saved(tmp_path / "m")
+    saved(tmp_path / "other")
+    write_json(tmp_path / "m" / "model.safetensors.index.json", {"weight_map": {"lm_head.weight": name}})
+    with pytest.raises(UserError, match=r"index\.json: names .*, which is no file beside it"):
+        checkpoints.load_model(source)
+
+
+def test_weights_under_an_integer_header_are_refused(tmp_path):
+    """The same bytes, called int32 in the header, are whole numbers of a billion: no loader objects."""
+    source = saved(tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(UserError, match="is stored as I32, expected floating point"):
+        checkpoints.load_model(source)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '{"add_bos": ', "[" * 10_000, '{"add_bos": tru'])
+def test_damaged_card_is_one_line(tmp_path, text):
+    (tmp_path / "ram.json").write_text(text)
+    with pytest.raises(UserError, match=r"\A.*ram\.json.*copy the file again, or remove it.*\Z"):
+        checkpoints.read_card(str(tmp_path))

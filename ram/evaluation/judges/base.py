@@ -4,7 +4,6 @@ Each other module here defines one judge and names it `JUDGE`; its settings are 
 """
 
 import importlib
-import json
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from ram.evaluation import judges
+from ram.log import log
 from ram.storage.files import path_in_errors
+from ram.storage.json_text import BadJSON, dumps, loads
+from ram.storage.records import is_sealed, sealed
 
 # `preference` in [0, 1] for the system's answer (1/2 is a tie) and other values that a judge reports. If a
 # judgement failed it has `failed`, the reason, instead of a preference.
@@ -39,6 +41,10 @@ class Judge:
         """Return everything that decides a judgement. It is hashed into the keys of saved judgements."""
         return {"name": self.name}
 
+    def earlier_identity(self) -> dict[str, Any]:
+        """Return what earlier versions took for `identity`, whose judgements are still used."""
+        return self.identity()
+
     def describe(self) -> str:
         """Return model and criterion for the leaderboard, empty if the judge has neither."""
         return ""
@@ -63,9 +69,9 @@ def load_judges() -> dict[str, type[Judge]]:
 
 
 class Cache:
-    """Answers of a judge by content, in an append-only file with one JSON value per line.
+    """Answers of a judge by content, in an append-only file with one sealed record per line.
 
-    A line that was cut short by a kill is ignored.
+    A line that was cut short or changed is left out: the judge is asked again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,17 +81,30 @@ class Cache:
         if path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")
             self.separator = "" if text.endswith("\n") else "\n"  # ends a line that was cut short
-            for line in text.splitlines():
-                try:
-                    value = json.loads(line)
-                    self.known[value["key"]] = value["value"]
-                except (ValueError, KeyError, TypeError):
-                    continue
+            damaged = 0
+            for line in text.split("\n")[:-1] if text.endswith("\n") else text.split("\n"):
+                if (record := _record_of(line)) is None:
+                    damaged += 1
+                else:
+                    self.known[record["key"]] = record["value"]
+            if damaged:
+                log.warning(f"{path}: {damaged} damaged or cut lines are left out; the judge is asked again")
 
     def add(self, key: str, value: Any) -> None:
         self.known[key] = value
         with path_in_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(self.separator + json.dumps({"key": key, "value": value}) + "\n")
+                file.write(self.separator + dumps(sealed({"key": key, "value": value})) + "\n")
             self.separator = ""
+
+
+def _record_of(line: str) -> dict[str, Any] | None:
+    """Return the record in a line, None if it is cut short, changed or something else."""
+    try:
+        record = loads(line)
+    except BadJSON:
+        return None
+    if not isinstance(record, dict) or not is_sealed(record):
+        return None
+    return record if isinstance(record.get("key"), str) and "value" in record else None

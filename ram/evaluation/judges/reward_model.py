@@ -17,7 +17,7 @@ from ram.evaluation.judges.base import Cache, Judge, Judgement, Rows, Texts
 from ram.log import pick_device, progress
 from ram.models import checkpoints
 from ram.settings.checks import Count, Dtype
-from ram.storage.files import fingerprint
+from ram.storage.files import file_sha256, fingerprint
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,18 @@ class RewardModelJudge(Judge):
 
     def identity(self) -> dict[str, Any]:
         source = checkpoints.find_model(self.model, self.hub_id, quiet=True)
-        settings = {"max_length": self.max_length, "dtype": self.dtype}
-        return super().identity() | {"model": checkpoints.weights_fingerprint(source)} | settings
+        template = Path(source) / "chat_template.jinja"  # it makes the text that the model reads
+        more = {"chat_template": file_sha256(template)} if template.is_file() else {}
+        return self._identity(checkpoints.weights_fingerprint(source)) | more
+
+    def earlier_identity(self) -> dict[str, Any]:
+        source = checkpoints.find_model(self.model, self.hub_id, quiet=True)
+        if "chat_template" in self.identity():  # earlier versions did not look at it: unknown
+            return self.identity()
+        return self._identity(checkpoints.earlier_fingerprint(source))
+
+    def _identity(self, model: str) -> dict[str, Any]:
+        return super().identity() | {"model": model, "max_length": self.max_length, "dtype": self.dtype}
 
     def describe(self) -> str:
         return f"model {self.model or self.hub_id}"

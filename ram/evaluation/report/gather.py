@@ -26,7 +26,7 @@ from ram.evaluation.systems import System
 from ram.log import log
 from ram.models import run_folder
 from ram.settings import recipes
-from ram.storage.files import fingerprint, read_json, write_text
+from ram.storage.files import file_sha256, fingerprint, read_json, write_text
 from ram.storage.provenance import Manifest
 
 SAVED, FORMAT = "report.json", 1
@@ -42,10 +42,9 @@ DECODING = ("changed_fraction", "fallback_fraction", "mean_kl", "acceptance")
 
 def training_seconds(stages: Sequence[recipes.Stage]) -> float:
     """Return the time that the recipe's finished stages took."""
-    speeds = [answer_files.speed_path(stage.output) for stage in stages if stage.kind == "sample"]
+    speeds = [answer_files.read_speed(stage.output) for stage in stages if stage.kind == "sample"]
     records = [run_folder.finished_run(stage.output) for stage in stages if stage.kind == "train"]
-    records += [read_json(path) for path in speeds if path.is_file()]
-    return sum(record["seconds"] for record in records if record)
+    return sum(record["seconds"] for record in [*records, *speeds] if record)
 
 
 def training_curves(stages: Sequence[recipes.Stage]) -> dict[str, list[dict]]:
@@ -55,7 +54,11 @@ def training_curves(stages: Sequence[recipes.Stage]) -> dict[str, list[dict]]:
         path = stage.output / run_folder.METRICS
         if stage.kind != "train" or not path.is_file():
             continue
-        with open(path, newline="", encoding="utf-8") as file:
+        digest = (run_folder.finished_run(stage.output) or {}).get(run_folder.CURVE)
+        if digest and digest != file_sha256(path):
+            log.warning(f"{path}: was changed after it was written; its curves are left out")
+            continue
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
             curves[stage.name] = [
                 {key: row.get(key) if key == "split" else finite(row.get(key)) for key in CURVES}
                 for row in csv.DictReader(file)
@@ -75,8 +78,8 @@ def results(context: EvaluationContext) -> dict[str, Any]:
         table[row["system"]]["win_rate_ci95"] = [row["win_rate_low"], row["win_rate_high"]]
         if "both_low" in row:
             table[row["system"]]["both_ci95"] = [row["both_low"], row["both_high"]]
-    files = {name: answer_files.speed_path(system.output) for name, system in context.systems.items()}
-    speed = {name: read_json(path) for name, path in files.items() if path.is_file()}
+    speeds = {name: answer_files.read_speed(system.output) for name, system in context.systems.items()}
+    speed = {name: figures for name, figures in speeds.items() if figures}
     pairs = [row for row in context.board if "acceptance" in row]
     gated = [row for row in pairs if context.systems[row["system"]].params.sample_mode == "par_kl"]
     decoding = {
