@@ -1,5 +1,6 @@
 """Ids to text: every view of an answer agrees with the bytes of its tokens."""
 
+import codecs
 import functools
 import json
 import math
@@ -114,8 +115,17 @@ def check(make, data, continued):
     stop = [
         string for string in [*stop, *data.draw(st.lists(st.sampled_from(["\n", "t", "안n", "x"])))] if string
     ]
-    starts = [truth.find(string) for string in stop if string in truth]
-    expected = truth[: min(starts)] if starts else truth
+    # The answer ends with the first token that completes a stop string, or the text with its last token.
+    texts = []
+    for count in range(len(ids) + 1):
+        part = b"".join(known[token] for token in ids[:count])
+        part = part if continued or make is byte_level else part.removeprefix(b" ")
+        texts.append((count, codecs.utf_8_decode(part, "replace", False)[0]))
+    expected, end = truth, len(ids)
+    for count, text in [*texts, (len(ids), truth)]:
+        if starts := [text.find(string) for string in stop if string in text]:
+            expected, end = text[: min(starts)], count
+            break
 
     growing, stopped = Text(spelling(tokenizer), stop, continued), False
     choice, sent = Choice(0, tokenizer, continued), 0
@@ -139,12 +149,7 @@ def check(make, data, continued):
             break
     choice.add(Done("stop", 1, 1, {}))
     assert growing.finish() == choice.text == expected
-    if starts:  # it ends with the first token that completes a stop string
-        before = b"".join(known[token] for token in ids[: used - 1])
-        before = before if continued or make is byte_level else before.removeprefix(b" ")
-        assert not any(
-            string in before.decode("utf-8", "ignore") for string in stop if "\ufffd" not in string
-        )
+    assert not ids or used == end
     assert "".join(shares(expected, growing.ends)) == expected
     entries = [entry.own for entry in choice.logprobs]
     assert [entry.id for entry in entries] == ids[:used] if ids else entries == []
