@@ -24,12 +24,13 @@ def hostile():
         yield port
 
 
-def test_128_hostile_servers_end_in_rows(resolve, hostile):
+def test_128_hostile_servers_end_in_rows(resolve, hostile, monkeypatch):
     """One deadline for headers and body together, one size, no decompression; nothing ends the run."""
+    monkeypatch.setattr(endpoints, "MAX_BYTES", 1 << 18)  # is reached soon on a busy machine too
     names = [*ANSWERED, *FAILED]
     cases = [names[i % len(names)] for i in range(COUNT)]
     write_rows([{"instruction": f"case={case}.", "output": "y", "id": i} for i, case in enumerate(cases)])
-    settings = {"retries": 0, "timeout": 3.0, "concurrency": COUNT, "send": "text"}
+    settings = {"retries": 0, "timeout": 4.0, "concurrency": COUNT, "send": "text"}
     settings["urls"] = f"[http://127.0.0.1:{hostile}/v1]"
     stage = resolve(
         "sampling.backend=endpoint", *(f"sampling.endpoint.{key}={value}" for key, value in settings.items())
@@ -95,6 +96,15 @@ def test_server_without_the_path_is_left_out(server, caplog):
         with pytest.raises(UserError, match="/nothing/v1/completions answers 404: .*check the urls") as error:
             asked(settings_of(wrong))
         assert "secret" not in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("case", ["endless body", "announced terabyte"])
+def test_size_ends_an_answer(hostile, case):
+    """Long before the deadline."""
+    settings = settings_of(f"http://127.0.0.1:{hostile}", retries=0, timeout=600)
+    with endpoints.Endpoints(settings) as servers:
+        ((_, result),) = servers.complete(iter([(0, {"prompt": f"case={case}."})]), dict)
+    assert str(result) == "the answer is longer than 4,194,304 bytes (1 tries)"
 
 
 def test_impossible_counts_are_not_paid_for():
