@@ -347,6 +347,7 @@ EXPECTED_FLAGS = {
     "dpo": (True, True),
     "ipo": (True, True),
     "ours_dpo": (True, True),
+    "ratio": (False, False),
 }
 
 
@@ -367,7 +368,7 @@ def test_settings_out_of_range_are_refused(name, key, value):
         LOSSES[name].settings(**values)
 
 
-def test_table_has_five_losses_with_their_needs():
+def test_table_has_six_losses_with_their_needs():
     flags = {name: (loss.needs_negative, loss.needs_reference) for name, loss in LOSSES.items()}
     assert flags == EXPECTED_FLAGS
 
