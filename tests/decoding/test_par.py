@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
+from ram.decoding import noise as noise_module
 from ram.decoding import par
 from ram.decoding.par import PARParams
 
@@ -388,7 +389,7 @@ def test_gumbel_argmax_draws_the_law():
 @pytest.mark.parametrize("vocab", [30, 700, 5000])
 def test_noise_on_the_support_draws_the_same(vocab, monkeypatch):
     """Drawing with the noise of a law's support only gives the whole noise's tokens, by column and in all."""
-    monkeypatch.setattr(par, "LARGE_VOCABULARY", 0)
+    monkeypatch.setattr(noise_module, "LARGE_VOCABULARY", 0)
     rng = torch.Generator().manual_seed(vocab)
     rows, at = torch.tensor([[4], [9]]).expand(-1, 3), torch.tensor([[0, 1, 2], [7, 8, 9]])
     for inside in (1, 2, vocab // 5, vocab):
@@ -474,6 +475,7 @@ def test_laws_of_nan_alone_are_refused_with_a_large_vocabulary():
 
 def test_key_younger_than_finished_answers_does_not_change_their_identity(monkeypatch):
     """The key is left out at the value that those answers were decoded with, and counts at any other."""
+    monkeypatch.setattr(par, "INTRODUCED", {})
     before = PARParams().identity()
     assert set(before) == set(PARParams.field_names())
     monkeypatch.setattr(par, "INTRODUCED", {"eos_priority": False})

@@ -97,6 +97,7 @@ def command_lines(experiment: str) -> dict[str, str]:
 def single_runs() -> dict[str, str]:
     """Runs without a recipe: every loss and every model."""
     cases = {f"loss {name}": f"model=llama1b loss={name} datasets=[hh]" for name in choices("loss")}
+    cases["loss ratio"] += " proposal=models/large"
     models = [name for name in choices("model") if name != "blank_model"]
     cases |= {f"model {name}": f"model={name} datasets=[uc,hh]" for name in models}
     return cases | {"exp_name": "model=llama1b datasets=[hh] exp_name=mine lr=1"}
