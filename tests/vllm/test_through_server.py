@@ -60,7 +60,7 @@ def test_pair_behind_a_server(tmp_path, trained):
     command += ["base_temperature=0.5", "base_top_p=0.95", "--", "--port", port]
     root = f"http://127.0.0.1:{port}"
     with serving(command, log):
-        assert log.read_text().startswith("vllm serve ")
+        assert "vllm serve " in log.read_text()
         client = openai.OpenAI(base_url=f"{root}/v1", api_key="none", max_retries=0)
         name = client.models.list().data[0].id
         question = {"model": name, "prompt": "\n\nHuman: where?\n\nAssistant: ", "max_tokens": 6}
