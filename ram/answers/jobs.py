@@ -11,7 +11,7 @@ from ram.decoding.par import PARParams
 from ram.errors import UserError
 from ram.log import log, pick_device, redacted
 from ram.models import checkpoints, vocabulary
-from ram.settings.overrides import MODEL_KEYS
+from ram.settings.overrides import IN_ONE_MODE, MODEL_KEYS
 from ram.storage.files import fingerprint
 from ram.storage.provenance import Inputs
 
@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ram.settings.schema import SamplingSettings
-
-# Settings that one mode reads; in the others they change no answer.
-MODE_OF = {
-    "div_threshold": "par_kl",
-    "kl_fallback": "par_kl",
-    "n_candidates": "snis",
-    "expert_temperature": "mds",
-    "mixture_weight": "mixture",
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,8 @@ class Pair:
         """
         values = params.identity()
         if self.proposal and self.aligner:
-            unread = {k: getattr(PARParams, k) for k, mode in MODE_OF.items() if mode != params.sample_mode}
+            others = (keys for mode, keys in IN_ONE_MODE.items() if mode != params.sample_mode)
+            unread = {key: getattr(PARParams, key) for keys in others for key in keys}
             return values if earlier else replace(params, **unread).identity()
         prefix = "base_" if self.proposal else ""
         return {f"{prefix}{key}": values[f"{prefix}{key}"] for key in MODEL_KEYS}

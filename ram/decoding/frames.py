@@ -251,7 +251,7 @@ def shown_laws(
 ) -> torch.Tensor:
     """The log-probabilities to report for `laws` (N, V): at temperature 0, those of the untempered law."""
     keys = ("temperature", "base_temperature", "expert_temperature")
-    shown = replace(params, **{key: 1.0 for key in keys if getattr(params, key) == 0})
+    shown = replace(params, greedy=False, **{key: 1.0 for key in keys if getattr(params, key) == 0})
     if shown == params or (params.sample_mode == "snis" and z_p is not None and z_q is not None):
         return laws  # the law of snis is one of the candidates that were drawn
     return next_token_law(z_p, z_q, shown, seen, eos).logprobs

@@ -27,7 +27,7 @@ from ram.decoding.noise import signed as signed
 
 IGNORE_INDEX = -100
 # Keys of PARParams that are younger than finished answers, with the value that those were decoded with.
-INTRODUCED: dict[str, Any] = {"mixture_weight": 0.5}
+INTRODUCED: dict[str, Any] = {"mixture_weight": 0.5, "greedy": False}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class PARParams:
     expert_temperature: float | None = None  # mds only; None means 1.0
     n_candidates: int | None = None  # snis only; required there
     mixture_weight: float = 0.5  # mixture only; the aligner's share
+    greedy: bool = False  # a pair takes the most likely token of its finished law
 
     def __post_init__(self) -> None:
         def require(condition: bool, key: str, expected: str) -> None:
@@ -172,6 +173,11 @@ def point_mass(scores: torch.Tensor) -> torch.Tensor:
     """Return the law (log-probabilities) that always takes the first largest score of each row."""
     law = torch.full_like(scores, NEG_INF)
     return law.scatter(-1, scores.argmax(dim=-1, keepdim=True), 0.0)
+
+
+def greedy(logprobs: torch.Tensor) -> torch.Tensor:
+    """Return the law of the most likely token; a row that is not a number stays so."""
+    return torch.where(logprobs.isnan().any(dim=-1, keepdim=True), logprobs, point_mass(logprobs))
 
 
 def warp(logits: torch.Tensor, params: PARParams, seen: torch.Tensor | None) -> torch.Tensor:
@@ -320,6 +326,8 @@ def next_token_law(
     if params.eos_priority and len(eos_token_ids):
         forced = torch.isin(z_p.argmax(dim=-1), torch.as_tensor(list(eos_token_ids), device=z_p.device))
         law = torch.where(forced.unsqueeze(-1), point_mass(z_p), law)
+    if params.greedy:
+        law, log_nucleus = (greedy(logprobs) for logprobs in (law, log_nucleus))
     return Law(law, fell_back, kl, log_nucleus)
 
 

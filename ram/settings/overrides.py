@@ -17,7 +17,7 @@ ROLES = ("proposal", "aligner", "corrects", "only_if")  # keys of a system that 
 # The sampling settings of one model alone; the proposal's have the prefix "base_".
 MODEL_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
 IN_ONE_MODE = {"par_kl": ("div_threshold", "kl_fallback"), "mds": ("expert_temperature",)}
-IN_ONE_MODE |= {"snis": ("n_candidates",)}
+IN_ONE_MODE |= {"snis": ("n_candidates",), "mixture": ("mixture_weight",)}
 
 
 def system_override(name: str, key: str, value: Any) -> str:

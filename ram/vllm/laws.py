@@ -63,6 +63,10 @@ def check(params: PARParams) -> None:
     mode = params.sample_mode
     if mode == "snis":
         raise ValueError("sample_mode=snis draws candidates, which a model in vLLM cannot: use serve.py")
+    if params.greedy:
+        raise ValueError(
+            "greedy=true: not known to vLLM; in mode par a request's temperature 0 does the same"
+        )
     if 0 < params.temperature < LEAST_TEMPERATURE:
         raise ValueError(
             f"temperature={params.temperature}: give 0 (argmax) or at least {LEAST_TEMPERATURE}, vLLM's least"

@@ -77,3 +77,23 @@ def test_rows_with_other_ends_do_not_share_a_law():
         proposal, models["b"], LETTERS, prompts, replace(params, eos_priority=False), **settings
     )
     assert sum(answer.token_ids != ids for answer, ids in zip(found, texts["b"], strict=True)) > 2
+
+
+@pytest.mark.parametrize("mode", sorted(par.SAMPLE_MODES))
+def test_greedy_takes_the_most_likely_token_of_the_finished_law(mode):
+    """Also where par_kl falls back and where one part of a mixture is random; NaN stays an error."""
+    generator = torch.Generator().manual_seed(3)
+    z_p, z_q = (2 * torch.randn(64, 30, generator=generator, dtype=torch.float64) for _ in range(2))
+    candidates = None
+    params = PARParams(mode, temperature=0.7, n_candidates=5 if mode == "snis" else None, div_threshold=1.0)
+    if mode == "snis":
+        candidates = par.next_token_law(z_p, None, params).logprobs.topk(5).indices
+    law = par.next_token_law(z_p, z_q, params, candidates=candidates)
+    greedy = par.next_token_law(z_p, z_q, replace(params, greedy=True), candidates=candidates)
+    assert torch.equal(greedy.logprobs.argmax(-1), law.logprobs.argmax(-1))
+    assert torch.equal(greedy.logprobs.exp().sum(-1), torch.ones(64, dtype=torch.float64))
+    assert set(greedy.logprobs.unique().tolist()) == {0.0, -math.inf}
+    assert mode != "par_kl" or 0 < law.fell_back.sum() < 64
+    z_p[0] = math.nan
+    broken = par.next_token_law(z_p, z_q, replace(params, greedy=True), candidates=candidates)
+    assert par.checked(broken.logprobs.argmax(-1), broken)[0] == -1

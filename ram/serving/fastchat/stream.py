@@ -56,7 +56,8 @@ class PairModel:
 def request_params(params: PARParams, request: dict[str, Any]) -> PARParams:
     """Return `params` with the values of all PARParams keys in a request.
 
-    Temperature 0 makes the whole pair greedy, unless the request gives the proposal's too.
+    Temperature 0 makes the whole pair greedy, unless the request gives the proposal's temperature too. The
+    proposal's nucleus stays: at base_temperature 0 it is one token, and the aligner decides nothing.
 
     Raises:
         ValueError: A value is out of range.
@@ -65,8 +66,8 @@ def request_params(params: PARParams, request: dict[str, Any]) -> PARParams:
     for key in ("temperature", "base_temperature"):
         if key in values and 0 <= values[key] < LEAST_TEMPERATURE:
             values[key] = 0.0
-    if values.get("temperature") == 0:
-        values.setdefault("base_temperature", 0.0)
+    if values.get("temperature") == 0 and "base_temperature" not in values:
+        values.setdefault("greedy", True)
     return replace(params, **values)
 
 
