@@ -30,6 +30,10 @@ class Pair:
     dtype: str = "auto"
     tokenizer_path: str | None = None
 
+    @property
+    def is_single_model(self) -> bool:
+        return self.proposal is None or self.aligner is None
+
     def fingerprint(self, earlier: bool = False) -> list[str | None]:
         """Return the fingerprints of the proposal's and the aligner's weights, None for a missing model.
 
