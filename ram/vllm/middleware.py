@@ -18,6 +18,9 @@ Send = Callable[[Message], Awaitable[None]]
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 HARMLESS = ("/tokenize", "/detokenize")
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # vLLM's own defaults
+# vllm 0.32, utils/cpu_triton_utils.py: `_expand_kernel_impl` fills a converted copy of its result, so the
+# CPU build has uninitialised temperatures and limits at drafted positions.
+DRAFTS_ON_A_CPU = "temperature: with drafts vLLM's CPU build keeps only 0 (argmax); start without drafts"
 # Keys that a pair keeps in neither form unless they are empty, with the reason.
 EMPTIES = "it can remove every token of the proposal's nucleus"
 FOREIGN = "it is not part of a pair's distribution"
@@ -121,9 +124,25 @@ class PairGuard:
         if isinstance(body, dict):
             config = model_config_of(scope)
             params = laws.PairSettings.parse(config.hf_config.ram).params
-            if reason := refusal(body, params, config.get_diff_sampling_param()):
+            defaults = config.get_diff_sampling_param()
+            reason = refusal(body, params, defaults)
+            if reason is None and drafts_on_a_cpu(scope) and temperature_of(body, defaults) != 0:
+                reason = DRAFTS_ON_A_CPU
+            if reason is not None:
                 return await refuse(send, reason)
         return await self.app(scope, replayed(content, receive), send)
+
+
+def drafts_on_a_cpu(scope: Message) -> bool:
+    """Return whether the server drafts and runs in vLLM's CPU build."""
+    config = scope["app"].state.vllm_config
+    return config.speculative_config is not None and config.device_config.device_type == "cpu"
+
+
+def temperature_of(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+    """Return a request's temperature, the server's if it sets none."""
+    value = body.get("temperature")
+    return defaults.get("temperature", NEUTRAL["temperature"]) if value is None else value
 
 
 def model_config_of(scope: Message) -> Any:

@@ -97,7 +97,7 @@ def test_defaults_of_the_server_count():
     assert middleware.refusal({}, OPEN, {"min_p": 0.1}) is not None
 
 
-def exchange(params, path, body=b"", method="POST", pieces=1):
+def exchange(params, path, body=b"", method="POST", pieces=1, drafts=None, device="cpu"):
     """What a pair's server answers, (status, JSON), and what vLLM's application received, or None."""
     received, sent = [], []
     config = SimpleNamespace(
@@ -122,7 +122,9 @@ def exchange(params, path, body=b"", method="POST", pieces=1):
     async def receive():
         return messages.pop(0)
 
-    app = SimpleNamespace(state=SimpleNamespace(vllm_config=SimpleNamespace(model_config=config)))
+    vllm_config = SimpleNamespace(model_config=config, speculative_config=drafts)
+    vllm_config.device_config = SimpleNamespace(device_type=device)
+    app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm_config))
     scope = {"type": "http", "method": method, "path": path, "root_path": "", "app": app}
     asyncio.run(middleware.PairGuard(vllm_app)(scope, receive, send))
     answer = (sent[0]["status"], json.loads(sent[1]["body"])) if sent else None
@@ -144,6 +146,15 @@ def test_refused_request_does_not_reach_vllm():
     assert answer["error"]["message"].startswith("min_tokens") and answer["error"]["code"] == 400
     (status, answer), received = exchange(OPEN, "/v1/responses", b"{}")
     assert (status, received) == (400, None) and "/v1/completions" in answer["error"]["message"]
+
+
+def test_drafts_of_the_cpu_build_are_greedy_only():
+    """vLLM 0.32 loses temperature and limits of drafted positions there; a GPU keeps them."""
+    body, greedy = b'{"prompt": "x"}', b'{"prompt": "x", "temperature": 0}'
+    (status, answer), received = exchange(OPEN, "/v1/completions", body, drafts=object())
+    assert (status, received) == (400, None) and "without drafts" in answer["error"]["message"]
+    assert exchange(OPEN, "/v1/completions", greedy, drafts=object()) == (None, greedy)
+    assert exchange(OPEN, "/v1/completions", body, drafts=object(), device="cuda") == (None, body)
 
 
 def test_report_names_pair_form_settings_and_digests():

@@ -56,7 +56,7 @@ def test_pair_behind_a_server(tmp_path, trained):
     (folder, models), port, log = trained, free_port(), tmp_path / "server.log"
     local = evaluate(folder, "local")
     command = ["bash", "bin/serve_vllm.sh", *(f"{role}={path}" for role, path in models.items())]
-    command += ["sample_mode=par", "temperature=1.0", "top_p=0.95", "repetition_penalty=1", "drafts=2"]
+    command += ["sample_mode=par", "temperature=1.0", "top_p=0.95", "repetition_penalty=1"]
     command += ["base_temperature=0.5", "base_top_p=0.95", "--", "--port", port]
     root = f"http://127.0.0.1:{port}"
     with serving(command, log):
