@@ -11,7 +11,7 @@ from ram.decoding.par import PARParams
 from ram.errors import UserError
 from ram.log import log, pick_device, redacted
 from ram.models import checkpoints, vocabulary
-from ram.settings.overrides import IN_ONE_MODE, MODEL_KEYS
+from ram.settings.overrides import MODEL_KEYS, unread
 from ram.storage.files import fingerprint
 from ram.storage.provenance import Inputs
 
@@ -51,9 +51,8 @@ class Pair:
         """
         values = params.identity()
         if self.proposal and self.aligner:
-            others = (keys for mode, keys in IN_ONE_MODE.items() if mode != params.sample_mode)
-            unread = {key: getattr(PARParams, key) for keys in others for key in keys}
-            return values if earlier else replace(params, **unread).identity()
+            others = {key: getattr(PARParams, key) for key in unread(params.sample_mode)}
+            return values if earlier else replace(params, **others).identity()
         prefix = "base_" if self.proposal else ""
         return {f"{prefix}{key}": values[f"{prefix}{key}"] for key in MODEL_KEYS}
 
