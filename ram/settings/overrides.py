@@ -136,13 +136,15 @@ def reads(spec: Mapping[str, Any], key: str, config: Settings) -> bool:
         return True  # refused elsewhere
     if key == "proposal_device" or key == "aligner_device":
         return proposal if key == "proposal_device" else aligner
-    if key == "drafter":
-        return not (proposal and aligner)
     if key not in PARParams.field_names():
         return True
     if proposal and aligner:
-        mode = spec.get("sample_mode", config.sampling.sample_mode)
-        return key not in {*unread(mode), "base_repetition_penalty"}
+        of_all = [
+            config.sampling.sample_mode,
+            *(t.get("sample_mode") for t in config.evaluation.tasks.values()),
+        ]
+        modes = [spec["sample_mode"]] if "sample_mode" in spec else filter(None, of_all)
+        return key != "base_repetition_penalty" and any(key not in unread(mode) for mode in modes)
     return key in [f"base_{name}" if proposal else name for name in MODEL_KEYS]
 
 
