@@ -30,6 +30,11 @@ class Pair:
     dtype: str = "auto"
     tokenizer_path: str | None = None
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether two models decode together."""
+        return bool(self.proposal and self.aligner)
+
     def fingerprint(self, earlier: bool = False) -> list[str | None]:
         """Return the fingerprints of the proposal's and the aligner's weights, None for a missing model.
 
@@ -50,7 +55,7 @@ class Pair:
             earlier: by the rule of earlier versions, which kept the settings of other modes.
         """
         values = params.identity()
-        if self.proposal and self.aligner:
+        if self.is_pair:
             others = {key: getattr(PARParams, key) for key in unread(params.sample_mode)}
             return values if earlier else replace(params, **others).identity()
         prefix = "base_" if self.proposal else ""
