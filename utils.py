@@ -25,8 +25,7 @@ from trainers import pick_trainer
 
 __all__ = [
     "Preempted", "TABLES", "UserError", "log", "nearest", "pick", "pick_device", "pick_dtype", "progress",
-    "quiet_transformers", "run_entry_point", "seed_everything", "setup_logging",
-    "start",
+    "quiet_transformers", "run_entry_point", "seed_everything", "setup_logging", "start",
 ]  # fmt: skip
 
 TABLES = Tables(

@@ -43,8 +43,10 @@ make_python() {
     fi
     PYTHON=.venv/bin/python
     echo "installing requirements.txt into .venv, which takes a minute or more"
-    # torch and its CUDA packages differ by machine; everything else has one version and a hash.
-    .venv/bin/python -m pip install -qq --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
-    .venv/bin/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
-    if [ "${1:-}" = dev ]; then .venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]'; fi
+    local install=(.venv/bin/python -m pip install -qq --disable-pip-version-check)
+    # torch and its CUDA packages differ by machine; everything else has one version and a hash. A package without a
+    # wheel is built apart from .venv, by the versions of setuptools and its helpers that it asks for.
+    "${install[@]}" "$(grep '^torch==' requirements.txt)"
+    "${install[@]}" --use-pep517 --require-hashes --no-deps -r requirements.lock
+    if [ "${1:-}" = dev ]; then "${install[@]}" -e '.[dev]'; fi
 }

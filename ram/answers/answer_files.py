@@ -135,7 +135,7 @@ def answer_all(job: AnswerJob, parts: PartFiles) -> None:
     failures: list[dict[str, Any]] = []
     make_answers = decode_locally
     if job.settings.backend == "endpoint":
-        make_answers = endpoints.answers if job.pair.is_single_model else served_pairs.answers
+        make_answers = served_pairs.answers if job.pair.is_pair else endpoints.answers
     with progress(total=len(share), desc=job.label, unit="row") as bar:
         for answer in make_answers(job, share):
             bar.update()

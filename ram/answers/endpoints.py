@@ -343,7 +343,7 @@ def answers(job: AnswerJob, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         common["top_k"] = top_k
     if repetition_penalty != 1.0:
         common["repetition_penalty"] = repetition_penalty
-    if not job.pair.is_single_model:
+    if job.pair.is_pair:
         common |= laws.request_settings(job.params)  # all of them: the server has defaults of its own
 
     def request(index: int) -> tuple[int, dict[str, Any]]:

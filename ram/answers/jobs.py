@@ -11,7 +11,7 @@ from ram.decoding.par import PARParams
 from ram.errors import UserError
 from ram.log import log, pick_device, redacted
 from ram.models import checkpoints, vocabulary
-from ram.settings.overrides import IN_ONE_MODE, MODEL_KEYS
+from ram.settings.overrides import MODEL_KEYS, unread
 from ram.storage.files import fingerprint
 from ram.storage.provenance import Inputs
 
@@ -31,8 +31,9 @@ class Pair:
     tokenizer_path: str | None = None
 
     @property
-    def is_single_model(self) -> bool:
-        return self.proposal is None or self.aligner is None
+    def is_pair(self) -> bool:
+        """Whether two models decode together."""
+        return bool(self.proposal and self.aligner)
 
     def fingerprint(self, earlier: bool = False) -> list[str | None]:
         """Return the fingerprints of the proposal's and the aligner's weights, None for a missing model.
@@ -54,10 +55,9 @@ class Pair:
             earlier: by the rule of earlier versions, which kept the settings of other modes.
         """
         values = params.identity()
-        if self.proposal and self.aligner:
-            others = (keys for mode, keys in IN_ONE_MODE.items() if mode != params.sample_mode)
-            unread = {key: getattr(PARParams, key) for keys in others for key in keys}
-            return values if earlier else replace(params, **unread).identity()
+        if self.is_pair:
+            others = {key: getattr(PARParams, key) for key in unread(params.sample_mode)}
+            return values if earlier else replace(params, **others).identity()
         prefix = "base_" if self.proposal else ""
         return {f"{prefix}{key}": values[f"{prefix}{key}"] for key in MODEL_KEYS}
 

@@ -26,6 +26,7 @@ from ram.evaluation.systems import System
 from ram.log import log, pick_device, progress
 from ram.models import checkpoints
 from ram.models.vocabulary import vocabulary
+from ram.settings.overrides import unread
 from ram.storage.files import fingerprint, read_rows
 from ram.storage.provenance import is_made_from, write_marked
 
@@ -34,13 +35,6 @@ if TYPE_CHECKING:
 
 EPSILONS = (0.01, 0.1, 0.001)  # the anchor's share; the first one ranks
 TABLE, DECODED = "table", "decoded"
-# Keys that decide the distribution in one mode only.
-ONLY_IN = {
-    "div_threshold": "par_kl",
-    "kl_fallback": "par_kl",
-    "expert_temperature": "mds",
-    "mixture_weight": "mixture",
-}
 AT_ONCE = 64  # rows between two steps of the progress bar
 VERSION = 1  # increase it if the figures of unchanged inputs change
 
@@ -203,7 +197,7 @@ def schemes_of(context: EvaluationContext, system: System) -> dict[str, Scheme]:
     if system.is_pair:
         for key, values in context.config.evaluation.likelihood_sweep.items():
             pick(vars(PARParams()), key, "key of evaluation.likelihood_sweep")
-            if ONLY_IN.get(key, system.params.sample_mode) != system.params.sample_mode:
+            if key in unread(system.params.sample_mode):
                 continue
             for value in values:
                 try:

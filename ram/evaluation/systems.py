@@ -42,7 +42,7 @@ class System:
 
     @property
     def is_pair(self) -> bool:
-        return bool(self.pair.proposal and self.pair.aligner)
+        return self.pair.is_pair
 
     @property
     def output(self) -> Path:
@@ -107,7 +107,7 @@ def _system(
     roles = [spec.get("proposal"), spec.get("aligner")]
     proposal, aligner = [role and recipes.model_source(role, stages) for role in roles]
     pair = Pair(proposal, aligner, settings.dtype, settings.tokenizer_path)
-    if proposal and aligner and settings.backend == "endpoint":
+    if pair.is_pair and settings.backend == "endpoint":
         try:
             laws.check(settings.params)
         except ValueError as error:
@@ -154,7 +154,7 @@ def settings_tag(
         parts.append(aligner)
     if pair.proposal:
         parts.append(base)
-    if pair.aligner and pair.proposal:
+    if pair.is_pair:
         own = {"par_kl": f"_dt{s.div_threshold}", "mixture": f"_w{s.mixture_weight}"}
         parts.append(s.sample_mode + own.get(s.sample_mode, ""))
     lengths = ("max_length", "max_prompt_length", "stop_str", "template", "multiround")

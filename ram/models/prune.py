@@ -71,8 +71,8 @@ def prune(model: "PreTrainedModel", layers: Sequence[int]) -> "PreTrainedModel":
     kept = nn.ModuleList(blocks[index] for index in layers)
     for place, block in enumerate(kept):
         for part in block.modules():  # attention finds its keys and values in the cache by this number
-            if hasattr(part, "layer_idx"):
-                setattr(part, "layer_idx", place)  # noqa: B010 (modules type their attributes as modules)
+            if "layer_idx" in vars(part):
+                vars(part)["layer_idx"] = place
     setattr(parent, name, kept)
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
@@ -82,8 +82,7 @@ def prune(model: "PreTrainedModel", layers: Sequence[int]) -> "PreTrainedModel":
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command line."""
-    pairs = (argument.partition("=") for argument in arguments if "=" in argument)
-    values = {key: value for key, _, value in pairs}
+    values = {key: value for key, equals, value in (a.partition("=") for a in arguments) if equals}
     sources = [argument for argument in arguments if "=" not in argument]
     if len(sources) != 1 or set(values) != {"layers", "out"}:
         raise UserError("expected: python -m ram.models.prune MODEL layers=7 (or 0,4,9) out=FOLDER")

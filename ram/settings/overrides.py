@@ -20,6 +20,11 @@ IN_ONE_MODE = {"par_kl": ("div_threshold", "kl_fallback"), "mds": ("expert_tempe
 IN_ONE_MODE |= {"snis": ("n_candidates",), "mixture": ("mixture_weight",)}
 
 
+def unread(sample_mode: str) -> set[str]:
+    """Return the settings of the next-token distribution that a pair in this mode does not read."""
+    return {key for mode, keys in IN_ONE_MODE.items() if mode != sample_mode for key in keys}
+
+
 def system_override(name: str, key: str, value: Any) -> str:
     """Return the argument that sets a key of a system, quoted for a shell.
 
@@ -131,14 +136,15 @@ def reads(spec: Mapping[str, Any], key: str, config: Settings) -> bool:
         return True  # refused elsewhere
     if key == "proposal_device" or key == "aligner_device":
         return proposal if key == "proposal_device" else aligner
-    if key == "drafter":
-        return not (proposal and aligner)
     if key not in PARParams.field_names():
         return True
     if proposal and aligner:
-        mode = spec.get("sample_mode", config.sampling.sample_mode)
-        others = {key for other, keys in IN_ONE_MODE.items() if other != mode for key in keys}
-        return key not in {*others, "base_repetition_penalty"}
+        of_all = [
+            config.sampling.sample_mode,
+            *(t.get("sample_mode") for t in config.evaluation.tasks.values()),
+        ]
+        modes = [spec["sample_mode"]] if "sample_mode" in spec else filter(None, of_all)
+        return key != "base_repetition_penalty" and any(key not in unread(mode) for mode in modes)
     return key in [f"base_{name}" if proposal else name for name in MODEL_KEYS]
 
 

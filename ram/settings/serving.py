@@ -148,7 +148,7 @@ def read_settings(arguments: Sequence[str], tables: "Tables | None" = None) -> S
             raise UserError("aligner and aligners.aligner are both given: give one of them")
         if not config.aligner:
             raise UserError("aligner='': expected a folder")
-        aligners["aligner"] = config.aligner
+        aligners = aligners | {"aligner": config.aligner}  # a new dict: config.aligners stays as it was given
     for name in aligners:
         check_name(name)
     if len(aligners) > config.limits.aligners:

@@ -78,7 +78,7 @@ def choices(group: str) -> list[str]:
 ALIKE = {"toy_facts": "demo", "qwen_hh": "llama_hh", "qwen_summ": "llama_summ", "qwen_uc": "llama_uc"}
 QUICK = {  # checked by default: seconds; the others (pytest -m slow) take a minute
     "root": {"defaults", "formats"},
-    "server": {"defaults"},
+    "server": {"defaults", "aligner"},
     "single runs": {"loss dpo"},
     "demo": {"baselines", "integers"},
     "llama_hh": {"baselines"},

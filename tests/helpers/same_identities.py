@@ -15,7 +15,7 @@ from ram.settings.schema import settings_of
 from ram.storage.files import read_json
 from utils import TABLES
 
-RECIPE = ["experiment=demo", "sampling.sample_mode=par"]
+RECIPE = ["experiment=demo"]
 
 
 def identities() -> dict[str, dict[str, Any]]:

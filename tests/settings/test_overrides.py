@@ -61,6 +61,9 @@ def test_key_that_changes_nothing_is_refused(line, reason):
         "experiment=demo baselines=true stage.proposal_dpo.lr=1 evaluation.systems.proposal_dpo.base_top_p=1",
         "experiment=llama_uc n_epochs=2 sampling.n_candidates=null 'sampling={top_k: 3, n_candidates: 4}'",
         "model=llama1b datasets=[uc] sampling.top_p=0.5 sample_during_eval=true",
+        "experiment=demo 'evaluation.systems={proposal+aligner\\[par\\]: {drafter: aligner}}'",
+        "experiment=demo 'evaluation.systems={new: {proposal: proposal, aligner: aligner}}'"
+        " evaluation.tasks.facts.sample_mode=snis evaluation.tasks.facts.n_candidates=4",
     ],
 )
 def test_key_that_something_uses_is_accepted(line):
@@ -89,14 +92,17 @@ def test_command_of_a_refusal_works_when_pasted():
     assert systems(f"experiment=llama_uc {command}")[GATED].params.sample_mode == "par"
 
 
-def test_pair_at_an_endpoint_is_refused_with_a_command_that_works():
+def test_pair_that_no_server_can_keep_is_refused_with_a_command_that_works():
+    """A server of a pair has no tokens where `product` and the gate of `par_kl` need them for the penalty."""
     line = "experiment=demo sampling.backend=endpoint sampling.endpoint.urls=[http://a/v1]"
+    assert {system.settings.backend for system in systems(line).values()} == {"endpoint"}
+    line += " sampling.repetition_penalty=1.1"
     while True:
         try:
             assert {system.settings.backend for system in systems(line).values()} == {"local", "endpoint"}
             return
         except UserError as refusal:
-            line += f" {str(refusal).partition('; give ')[2]}"
+            line += f" {str(refusal).partition('; or give ')[2]}"
 
 
 def test_misspelt_system_is_refused():
