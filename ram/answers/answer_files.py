@@ -10,11 +10,11 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ram.answers import endpoints, served_pairs
 from ram.answers.jobs import AnswerJob, without_rows
-from ram.data.text import Text, shares, spelling
+from ram.data.text import token_texts
 from ram.distributed import processes
 from ram.errors import UserError
 from ram.log import log, progress
@@ -30,10 +30,6 @@ from ram.storage.provenance import (
     write_marked,
 )
 from ram.storage.records import Form, read_record, write_record
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 # ---- making a file -----------------------------------------------------------------------------------------
 
@@ -232,18 +228,10 @@ def decode_locally(job: AnswerJob, indices: Sequence[int]) -> Iterator[dict[str,
             "stats": generated.stats,
         }
         if generated.events is not None:
-            answer["tokens"] = pieces(tokenizer, generated.token_ids)
+            answer["tokens"] = token_texts(tokenizer, generated.token_ids, marks=True)
             answer["token_ids"] = generated.token_ids
             answer["events"] = generated.events
         yield answer
-
-
-def pieces(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds, special tokens spelt out."""
-    text = Text(spelling(tokenizer), marks=True)
-    for token_id in token_ids:
-        text.add(token_id)
-    return shares(text.finish(), text.ends)
 
 
 # ---- reading a file ----------------------------------------------------------------------------------------

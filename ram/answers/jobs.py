@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from ram.data import prompts
 from ram.data.text import spelling
 from ram.data.tokenization import encode_prompts
-from ram.decoding.par import PARParams
+from ram.decoding.par import MODEL_KEYS, PARParams
 from ram.errors import UserError
 from ram.log import log, pick_device, redacted
 from ram.models import checkpoints, vocabulary
-from ram.settings.overrides import MODEL_KEYS, unread
+from ram.settings.overrides import unread
 from ram.storage.files import fingerprint
 from ram.storage.provenance import Inputs
 

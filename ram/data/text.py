@@ -186,6 +186,24 @@ def text_of(tokenizer: "PreTrainedTokenizerBase", token_ids: Iterable[int], mark
     return text.finish()
 
 
+def token_texts(
+    tokenizer: "PreTrainedTokenizerBase",
+    token_ids: Iterable[int],
+    text: str | None = None,
+    marks: bool = False,
+) -> list[str]:
+    """Return the text that each token adds.
+
+    Args:
+        text: the text of the ids, if it ends before theirs: tokens after its end add nothing.
+        marks: spell the special tokens out.
+    """
+    grown = Text(spelling(tokenizer), marks=marks)
+    for token_id in token_ids:
+        grown.add(token_id)
+    return shares(grown.finish() if text is None else text, grown.ends)
+
+
 def shares(text: str, ends: Sequence[int]) -> list[str]:
     """Return the part of a text that each token adds to it; the last one adds what is left.
 

@@ -5,7 +5,6 @@ Shapes: R rows of a frame, W positions that a round verifies, D drafts, N rows t
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,11 +16,11 @@ from ram.decoding.par import (
     Noise,
     PARParams,
     checked,
+    drafts_of,
     next_token_law,
     seen_mask,
     signed,
-    warp,
-    wide,
+    untempered,
 )
 from ram.decoding.requests import TokenLogprobs
 from ram.decoding.scheduler import Role, Ticket
@@ -190,7 +189,7 @@ class Frame:
         as_draft = report["token"][:, : drafted.shape[1]] == drafted
         own = as_draft
         if is_joint and z_q is not None:  # the aligner's acceptance is reported although it has not drafted
-            law = warp(wide(z_q), group.params, seen)
+            law = drafts_of(z_q, group.params, seen)
             own = report["token"] == self.noise.draw(law, group.at).view(-1, width)
         kept = as_draft[:, : width - 1].long().cumprod(dim=1).sum(dim=1, keepdim=True) + 1
         logprobs, laws = [], laws.view(-1, width, laws.shape[-1])
@@ -206,7 +205,7 @@ def draft_law(
     """The law (R, V) of drafts: the drafter's logits under the settings of the model it drafts for."""
     if role.z_q is None:
         return next_token_law(logits, None, params, seen, eos).logprobs
-    return warp(wide(logits), params, seen)
+    return drafts_of(logits, params, seen)
 
 
 def draw_laws(
@@ -250,8 +249,7 @@ def shown_laws(
     laws: torch.Tensor,
 ) -> torch.Tensor:
     """The log-probabilities to report for `laws` (N, V): at temperature 0, those of the untempered law."""
-    keys = ("temperature", "base_temperature", "expert_temperature")
-    shown = replace(params, greedy=False, **{key: 1.0 for key in keys if getattr(params, key) == 0})
+    shown = untempered(params)
     if shown == params or (params.sample_mode == "snis" and z_p is not None and z_q is not None):
         return laws  # the law of snis is one of the candidates that were drawn
     return next_token_law(z_p, z_q, shown, seen, eos).logprobs

@@ -12,7 +12,7 @@ Source: "Leveraging Importance Sampling to Detach Alignment Modules from Large L
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,8 @@ from ram.decoding.noise import gumbel_noise as gumbel_noise
 from ram.decoding.noise import signed as signed
 
 IGNORE_INDEX = -100
+# The settings of one model's own law; the proposal's have the prefix "base_".
+MODEL_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
 # Keys of PARParams that are younger than finished answers, with the value that those were decoded with.
 INTRODUCED: dict[str, Any] = {"mixture_weight": 0.5, "greedy": False}
 
@@ -180,6 +182,12 @@ def greedy(logprobs: torch.Tensor) -> torch.Tensor:
     return torch.where(logprobs.isnan().any(dim=-1, keepdim=True), logprobs, point_mass(logprobs))
 
 
+def untempered(params: PARParams) -> PARParams:
+    """Return the settings under which log-probabilities are reported: temperature 1 in place of an argmax."""
+    keys = ("temperature", "base_temperature", "expert_temperature")
+    return replace(params, greedy=False, **{key: 1.0 for key in keys if getattr(params, key) == 0})
+
+
 def warp(logits: torch.Tensor, params: PARParams, seen: torch.Tensor | None) -> torch.Tensor:
     """Apply temperature, penalty, top-p, top-k and log-softmax with the aligner's settings, (B, V)."""
     if params.temperature == 0:
@@ -187,6 +195,14 @@ def warp(logits: torch.Tensor, params: PARParams, seen: torch.Tensor | None) -> 
         return point_mass(penalise_repetition(logits, seen, params.repetition_penalty))
     logits = penalise_repetition(logits / params.temperature, seen, params.repetition_penalty)
     return torch.log_softmax(keep_top_k(keep_top_p(logits, params.top_p), params.top_k), dim=-1)
+
+
+def drafts_of(
+    aligner_logits_BV: torch.Tensor, params: PARParams, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the law (B, V) from which an aligner drafts for its pair: its own, greedy if the pair is."""
+    law = warp(wide(aligner_logits_BV), params, seen)
+    return greedy(law) if params.greedy else law
 
 
 def propose(

@@ -18,12 +18,11 @@ from ram.decoding.par import (
     NEG_INF,
     PARParams,
     checked,
+    drafts_of,
     gumbel_argmax,
     gumbel_noise,
     next_token_law,
     seen_mask,
-    warp,
-    wide,
 )
 from ram.decoding.rows import DecodingRow, append_token, eos_token_ids
 from ram.models.abilities import (
@@ -257,7 +256,7 @@ def decode_batch(
         if z_q is not None and law.proposal_logprobs is not None:
             report["fell_back"], report["kl"] = law.fell_back, law.kl
             report["as_proposal"] = gumbel_argmax(law.proposal_logprobs, noise) == token
-            report["as_draft"] = gumbel_argmax(warp(wide(z_q), params, seen), noise) == token
+            report["as_draft"] = gumbel_argmax(drafts_of(z_q, params, seen), noise) == token
         seen = seen.scatter(1, token.unsqueeze(1), True)
 
         values = {key: value.tolist() for key, value in report.items()}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ram.decoding.par import PARParams
+from ram.decoding.par import MODEL_KEYS, PARParams
 
 if TYPE_CHECKING:
     from ram.decoding.rows import DecodingRow
@@ -92,10 +92,8 @@ class Failed(NamedTuple):
 
 Event = Tokens | Finished | Failed
 
-LAW_OF_ONE = ("temperature", "top_p", "top_k", "repetition_penalty")  # keys of a model's own distribution
-
 
 def of_proposal(law: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a request to the proposal alone: they are its own, even without `base_`."""
-    own = {f"base_{key}": law[key] for key in LAW_OF_ONE if law.get(key) is not None}
-    return own | {key: value for key, value in law.items() if key not in LAW_OF_ONE and value is not None}
+    own = {f"base_{key}": law[key] for key in MODEL_KEYS if law.get(key) is not None}
+    return own | {key: value for key, value in law.items() if key not in MODEL_KEYS and value is not None}

@@ -61,6 +61,13 @@ class DecodingRow:
             "mean_kl": self.kl_sum / n if n else 0.0,
         }
 
+    def settled(self) -> tuple[int, int]:
+        """Return how many tokens and characters nothing can change any more; all once the row has ended."""
+        if self.finish is not None:
+            self.text.finish()
+        count = self.text.settled()
+        return count, self.text.ends[count - 1] if count else 0
+
     def generation(self) -> Generation:
         """Return the finished answer with its text."""
         assert self.finish is not None, "the row has not ended"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ram.answers import answer_files, influence
+from ram.data.text import token_texts
 from ram.evaluation import ablations, likelihood, likelihood_figures, statistics, tables
 from ram.evaluation.context import EvaluationContext
 from ram.evaluation.judges.base import Judgement
@@ -133,7 +134,7 @@ def is_identical_to_plain(context: EvaluationContext, system: System, n: int) ->
         batch_size=1,
     )
     tokens = [answer["tokens"] for answer in context.answers[system.name][:n]]
-    return tokens == [answer_files.pieces(tokenizer, answer.token_ids) for answer in plain]
+    return tokens == [token_texts(tokenizer, answer.token_ids, marks=True) for answer in plain]
 
 
 # ---- results -----------------------------------------------------------------------------------------------

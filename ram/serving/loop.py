@@ -121,9 +121,8 @@ class _Stream:
     def piece(self) -> Piece | None:
         """Return the next piece, or None if no text has become safe to show."""
         row, finished = self.ticket.row, self.ticket.row.finish is not None
-        whole = row.text.finish() if finished else row.text.text
-        count = row.text.settled()
-        text = whole[self.shown : row.text.ends[count - 1]] if count else ""
+        count, end = row.settled()
+        text = row.text.text[self.shown : end]
         ids = tuple(row.ids[self.sent : count])
         if not (text or (finished and ids)):
             return None

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ram.data import prompts
 from ram.data.text import spelling
 from ram.data.tokenization import encode
-from ram.decoding.par import PARParams
-from ram.decoding.requests import LAW_OF_ONE, BadRequest, Request, TooLong, UnknownAligner
+from ram.decoding.par import MODEL_KEYS, PARParams, untempered
+from ram.decoding.requests import BadRequest, Request, TooLong, UnknownAligner
 from ram.decoding.scoring import RAW
 from ram.errors import UserError
 from ram.log import log, pick_device
@@ -189,12 +189,13 @@ class Models:
         """Return the settings under which a request's prompt is scored.
 
         They are temperature 1, no nucleus and no penalty, unless the request sets these keys. Temperature 0
-        is for new tokens only: at 0 no other token has a probability.
+        and `greedy` are for new tokens only: with them no other token has a probability.
+
+        Raises:
+            BadRequest: A setting is out of bounds.
         """
-        bounds.check_law(request)
-        keys = [f"{prefix}{key}" for prefix in ("", "base_") for key in LAW_OF_ONE]
-        raw = replace(self.settings.params, **{key: getattr(RAW, key) for key in keys})
-        return request_params(raw, {k: v for k, v in request.items() if "temperature" not in k or v})
+        keys = [f"{prefix}{key}" for prefix in ("", "base_") for key in MODEL_KEYS]
+        return untempered(self.law({key: getattr(RAW, key) for key in keys} | request))
 
     def render(self, turns: Sequence[tuple[bool, str]], system: str | None) -> str:
         """Return the prompt of a dialogue."""

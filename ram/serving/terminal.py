@@ -20,9 +20,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
-from ram.data import text as texts
+from ram.data.text import token_texts
 from ram.decoding.requests import EngineError, UnknownAligner
 from ram.errors import UserError, nearest
 from ram.serving.loop import Done, Piece
@@ -253,14 +252,6 @@ def highlighted(piece: tuple[str, bool]) -> tuple[str, str]:
     """A piece of an answer as rich's text and style."""
     text, marked = piece
     return printable(text).replace("\t", " "), "reverse" if marked else ""
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer: str) -> list[str]:
-    """The text that each token adds to an answer; tokens after its end add nothing."""
-    text = texts.Text(texts.spelling(tokenizer))
-    for token_id in ids:
-        text.add(token_id)
-    return texts.shares(answer, text.ends)
 
 
 def differing(first: Sequence[int], second: Sequence[int]) -> tuple[set[int], set[int]]:

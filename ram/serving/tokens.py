@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from ram.data.text import spelling, text_of
+from ram.models.vocabulary import id_range
 from ram.serving import protocol
 from ram.serving.registry import Models
 from ram.serving.responses import answer_json
@@ -35,6 +36,6 @@ def add_tokens(app: FastAPI, models: Models) -> None:
     async def detokenize(body: protocol.DetokenizeRequest) -> Response:
         """The text of token ids, special tokens spelt out."""
         models.find(body.model or PROPOSAL)
-        if max(body.tokens, default=0) >= (size := len(models.tokenizer)):
+        if max(body.tokens, default=0) >= (size := id_range(models.tokenizer)):
             raise protocol.ApiError(400, f"tokens: expected ids below {size}", "invalid_value", "tokens")
         return answer_json({"prompt": text_of(models.tokenizer, body.tokens, marks=True)})

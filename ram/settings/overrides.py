@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ram.decoding.par import PARParams
+from ram.decoding.par import MODEL_KEYS, PARParams
 from ram.errors import UserError, nearest
 from ram.settings.compose import GROUPS, key_of, leaves
 from ram.settings.schema import Settings
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from ram.settings.recipes import Stage
 
 ROLES = ("proposal", "aligner", "corrects", "only_if")  # keys of a system that are not keys of `sampling`
-# The sampling settings of one model alone; the proposal's have the prefix "base_".
-MODEL_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
 IN_ONE_MODE = {"par_kl": ("div_threshold", "kl_fallback"), "mds": ("expert_temperature",)}
 IN_ONE_MODE |= {"snis": ("n_candidates",), "mixture": ("mixture_weight",)}
 

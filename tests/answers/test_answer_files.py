@@ -21,6 +21,7 @@ import train
 from ram.answers import answer_files
 from ram.answers.jobs import AnswerJob, Pair
 from ram.data.prompts import render
+from ram.data.text import token_texts
 from ram.data.tokenization import encode_prompts
 from ram.decoding import generation
 from ram.decoding.par import PARParams
@@ -371,7 +372,7 @@ def test_pair_answers_have_tokens_and_events(resolve, folders, tmp_path):
     )
     for answer, whole in zip(answers, expected, strict=True):
         assert (answer["text"], answer["finish_reason"]) == (whole.text, whole.finish_reason)
-        assert answer["tokens"] == answer_files.pieces(TOKENIZER, whole.token_ids)
+        assert answer["tokens"] == token_texts(TOKENIZER, whole.token_ids, marks=True)
         assert answer["events"] == whole.events
         for key in ("drafted", "accepted", "fallback_fraction", "mean_kl"):
             assert answer["stats"][key] == pytest.approx(whole.stats[key])
@@ -385,7 +386,7 @@ def test_pair_answers_have_tokens_and_events(resolve, folders, tmp_path):
 def test_pieces_add_up_to_the_text(text):
     """The pieces concatenate to the text. A character of several tokens belongs to the last of them."""
     ids = TOKENIZER(text).input_ids
-    pieces = answer_files.pieces(TOKENIZER, ids)
+    pieces = token_texts(TOKENIZER, ids, marks=True)
     assert "".join(pieces) == text and len(pieces) == len(ids) == len(text.encode())
     if "\ufffd" not in text:
         assert [piece for piece in pieces if piece] == list(text)

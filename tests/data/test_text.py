@@ -10,13 +10,12 @@ import pytest
 from fastchat.conversation import conv_templates
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import SHARED, Scripted, needs_shared
+from tiny import SHARED, Scripted, byte_tokenizer, needs_shared
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ram.answers import answer_files
 from ram.data import prompts
-from ram.data.text import Text, shares, spelling, text_of
+from ram.data.text import Text, shares, spelling, text_of, token_texts
 from ram.data.tokenization import encode
 from ram.decoding.generation import generate
 from ram.decoding.par import PARParams
@@ -161,7 +160,7 @@ def check(make, data, continued):
     ]
     if not continued and not stop:
         assert text_of(tokenizer, ids) == expected
-        marked = answer_files.pieces(tokenizer, ids)
+        marked = token_texts(tokenizer, ids, marks=True)
         assert len(marked) == len(ids)
         if not any(known[token] == b"" for token in ids):
             assert "".join(marked) == expected
@@ -183,6 +182,13 @@ def test_every_view_of_a_text_is_that_of_its_bytes(make, continued):
 @pytest.mark.parametrize("make", KINDS)
 def test_every_view_of_a_text_in_20000_cases(make, continued):
     LONG(given(st.data())(lambda data: check(make, data, continued)))()
+
+
+def test_token_texts_add_up_to_the_answer():
+    """A character of several tokens belongs to its last one; text that a stop string cut belongs to none."""
+    ids = byte_tokenizer()("aé日!stop").input_ids
+    texts = token_texts(byte_tokenizer(), ids, "aé日!")
+    assert "".join(texts) == "aé日!" and texts[:3] == ["a", "", "é"] and texts[-1] == ""
 
 
 # ---- marks -------------------------------------------------------------------------------------------------

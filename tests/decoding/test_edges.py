@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pairs import BOTH, LETTERS, SEED, pair
+from pairs import BOTH, LETTERS, SEED, assert_same, pair, ragged_prompts, run
 from tiny import tiny_model
 
 from ram.decoding import generation, par
@@ -85,7 +85,7 @@ def test_greedy_takes_the_most_likely_token_of_the_finished_law(mode):
     generator = torch.Generator().manual_seed(3)
     z_p, z_q = (2 * torch.randn(64, 30, generator=generator, dtype=torch.float64) for _ in range(2))
     candidates = None
-    params = PARParams(mode, temperature=0.7, n_candidates=5 if mode == "snis" else None, div_threshold=1.0)
+    params = PARParams(mode, temperature=0.7, n_candidates=5 if mode == "snis" else None, div_threshold=3.0)
     if mode == "snis":
         candidates = par.next_token_law(z_p, None, params).logprobs.topk(5).indices
     law = par.next_token_law(z_p, z_q, params, candidates=candidates)
@@ -97,3 +97,17 @@ def test_greedy_takes_the_most_likely_token_of_the_finished_law(mode):
     z_p[0] = math.nan
     broken = par.next_token_law(z_p, z_q, replace(params, greedy=True), candidates=candidates)
     assert par.checked(broken.logprobs.argmax(-1), broken)[0] == -1
+
+
+@pytest.mark.parametrize("mode", sorted(par.SAMPLE_MODES))
+def test_greedy_pair_is_drafted_for_greedily(mode):
+    """The engine equals the plain loop; if the nucleus is the whole vocabulary, `par` accepts all drafts."""
+    own = {"n_candidates": 3} if mode == "snis" else {}
+    wide = {"top_p": 1.0, "repetition_penalty": 1.0, "base_temperature": 1.0, "base_top_p": 1.0}
+    params = PARParams(mode, greedy=True, temperature=0.8, div_threshold=1.2, **wide, **own)
+    fast, slow = (run(BOTH, params, ragged_prompts(6), speculative=flag) for flag in (True, False))
+    assert_same(fast, slow)
+    if mode == "par":
+        assert all(answer.stats["accepted"] == answer.stats["drafted"] for answer in fast)
+    if mode != "snis":  # its candidates are drawn
+        assert_same(run(BOTH, params, ragged_prompts(6), seed=SEED + 1), fast)

@@ -15,6 +15,7 @@ from tiny import byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 
 from ram.data import prompts
 from ram.decoding import generation
+from ram.decoding.requests import of_proposal
 from ram.models import checkpoints
 from ram.serving import api, http
 from ram.serving.registry import Models
@@ -90,7 +91,7 @@ def expected(models, name, text, seed, new, row=0, stop=("\n\nHuman",), **change
     """The answer of `generate`, which the server's must equal."""
     paths = [models.proposal, None if name in (None, "proposal") else models.served[name].path]
     pair = [path and load(path) for path in paths]
-    law = models.law(changed)
+    law = models.law(of_proposal(changed) if pair[1] is None else changed)
     options = {"max_new_tokens": new, "seed": seed, "row_ids": [row], "stop": stop}
     return generation.generate(*pair, TOKENIZER, [text], law, **options)[0]
 

@@ -30,6 +30,15 @@ def tiny_tokenizer(pieces: Sequence[str] = "abc") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
 
 
+def gapped_tokenizer(eos: int = 14) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of letters a to d, unused ids, and EOS above them: `len` is 5, the highest id 14."""
+    found = {letter: index for index, letter in enumerate("abcd")} | {EOS: eos}
+    tokenizer = Tokenizer(models.WordLevel(found, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Make a tokenizer with one token per byte, then EOS, PAD and BOS; non-ASCII characters have several."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -123,11 +132,13 @@ class Scripted:
         self.generation_config = SimpleNamespace(eos_token_id=generation_config)
         self.device = torch.device("cpu")
 
-    def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: object) -> SimpleNamespace:
         steps = (position_ids[:, -1:] - self.prompt_length + 1).clamp(max=len(self.script) - 1)
         tokens = torch.tensor(self.script)[steps]
         logits = torch.zeros(len(input_ids), 1, self.vocab).scatter(-1, tokens.unsqueeze(-1), self.margin)
         return SimpleNamespace(logits=logits)
+
+    __call__ = forward
 
 
 def save_model_folder(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:

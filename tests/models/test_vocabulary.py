@@ -3,8 +3,7 @@
 import pytest
 import torch
 from pairs import CASES, SEED
-from tiny import EOS, byte_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny import byte_tokenizer, gapped_tokenizer, save_model_folder, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ram.decoding import generation
@@ -17,17 +16,8 @@ from ram.models.vocabulary import MOST_IDS, Vocabulary, check_ids, id_range, rea
 GAP = range(4, 14)  # ids that name no token
 
 
-def gapped(eos=14):
-    """Letters a to d, unused ids, and EOS above them: `len` is 5, the highest id 14."""
-    found = {letter: index for index, letter in enumerate("abcd")} | {EOS: eos}
-    tokenizer = Tokenizer(models.WordLevel(found, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
-
-
 def test_the_range_ends_behind_the_highest_id():
-    tokenizer = gapped()
+    tokenizer = gapped_tokenizer()
     assert len(tokenizer) == 5 and id_range(tokenizer) == 15
     assert vocabulary(tokenizer, tiny_model(20, 0)) == Vocabulary(15, tuple(GAP))
     assert vocabulary(tokenizer, tiny_model(20, 0), None, tiny_model(12, 0)) == Vocabulary(
@@ -35,14 +25,14 @@ def test_the_range_ends_behind_the_highest_id():
     )
     assert vocabulary(tiny_tokenizer()) == Vocabulary(5)
     with pytest.raises(UserError, match="has the id 1,099,999,999: expected ids below"):
-        id_range(gapped(1_099_999_999))
+        id_range(gapped_tokenizer(1_099_999_999))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_eos_beyond_the_count_is_drawn_and_unused_ids_are_not(case):
     """In every mode, and in the plain loop as in the engine."""
     (has_proposal, has_aligner), params, _ = CASES[case]
-    tokenizer = gapped()
+    tokenizer = gapped_tokenizer()
     proposal, aligner = tiny_model(16, 3, extra_rows=2), tiny_model(16, 5)
     for model in (proposal, aligner):
         with torch.no_grad():  # the unused ids would be drawn always, EOS often

@@ -64,7 +64,7 @@ def test_prompt_is_scored_as_a_direct_computation_scores_it(server, name, new):
         *(logprobs[k][1:] for k in ("tokens", "token_logprobs", "top_logprobs")), strict=True
     ):
         assert top[token] == value
-    whole = expected(models, name, ids, 1234, max(new, 1), temperature=0.0, base_temperature=0.0)
+    whole = expected(models, name, ids, 1234, max(new, 1), temperature=0.0)
     assert choice["text"] == "Q: héllo" + (whole.text if new else "")
     assert len(logprobs["tokens"]) == count + (len(whole.token_ids) if new else 0)
     assert "".join(logprobs["tokens"]) == choice["text"]
@@ -92,6 +92,20 @@ def test_settings_of_the_request_shape_the_law_that_scores(server):
     assert choice["logprobs"]["token_logprobs"][1 : len(ids)] == pytest.approx(expected_values, abs=1e-4)
     (choice,) = scored(url, "a", ids, base_top_k=1, sample_mode="par")
     assert OUTSIDE in choice["logprobs"]["token_logprobs"]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"temperature": 1e-5},
+        {"temperature": 0.0, "base_temperature": 0.0},
+        {"greedy": True},
+    ],
+)
+def test_no_request_scores_by_an_argmax(server, keys):
+    """A law of one token gives every other token no probability, however a request asks for it."""
+    models, _ = server
+    assert models.scoring_law(keys) == models.scoring_law({})
 
 
 def test_prompts_and_choices_each_get_their_own(server):

@@ -1,17 +1,22 @@
 """What a request means: nothing of it is lost without a word, and no key that says nothing is refused."""
 
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from fastapi import FastAPI
 from served import TOKENIZER, ask, chat_text, expected, get, head, load, post, running, save_models
-from tiny import save_model_folder, tiny_model
+from starlette.testclient import TestClient
+from tiny import EOS, gapped_tokenizer, save_model_folder, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ram.data import prompts
 from ram.decoding import par, reference
+from ram.serving.protocol import ApiError
 from ram.serving.registry import Models
+from ram.serving.tokens import add_tokens
 from ram.settings import serving
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -83,7 +88,7 @@ def test_temperature_0_is_greedy_for_the_whole_pair(server, sampling):
     request = {"model": "a", "prompt": "abc", "max_tokens": 12, "temperature": 0, **sampling}
     texts = [ask(server[1], request, "completions").json()["choices"][0]["text"] for _ in range(4)]
     assert len(set(texts)) == 1
-    whole = expected(server[0], "a", "abc", 0, 12, temperature=0, base_temperature=0.0, **sampling)
+    whole = expected(server[0], "a", "abc", 0, 12, temperature=0.0, **sampling)
     assert texts[0] == whole.text
     own = ask(server[1], request | {"base_temperature": 1.3, "seed": 3}, "completions").json()
     whole = expected(server[0], "a", "abc", 3, 12, temperature=0.0, base_temperature=1.3, **sampling)
@@ -119,6 +124,16 @@ def test_keys_that_ask_for_something_else_are_refused(server, key, value):
 def test_twenty_prompts_at_once_are_answered(server):
     request = {"model": "a", "prompt": [f"p{i}" for i in range(20)], "max_tokens": 2}
     assert len(ask(server[1], request, "completions").json()["choices"]) == 20
+
+
+def test_ids_above_the_count_of_tokens_have_a_text():
+    """A vocabulary with unused ids has ids above `len(tokenizer)`."""
+    app, models = FastAPI(), SimpleNamespace(tokenizer=gapped_tokenizer(), find=lambda name: None)
+    add_tokens(app, cast(Models, models))
+    with TestClient(app) as client:
+        assert client.post("/detokenize", json={"tokens": [0, 9, 14]}).json() == {"prompt": f"a{EOS}"}
+        with pytest.raises(ApiError, match="expected ids below 15"):
+            client.post("/detokenize", json={"tokens": [15]})
 
 
 def test_stop_token_ids_end_an_answer(server):

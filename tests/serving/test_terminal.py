@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
-from served import SAMPLING, TOKENIZER, chat_text, expected, save_models, settings
+from served import SAMPLING, chat_text, expected, save_models, settings
 
 import serve
 from ram.serving import terminal
@@ -131,13 +131,6 @@ def test_control_characters_are_not_written():
     assert terminal.printable("a\x1b[2Jb\n\u202e") == "a\ufffd[2Jb\n\ufffd"
     spaces = "1\u202f000\u00a0km\u3000می\u200cخواهم"
     assert terminal.printable(spaces) == spaces
-
-
-def test_token_texts_add_up_to_the_answer():
-    """A character of several tokens belongs to its last one; text that a stop string cut belongs to none."""
-    ids = TOKENIZER("aé日!stop").input_ids
-    texts = terminal.token_texts(TOKENIZER, ids, "aé日!")
-    assert "".join(texts) == "aé日!" and texts[:3] == ["a", "", "é"] and texts[-1] == ""
 
 
 def test_ctrl_c_stops_only_the_answer(models, monkeypatch):

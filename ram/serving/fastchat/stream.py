@@ -120,9 +120,8 @@ def generate_stream(
     sent_text = ""
     sent = 0  # tokens
     for row in rows:
-        whole = row.text.text if row.finish is None else row.text.finish()
-        count = row.text.settled()
-        text, new = whole[: row.text.ends[count - 1]] if count else "", len(row.ids) - sent
+        _, end = row.settled()
+        text, new = row.text.text[:end], len(row.ids) - sent
         if row.finish is None and (text == sent_text or new < stream_interval):
             continue
         sent_text, sent = text, len(row.ids)
