@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> None:
     """Print one line per gate: nats per token on the even rows, on the odd rows, and the share gated."""
     overrides = compose.preflight(arguments)
     config = settings_of(compose.compose(overrides), TABLES)
+    for name in config.evaluation.systems.keys() - {SYSTEM, "proposal"}:
+        del config.evaluation.systems[name]
     stages = recipes.resolve(overrides, TABLES)
     task = next(iter(config.evaluation.tasks))
     path = pipeline.test_file(config, task)
