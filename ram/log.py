@@ -178,6 +178,7 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return a dtype by name; "auto" is bfloat16 on GPUs with native support, else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        is_native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if is_native else torch.float32
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     return pick(names, name, "dtype")

@@ -162,7 +162,9 @@ def test_unwritable_log_folder_is_one_line(tmp_path):
 )
 def test_auto_dtype_is_bfloat16_only_with_native_support(monkeypatch, device, native, expected):
     """CPUs, and GPUs that emulate bfloat16, get float32."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: native)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+    )
     assert pick_dtype("auto", torch.device(device)) == expected
 
 

@@ -23,6 +23,11 @@ from ram.distributed.worker import LAUNCHER
 
 STORE = "RAM_STORE"  # environment variable: the file by which the processes of one machine find each other
 
+NVIDIA = "/dev/nvidiactl"  # exists if Nvidia's driver is loaded
+# Seconds that a process has to save its state after a signal before it is killed: less than the 300 that
+# docs/distributed.md lets a scheduler wait before it kills the job.
+SAVING = 240
+
 
 def refuse(message: str) -> NoReturn:
     """Print an error and exit with code 2."""
@@ -31,12 +36,19 @@ def refuse(message: str) -> NoReturn:
 
 
 def devices() -> int:
-    """Return the number of GPUs of this machine, or 1 if it has none."""
-    if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+    """Return the number of GPUs of this machine, or 1 if it has none; refuse a torch that cannot see them."""
+    if not any(os.path.exists(path) for path in (NVIDIA, "/dev/kfd", "/dev/dxg")):
         return 1  # no GPU driver: skip the import of torch, which takes seconds
     import torch
 
-    return max(torch.cuda.device_count(), 1)
+    count = torch.cuda.device_count()
+    # The other drivers also run screens, so that torch may rightly find nothing to compute on.
+    if not count and (os.path.exists(NVIDIA) or torch.version.hip):
+        refuse(
+            f"this machine has a GPU driver, but torch {torch.__version__} sees no GPU: check "
+            "CUDA_VISIBLE_DEVICES, install a torch that fits the driver, or set NPROC=1 to use the CPU"
+        )
+    return max(count, 1)
 
 
 def number(name: str) -> int | None:
@@ -92,8 +104,7 @@ def main() -> int:
         refuse(f"NNODES={machines}, but RDZV_ENDPOINT is not set: give host:port of one of the machines")
     # Without this, torchrun sets one thread per process and prints a long warning.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
-    # Seconds that a process has to save its state after a signal before it is killed.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING))
 
     # Imported late: a single process, started by execv above, would otherwise load torch twice.
     from torch.distributed import run

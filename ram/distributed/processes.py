@@ -67,6 +67,7 @@ def run(main: Callable[[], Any]) -> None:
 
     A gloo thread may still hold a tensor when main returns. Tearing down the interpreter then aborts the
     process although its work is done, so the exit handlers are called here, followed by os._exit.
+    A process that failed does not leave its group: NCCL would let it wait for ranks that wait for it.
     """
     code = 0
     try:
@@ -81,6 +82,8 @@ def run(main: Callable[[], Any]) -> None:
         traceback.print_exc()
         code = 1
     if dist.is_initialized():
+        if code:
+            atexit.unregister(stop)
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -53,6 +53,13 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 TILE = 1 << 20  # logits at once: 4 MB in float32, which fits a CPU's cache
 CUDA_TILE = 1 << 26  # 256 MB: a GPU needs large products
+CUDA_ROWS = 128  # a GPU multiplies blocks of so many rows; a remainder in each tile takes slower kernels
+
+
+def tile_width(tokens: int, device: str, tile: int | None = None) -> int:
+    """Return the vocabulary rows of a tile: about `tile` logits of so many tokens; None: the device's."""
+    width = (tile or (CUDA_TILE if device == "cuda" else TILE)) // max(1, tokens)
+    return max(CUDA_ROWS, width // CUDA_ROWS * CUDA_ROWS) if device == "cuda" else max(1, width)
 
 
 def head_logps(
@@ -63,7 +70,7 @@ def head_logps(
     tile: int | None = None,
     added: Any = None,
 ) -> torch.Tensor:
-    """Return log softmax(hidden @ weight.T + bias) at the labels, with at most `tile` logits in memory.
+    """Return log softmax(hidden @ weight.T + bias) at the labels, with `tile` logits at once.
 
     Equals `token_logps` of the whole logits. Products are computed in autocast's type if it is enabled,
     everything else in float32 or wider. The backward pass computes the logits a second time.
@@ -73,7 +80,7 @@ def head_logps(
         weight: (V, H), the LM head.
         labels: (N,) ids below V.
         bias: (V,) or None.
-        tile: number of logits; None chooses one by device.
+        tile: see `tile_width`.
         added: another model's hidden, weight and bias, whose logits are added; they have no gradient.
 
     Returns:
@@ -82,8 +89,8 @@ def head_logps(
     assert hidden.shape[0] == labels.shape[0] and hidden.shape[1] == weight.shape[1]
     device = hidden.device.type
     narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    tile = tile or (CUDA_TILE if device == "cuda" else TILE)
-    return _HeadLogps.apply(hidden, weight, labels, bias, narrow, max(1, tile // max(1, len(hidden))), added)
+    width = tile_width(len(hidden), device, tile)
+    return _HeadLogps.apply(hidden, weight, labels, bias, narrow, width, added)
 
 
 class _HeadLogps(torch.autograd.Function):

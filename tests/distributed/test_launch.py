@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from small import ROOT, run
 from tiny import byte_tokenizer, save_model_folder, tiny_model
 
 import train
+from ram.distributed import launch as launch_module
 from ram.distributed import processes
 from ram.storage.files import fingerprint, write_json
 
@@ -51,6 +53,20 @@ def test_exit_code_and_words_are_the_first_process_to_end(text, code, said, tmp_
     _, errors = running.communicate(timeout=300)  # the others would wait for two days
     assert running.returncode == code, errors
     assert said in errors and "ChildFailedError" not in errors and "torchrun" not in errors
+
+
+def test_failed_process_does_not_leave_its_group(tmp_path):
+    """NCCL's destroy_process_group waits for the other ranks, which wait in a collective."""
+    blocked = "processes.dist.destroy_process_group = lambda: time.sleep(600)"
+    failing = "print('failing', flush=True); 1 / 0"
+    text = f"if rank:\n        {blocked}\n        {failing}"
+    running = launch(script(tmp_path, text), cwd=tmp_path)
+    assert running.stdout.readline() == "failing\n"
+    try:
+        _, errors = running.communicate(timeout=30)
+    finally:
+        running.terminate()
+    assert running.returncode == 1 and "ZeroDivisionError" in errors
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -149,6 +165,36 @@ def test_what_cannot_be_launched(command, environment, message):
     running = launch(*command, **environment)
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 2 and message in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "drivers, seen, hip, expected",
+    [
+        ([], 0, None, 1),
+        (["/dev/nvidiactl"], 4, None, 4),
+        (["/dev/nvidiactl"], 0, None, None),
+        (["/dev/kfd"], 0, None, 1),  # the driver of a screen
+        (["/dev/kfd"], 0, "6.4", None),
+    ],
+)
+def test_driver_without_a_visible_gpu_is_refused(drivers, seen, hip, expected, monkeypatch, capsys):
+    """A torch build that does not fit the driver must not train on the CPU without a word."""
+    monkeypatch.setattr(launch_module.os.path, "exists", drivers.__contains__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    if expected is not None:
+        assert launch_module.devices() == expected
+        return
+    with pytest.raises(SystemExit) as ended:
+        launch_module.devices()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and "NPROC=1 to use the CPU" in said
+
+
+def test_processes_save_before_a_scheduler_kills_them():
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    (seconds,) = re.findall(r"--signal=TERM@(\d+)", text)
+    assert int(seconds) > launch_module.SAVING
 
 
 def test_one_process_needs_no_launcher(tmp_path):

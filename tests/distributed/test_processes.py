@@ -14,21 +14,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
-from training_runs import RUNS, TOKENIZER, dataset, frozen_proposal, path_of, settings, trainer, weights
+from training_runs import (
+    RESUMABLE,
+    RUNS,
+    TOKENIZER,
+    dataset,
+    frozen_proposal,
+    path_of,
+    recorded_path,
+    resumed_run,
+    settings,
+    stopped_run,
+    trainer,
+    weights,
+)
 
 from ram.errors import UserError
 from ram.models import lora
 from ram.training import resume, sharding
-from trainers import BasicTrainer, FSDPTrainer, Preempted
+from trainers import FSDPTrainer, Preempted
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAT = ("lr=1e-3", "eval_every=16", "save_every=8", "n_epochs=2", "keep_states=3")
-
-
 KINDS = ("ours_sft", "dpo", "ratio", *(["lora"] if find_spec("peft") else []))
 # Adadelta's step is smooth at a gradient of 0: it changes by at most lr times the change of the gradient. The
 # steps of RMSprop and Adam jump there and would turn a rounding error into a share of a whole step.
-SPREAD = ("gradient_accumulation_steps=2", "optimizer=Adadelta", "lr=1", *FLAT[1:])
+SPREAD = ("gradient_accumulation_steps=2", "optimizer=Adadelta", "lr=1", *RESUMABLE[1:])
 
 
 def torchrun(count, folder, stop):
@@ -106,7 +116,7 @@ def test_two_processes_stopped_and_three_going_on_equal_one(kind, spread, tmp_pa
     one = run_of_one(tmp_path / "one")
     one.train()
     assert said_by_two.count("2 processes") == len(KINDS) and states(two / kind)[-1] == "000000004"
-    near(path_of_folder(two / kind), path_of(one)[:4])
+    near(recorded_path(two / kind), path_of(one)[:4])
     assert not (two / kind / "LATEST").exists()
 
     alone = tmp_path / "alone"  # what two processes saved, gone on from by one
@@ -117,57 +127,26 @@ def test_two_processes_stopped_and_three_going_on_equal_one(kind, spread, tmp_pa
     same_weights(alone, one)
 
     assert said_by_three.count("resuming after 26 of 36 examples") == len(KINDS)
-    near(path_of_folder(three / kind), path_of(one))
+    near(recorded_path(three / kind), path_of(one))
     same_weights(three / kind, one)
     assert (three / kind / "LATEST" / "config.json").read_text().count("LlamaForCausalLM") == 1
-
-
-def path_of_folder(folder):
-    run = type("Run", (), {"run_dir": folder})
-    return path_of(run)
 
 
 def states(folder):
     return [path.name for path in resume.complete_states(folder)]
 
 
-def stopped(folder, after, *overrides, number=signal.SIGTERM):
-    """A run that is told to stop after so many updates."""
-
-    class Told(BasicTrainer):
-        def after_update(self, metrics):
-            super().after_update(metrics)
-            if self.updates == after:
-                os.kill(os.getpid(), number)
-
-    folder.mkdir(parents=True)
-    model = tiny_model(len(TOKENIZER), seed=0, layers=2)
-    data = dataset(20), dataset(6, seed=99)
-    run = Told(settings(*overrides), model, TOKENIZER, *data, folder, {}, None, {"it": 1})
-    with pytest.raises(Preempted) as error:
-        run.train()
-    assert error.value.args == (number,)
-    return run
-
-
-def go_on(folder, *overrides, origin=None):
-    run = trainer(folder, *overrides)
-    state = resume.newest(folder, origin or {"it": 1})
-    run.train(state)
-    return run, state
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW"])
 def test_a_stopped_run_ends_as_if_it_had_not(number, optimizer, tmp_path):
     """A signal saves after the update at hand; the next start gives the same weights, bit by bit, and log."""
-    given = ("loss=ours_sft", "loss.sampled_fraction=0.5", f"optimizer={optimizer}", *FLAT)
+    given = ("loss=ours_sft", "loss.sampled_fraction=0.5", f"optimizer={optimizer}", *RESUMABLE)
     whole = trainer(tmp_path / "whole", *given)
     whole.train()
     folder = tmp_path / "cut"
-    stopped(folder, 4, *given, number=number)
+    stopped_run(folder, 4, *given, number=number)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    run, state = go_on(folder, *given)
+    run, state = resumed_run(folder, *given)
     assert state["updates"] == 4 and run.updates == whole.updates == 6
     assert path_of(run) == path_of(whole)
     for name, weight in weights(whole).items():
@@ -188,7 +167,7 @@ def test_a_state_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(
         resume, "write_state", lambda *args: (begin.wait(30), order.append(args), write(*args))
     )
-    run = trainer(tmp_path, *FLAT, "optimizer=AdamW")
+    run = trainer(tmp_path, *RESUMABLE, "optimizer=AdamW")
     run.update(np.arange(8))
     before = {name: weight.clone() for name, weight in weights(run).items()}
     run.remember()
@@ -199,7 +178,7 @@ def test_a_state_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
     run.remember()
     run.saver.wait()
     assert [path.name for path in resume.complete_states(tmp_path)] == ["000000001", "000000002"]
-    other = trainer(tmp_path, *FLAT, "optimizer=AdamW")
+    other = trainer(tmp_path, *RESUMABLE, "optimizer=AdamW")
     other.update(np.arange(3))  # its moments are there to be filled
     resume.load(resume.complete_states(tmp_path)[0], other.model, other.optimizer)
     for name, weight in before.items():
@@ -231,13 +210,13 @@ def test_what_fails_while_a_state_is_written_is_raised(tmp_path, monkeypatch):
 
     monkeypatch.setattr(resume, "write_state", full)
     with pytest.raises(OSError, match="No space left"):
-        trainer(tmp_path, *FLAT).train()
+        trainer(tmp_path, *RESUMABLE).train()
 
 
 def test_only_whole_states_of_the_same_run_count(tmp_path):
     """The newest complete state is used; damaged or partial states and those of other runs are not."""
     folder = tmp_path / "run"
-    stopped(folder, 5, *FLAT)
+    stopped_run(folder, 5, *RESUMABLE)
     assert states(folder) == ["000000002", "000000004", "000000005"]
     half = folder / "states" / "000000009.aside"
     half.mkdir()
@@ -254,7 +233,7 @@ def test_only_whole_states_of_the_same_run_count(tmp_path):
 
 
 def test_nothing_is_saved_to_go_on_from_in_a_trial(tmp_path):
-    run = trainer(tmp_path, *FLAT, "debug=true")
+    run = trainer(tmp_path, *RESUMABLE, "debug=true")
     run.train()
     assert not (tmp_path / "states").exists()
 

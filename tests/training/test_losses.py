@@ -196,6 +196,17 @@ def test_head_logps_rounding_at_a_vocabulary_of_128k(n):
         assert (actual - exact).norm() <= bound * exact.norm()
 
 
+def test_tiles_on_a_gpu_are_multiples_of_128_rows():
+    """A GPU gets whole blocks, also of more tokens than a tile holds; a CPU gets the exact share."""
+    for tokens in (0, 1, 3, 1_000, 12_345, 10**6):
+        width = losses.tile_width(tokens, "cuda")
+        assert width % 128 == 0 and (width == 128 or width * tokens <= losses.CUDA_TILE)
+        assert width + 128 > losses.CUDA_TILE // max(1, tokens)
+    assert losses.tile_width(7, "cuda", tile=20) == 128
+    assert [losses.tile_width(7, "cpu", tile) for tile in (1, 20, 7 * 23)] == [1, 2, 23]
+    assert losses.tile_width(1_000, "cpu") == losses.TILE // 1_000
+
+
 def test_head_logps_of_extreme_logits():
     """Logits beyond the range of exp give finite values and gradients."""
     weight = torch.tensor([[1000.0], [-1000.0], [0.0]], requires_grad=True)
