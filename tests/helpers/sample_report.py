@@ -157,6 +157,17 @@ def make_report(rows=3, **given):
     return report | given
 
 
+def make_about(texts):
+    """The opening of a report, with each text in every role."""
+    keys = ("name", "what", "proposal", "aligner", "mode", "temperatures", "alpha", "command")
+    return {
+        "lead": texts[0],
+        "facts": [[text, text] for text in texts],
+        "systems": [dict.fromkeys(keys, text) for text in texts],
+        "links": [[texts[-1], "leaderboard.csv"]],
+    }
+
+
 def make_hostile():
     """Every string of a report is hostile, each of HOSTILE somewhere in every role."""
     report = make_report(len(HOSTILE))
@@ -181,15 +192,8 @@ def make_hostile():
         record("heldout", 1, HOSTILE[0]),
         record(HOSTILE[0], 1, 1.0),
     ]
-    keys = ("name", "what", "proposal", "aligner", "mode", "temperatures", "alpha", "command")
-    about = {
-        "lead": HOSTILE[0],
-        "facts": [[text, text] for text in HOSTILE],
-        "systems": [dict.fromkeys(keys, text) for text in HOSTILE],
-        "links": [[HOSTILE[1], "leaderboard.csv"]],
-    }
     return report | {
-        "about": about,
+        "about": make_about(HOSTILE),
         "title": HOSTILE[0],
         "notes": [*HOSTILE, f"warning: {HOSTILE[0]}"],
         "board": [row | {"system": name} for name in names],
