@@ -30,6 +30,10 @@ class Pair:
     dtype: str = "auto"
     tokenizer_path: str | None = None
 
+    @property
+    def is_single_model(self) -> bool:
+        return self.proposal is None or self.aligner is None
+
     def fingerprint(self, earlier: bool = False) -> list[str | None]:
         """Return the fingerprints of the proposal's and the aligner's weights, None for a missing model.
 
@@ -50,7 +54,7 @@ class Pair:
             earlier: by the rule of earlier versions, which kept the settings of other modes.
         """
         values = params.identity()
-        if self.proposal and self.aligner:
+        if not self.is_single_model:
             others = (keys for mode, keys in IN_ONE_MODE.items() if mode != params.sample_mode)
             unread = {key: getattr(PARParams, key) for keys in others for key in keys}
             return values if earlier else replace(params, **unread).identity()
