@@ -57,6 +57,7 @@ def save_random_pair(folder: Path) -> list[str]:
         proposal.lm_head.weight[TOKENIZER.convert_tokens_to_ids(["m", "M"]), 0] = 1.0
         for model in (proposal, aligner):  # sharper: nuclei of a dozen tokens, divergences around 5
             model.lm_head.weight[:size] *= 2
+    proposal.config.max_position_embeddings = 4096  # a judge's question is longer than the tests' texts
     models = {"proposal": proposal, "aligner": aligner}
     return [save_model_folder(folder / name / "LATEST", model, TOKENIZER) for name, model in models.items()]
 

@@ -138,8 +138,8 @@ def judge_answers(url: str, folder: Path) -> None:
     )
     assert len(judgements) == 8
     values = [row["preference"] for row in judgements if "failed" not in row]
-    reasons = {row["failed"] for row in judgements if "failed" in row}
-    report(f"judge: {len(values)} of 8 preferences, {values}; no preference: {reasons}")
+    reasons = [row["failed"] for row in judgements if "failed" in row]
+    report(f"judge: {len(values)} of 8 preferences, {values}; without one: {set(reasons)}")
+    # The judge reads the candidates of the first token; those of random weights may lack m and M.
     assert all(0 < value < 1 for value in values)
-    # Random weights seldom say m or M. The judge read the first token's candidates, and says what they lack.
-    assert all("m" in reason and "M" in reason for reason in reasons), reasons
+    assert all("m and M have a probability of" in reason for reason in reasons), reasons
