@@ -18,7 +18,7 @@ from ram.answers import answer_files
 from ram.answers.jobs import AnswerJob
 from ram.data.text import spelling
 from ram.decoding import scoring
-from ram.decoding.par import PARParams, next_token_law, warp, wide
+from ram.decoding.par import PARParams, align, next_token_law
 from ram.decoding.rows import eos_token_ids
 from ram.distributed import processes
 from ram.log import log, progress
@@ -65,7 +65,7 @@ def token_figures(
         z_p, z_q = positions.logits["proposal"], positions.logits["aligner"]
         law = next_token_law(z_p, z_q, law_params, positions.seen, eos)
         assert law.proposal_logprobs is not None
-        aligner_logprobs = warp(wide(z_q), params, positions.seen)
+        aligner_logprobs = align(z_q, params, positions.seen)
         figures["logp"] += logps_of(law.logprobs, positions.tokens)
         figures["logp_proposal"] += logps_of(law.proposal_logprobs, positions.tokens)
         figures["kl"] += map(finite, law.kl.tolist())

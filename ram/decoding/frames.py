@@ -12,11 +12,10 @@ import torch
 from ram.decoding.cache import ServedModel
 from ram.decoding.par import (
     ALL,
-    NEG_INF,
     Noise,
     PARParams,
+    align,
     checked,
-    drafts_of,
     next_token_law,
     seen_mask,
     signed,
@@ -189,7 +188,7 @@ class Frame:
         as_draft = report["token"][:, : drafted.shape[1]] == drafted
         own = as_draft
         if is_joint and z_q is not None:  # the aligner's acceptance is reported although it has not drafted
-            law = drafts_of(z_q, group.params, seen)
+            law = align(z_q, group.params, seen)
             own = report["token"] == self.noise.draw(law, group.at).view(-1, width)
         kept = as_draft[:, : width - 1].long().cumprod(dim=1).sum(dim=1, keepdim=True) + 1
         logprobs, laws = [], laws.view(-1, width, laws.shape[-1])
@@ -205,7 +204,7 @@ def draft_law(
     """The law (R, V) of drafts: the drafter's logits under the settings of the model it drafts for."""
     if role.z_q is None:
         return next_token_law(logits, None, params, seen, eos).logprobs
-    return drafts_of(logits, params, seen)
+    return align(logits, params, seen)
 
 
 def draw_laws(
@@ -260,13 +259,9 @@ def _logprobs(laws: torch.Tensor, tokens: torch.Tensor, count: int) -> list[Toke
 
     The entry of a token without a law (-1) is arbitrary: its row ends with an error.
     """
-    own = laws.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
-    values, ids = (tensor.tolist() for tensor in laws.topk(min(count, laws.shape[1]), dim=1))
-    entries = []
-    for logprob, row_ids, row_values in zip(own, ids, values, strict=True):
-        top = (pair for pair in zip(row_ids, row_values, strict=True) if pair[1] > NEG_INF)
-        entries.append(TokenLogprobs(logprob, tuple(top)))
-    return entries
+    own = laws.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
+    values, ids = laws.topk(min(count, laws.shape[1]), dim=1)
+    return TokenLogprobs.listed(own, ids, values)
 
 
 def fetch(reports: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, list[list]]]:

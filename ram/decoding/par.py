@@ -197,10 +197,10 @@ def warp(logits: torch.Tensor, params: PARParams, seen: torch.Tensor | None) -> 
     return torch.log_softmax(keep_top_k(keep_top_p(logits, params.top_p), params.top_k), dim=-1)
 
 
-def drafts_of(
+def align(
     aligner_logits_BV: torch.Tensor, params: PARParams, seen: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the law (B, V) from which an aligner drafts for its pair: its own, greedy if the pair is."""
+    """Return log Q (B, V) under the aligner's own settings, from which it drafts; greedy if the pair is."""
     law = warp(wide(aligner_logits_BV), params, seen)
     return greedy(law) if params.greedy else law
 

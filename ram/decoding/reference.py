@@ -17,8 +17,8 @@ from ram.decoding.par import (
     IGNORE_INDEX,
     NEG_INF,
     PARParams,
+    align,
     checked,
-    drafts_of,
     gumbel_argmax,
     gumbel_noise,
     next_token_law,
@@ -256,7 +256,7 @@ def decode_batch(
         if z_q is not None and law.proposal_logprobs is not None:
             report["fell_back"], report["kl"] = law.fell_back, law.kl
             report["as_proposal"] = gumbel_argmax(law.proposal_logprobs, noise) == token
-            report["as_draft"] = gumbel_argmax(drafts_of(z_q, params, seen), noise) == token
+            report["as_draft"] = gumbel_argmax(align(z_q, params, seen), noise) == token
         seen = seen.scatter(1, token.unsqueeze(1), True)
 
         values = {key: value.tolist() for key, value in report.items()}

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ram.decoding.par import MODEL_KEYS, PARParams
+from ram.decoding.par import MODEL_KEYS, NEG_INF, PARParams
 
 if TYPE_CHECKING:
+    import torch
+
     from ram.decoding.rows import DecodingRow
     from ram.decoding.scheduler import Ticket
 
@@ -64,6 +66,14 @@ class TokenLogprobs(NamedTuple):
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def listed(
+        cls, logprobs: "torch.Tensor", ids: "torch.Tensor", values: "torch.Tensor"
+    ) -> "list[TokenLogprobs]":
+        """Return the entries of N tokens, from their own values (N,) and the most likely tokens (N, k)."""
+        rows = zip(logprobs.tolist(), ids.tolist(), values.tolist(), strict=True)
+        return [cls(own, tuple(p for p in zip(*top, strict=True) if p[1] > NEG_INF)) for own, *top in rows]
 
 
 class Tokens(NamedTuple):

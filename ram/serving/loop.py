@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from ram.decoding.cache import Limits, ServedModel, open_model
 from ram.decoding.drafting import Clocked
 from ram.decoding.engine import Engine
-from ram.decoding.par import NEG_INF
 from ram.decoding.requests import (
     BadRequest,
     EngineError,
@@ -89,18 +88,15 @@ class _Scoring:
         """Compute the log-probabilities, unless nobody waits for them any more."""
         if not self.result.set_running_or_notify_cancel():
             return
-        ids, count = self.request.prompt_ids, max(self.request.logprobs or 0, 1)
+        prompt, count = self.request.prompt_ids, max(self.request.logprobs or 0, 1)
         try:
-            rows = [Row(ids[:1], ids[1:])]
+            rows = [Row(prompt[:1], prompt[1:])]
             ((scores,),) = score(self.models, tokenizer, rows, [self.scheme], top=count)
-            top_ids, top_values = scores.top_ids, scores.top_logprobs
-            known: list[TokenLogprobs] = []
-            if top_ids is not None and top_values is not None:
-                columns = (scores.logprobs.tolist(), top_ids.tolist(), top_values.tolist())
-                for own, best, values in zip(*columns, strict=True):
-                    top = [pair for pair in zip(best, values, strict=True) if pair[1] > NEG_INF]
-                    known.append(TokenLogprobs(own, tuple(top)))
-            self.result.set_result(known)
+            ids, values = scores.top_ids, scores.top_logprobs
+            if ids is None or values is None:  # a prompt of one token
+                self.result.set_result([])
+            else:
+                self.result.set_result(TokenLogprobs.listed(scores.logprobs, ids, values))
         except Exception as error:
             log.exception("a prompt could not be scored")
             self.result.set_exception(EngineError(f"scoring failed: {error}".split("\n")[0]))

@@ -167,7 +167,7 @@ def test_finished_file_is_kept(resolve, decoding_calls):
     """Settings that do not change the answers decode nothing and leave the file untouched."""
     stage = resolve()
     data, written = sample(stage), stage.output.stat().st_mtime_ns
-    same_law = ("sampling.batch_size=16", "sampling.speculative=false", "sampling.temperature=0.9")
+    same_law = ("sampling.batch_size=16", "sampling.speculative=false")
     assert sample(resolve(*same_law)) == data
     assert decoding_calls.counts == [10] and stage.output.stat().st_mtime_ns == written
 
@@ -262,11 +262,15 @@ def test_settings_reach_the_decoder(resolve, decoding_calls):
         "eos_priority": True,
         "expert_temperature": 0.4,
         "n_candidates": 3,
+        "mixture_weight": 0.2,
+        "greedy": True,
     }
     assert values.keys() == set(PARParams.field_names())
-    overrides = [f"sampling.{key}={json.dumps(value)}" for key, value in values.items()]
-    overrides += ["seed=7", "sampling.stop_str=zz", "sampling.batch_size=5"]
-    call = interrupt(resolve(*overrides), decoding_calls, after=0)
+    stage = resolve("seed=7", "sampling.stop_str=zz", "sampling.batch_size=5")
+    # A command line may only set what its models and mode read.
+    sampling = replace(stage.config.sampling, **values)
+    stage = replace(stage, config=stage.config.model_copy(update={"sampling": sampling}))
+    call = interrupt(stage, decoding_calls, after=0)
     assert asdict(call.params) == values
     assert (call.seed, call.stop, call.batch_size, call.max_new_tokens) == (7, ["zz"], 5, NEW_TOKENS)
     assert call.row_ids == list(range(10)) and max(map(len, call.prompts)) == LONGEST_PROMPT
@@ -312,7 +316,7 @@ def test_template_brings_its_own_stops(folders, resolve):
     law = resolve().config.sampling.params
     jobs = {}
     for template in ("ram", "zephyr", "vicuna_v1.1"):
-        settings = resolve(f"sampling.template={template}", r'sampling.stop_str="\n\nHuman"').config.sampling
+        settings = resolve(f"sampling.template={template}", 'sampling.stop_str="\n\nHuman"').config.sampling
         made = {"label": "x", "pair": Pair(folders["large"], None, "float32"), "params": law, "seed": 0}
         made |= {
             "records": [{}],
@@ -349,7 +353,7 @@ def test_pair_answers_have_tokens_and_events(resolve, folders, tmp_path):
     """A pair's answers have a piece of text and an event per token, and the text of `generation.generate`."""
     pair = Pair(folders["large"], folders["small"], "float32")
     prompts = ["hello", "you", "a" * 30]
-    settings = resolve("sampling.sample_mode=par", "sampling.base_top_p=1.0").config.sampling
+    settings = replace(resolve("sampling.base_top_p=1.0").config.sampling, sample_mode="par")
     params = settings.params
     job = AnswerJob(
         label="pair",

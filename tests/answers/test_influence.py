@@ -53,7 +53,7 @@ def recorded(models, params, monkeypatch):
     def spy(z_p, z_q, params, seen=None, *rest):
         law = original(z_p, z_q, params, seen, *rest)
         if z_q is not None:  # snis also calls it for the nucleus of its candidates, without an aligner
-            steps.append((law, reference.warp(z_q, params, seen)))
+            steps.append((law, reference.align(z_q, params, seen)))
         return law
 
     monkeypatch.setattr(reference, "next_token_law", spy)

@@ -43,6 +43,7 @@ OTHERS = {  # settings so near that a law must be told from theirs
     "expert_temperature": 1.0,
     "div_threshold": 9.0,
     "eos_priority": False,
+    "mixture_weight": 0.6,
 }
 
 

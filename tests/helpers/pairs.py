@@ -39,7 +39,7 @@ CASES = {  # name -> models, settings, the settings that its law depends on
     "product": (BOTH, PARParams("product", **KNOBS), POST + NUCLEUS),
     "snis": (BOTH, PARParams("snis", **KNOBS), [*POST[::2], *NUCLEUS, "n_candidates"]),
     "mds": (BOTH, PARParams("mds", **KNOBS), [*POST, "base_temperature", "expert_temperature"]),
-    "mixture": (BOTH, PARParams("mixture", **KNOBS), [*POST, *NUCLEUS, "mixture_weight"]),
+    "mixture": (BOTH, PARParams("mixture", **KNOBS), [*POST[::2], *NUCLEUS, "mixture_weight"]),
     "eos_priority": (BOTH, PARParams("par", eos_priority=True, **KNOBS), [*POST, "eos_priority"]),
     "proposal_alone": (PROPOSAL, PARParams(**KNOBS), [*NUCLEUS, "base_repetition_penalty"]),
     "aligner_alone": (ALIGNER, PARParams(**KNOBS), POST),

@@ -292,7 +292,7 @@ def test_long_dialogues_fit(server, scripted, visit, width, scheme):
     box = "document.getElementById('dialogue')"
     end = f"{box}.scrollHeight - {box}.scrollTop - {box}.clientHeight"
     for number in range(2):
-        send(page, scripted, f"{number} {'word ' * 30}{'x' * 150}", 2)
+        send(page, scripted, f"{number} {'word ' * 8}{'x' * 150}", 2)
         for which in (-1, -2):
             for part in range(4):
                 scripted.say(f"{part} {'an answer ' * 15}{'y' * 120}\n", which)
