@@ -89,7 +89,7 @@ QUICK = {  # checked by default: seconds; the others (pytest -m slow) take a min
 def command_lines(experiment: str) -> dict[str, str]:
     """The cases of an experiment, `plain` first."""
     cases = EVERY | (VARIANTS | DETAILED[experiment] if experiment in DETAILED else {})
-    if experiment == "demo_mixture":  # it has no gated pair, so the key would be refused
+    if experiment in ("demo_mixture", "demo_ratio"):  # they have no gated pair, so the key would be refused
         cases = {name: re.sub(r"sampling\.div_threshold=\S+", "", line) for name, line in cases.items()}
     return {name: f"experiment={experiment} {overrides}" for name, overrides in cases.items()}
 
