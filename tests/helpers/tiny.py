@@ -123,11 +123,13 @@ class Scripted:
         self.generation_config = SimpleNamespace(eos_token_id=generation_config)
         self.device = torch.device("cpu")
 
-    def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: object) -> SimpleNamespace:
         steps = (position_ids[:, -1:] - self.prompt_length + 1).clamp(max=len(self.script) - 1)
         tokens = torch.tensor(self.script)[steps]
         logits = torch.zeros(len(input_ids), 1, self.vocab).scatter(-1, tokens.unsqueeze(-1), self.margin)
         return SimpleNamespace(logits=logits)
+
+    __call__ = forward
 
 
 def save_model_folder(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
