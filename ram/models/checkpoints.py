@@ -123,8 +123,6 @@ def load_model(
     check_weight_files(Path(source))
     device = torch.device(device)
     try:
-        if (config := Path(source) / "config.json").is_file():
-            vocabulary.read_config(config)  # refuses absurd sizes
         model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source,
             dtype=pick_dtype(dtype, device),
@@ -270,12 +268,6 @@ def read_card(source: str) -> dict[str, Any]:
     path = Path(source) / CARD
     remedy = "copy the file again, or remove it: add_bos and lengths then come from the configuration"
     return read_record(path, {}, remedy) if path.is_file() else {}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return a folder's config.json, empty if it has none; raises UserError if it is not a record."""
-    path = folder / "config.json"
-    return read_record(path, {}, "download or copy the model again") if path.is_file() else {}
 
 
 def check_context(source: str | None, longest: int, architecture: dict[str, Any] | None = None) -> None:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from ram.errors import UserError
 from ram.models.abilities import text_config
-from ram.storage.files import fingerprint, read_json
+from ram.storage.files import fingerprint
+from ram.storage.records import read_record
 
 MOST_IDS = 1 << 24  # tokens of the largest vocabulary; sizes above it are taken for damage
 MOST_LAYERS = 1 << 12
@@ -83,11 +84,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return the content of a config.json.
 
     Raises:
-        UserError: If it is no configuration, or names a size that no model has.
+        UserError: If it is no JSON object, or names a size that no model has.
     """
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a transformers config, got a {type(config).__name__}")
+    config = read_record(path, {}, "download or copy the model again")
     for part in (config, config.get("text_config")):
         for key, value in part.items() if isinstance(part, dict) else ():
             most = MOST_LAYERS if re.search(r"layers?$|num_blocks$", key) else MOST_WIDTH

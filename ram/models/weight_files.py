@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ram.errors import UserError
+from ram.models.vocabulary import read_config
 from ram.storage.json_text import BadJSON, loads
 from ram.storage.records import read_record
 
@@ -12,7 +13,7 @@ REMEDY = "download or copy the model again"
 
 
 def check_weight_files(folder: Path) -> None:
-    """Check that an index names files of its own folder, and that weights are stored as floats.
+    """Check that config and index are whole, and that weights are stored as floats.
 
     transformers would open a file of any other folder, and read whole numbers as weights without a word.
 
@@ -26,8 +27,9 @@ def check_weight_files(folder: Path) -> None:
                 raise UserError(
                     f"{folder / INDEX}: names {str(name)[:80]!r}, which is no file beside it; {REMEDY}"
                 )
-    if not folder.is_dir() or _is_quantised(folder):
-        return
+    config = folder / "config.json"
+    if config.is_file() and "quantization_config" in read_config(config):
+        return  # its whole numbers are weights
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in read_header(path).items():
             kind = tensor.get("dtype") if isinstance(tensor, dict) else None
@@ -47,10 +49,3 @@ def read_header(path: Path) -> dict[str, object]:
     except BadJSON:
         return {}
     return header if isinstance(header, dict) else {}
-
-
-def _is_quantised(folder: Path) -> bool:
-    try:
-        return "quantization_config" in read_record(folder / "config.json", {}, REMEDY)
-    except UserError:
-        return True  # transformers says what is wrong with it

@@ -16,8 +16,8 @@ from typing import Any
 from ram.decoding.par import PARParams
 from ram.errors import UserError, nearest, run_entry_point
 from ram.log import pick_device, pick_dtype
-from ram.models import checkpoints
-from ram.storage.files import read_json
+from ram.models import checkpoints, vocabulary
+from ram.models.abilities import max_positions
 from ram.vllm import laws
 
 KEYS = ("proposal", "aligner", "dtype", "tensor_parallel", "drafts", "drafter", "template")
@@ -64,7 +64,7 @@ def command(arguments: Sequence[str]) -> list[str]:
     pair["digests"] = {role: checkpoints.weights_fingerprint(path) for role, path in digests.items()}
     overrides: dict[str, Any] = {"architectures": ["RAMPair"], "ram": pair}
     if drafts:  # vLLM compares the sizes in both configs
-        overrides["vocab_size"] = read_json(Path(drafter) / "config.json")["vocab_size"]
+        overrides["vocab_size"] = vocabulary.rows_in(drafter)
     result = ["vllm", "serve", proposal, "--hf-overrides", json.dumps(overrides), *SWITCHES]
     result += ["--middleware", "ram.vllm.middleware.PairGuard", "--logprobs-mode", "processed_logprobs"]
     # By itself vLLM narrows float32 files.
@@ -109,7 +109,7 @@ def _count(values: dict[str, Any], key: str, least: int) -> int:
 
 def _positions(path: str) -> int | None:
     config = Path(path) / "config.json"
-    return read_json(config).get("max_position_embeddings") if config.is_file() else None
+    return max_positions(vocabulary.read_config(config)) if config.is_file() else None
 
 
 def check_installed() -> None:

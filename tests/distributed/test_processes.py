@@ -110,7 +110,7 @@ def test_two_processes_stopped_and_three_going_on_equal_one(kind, spread, tmp_pa
         reference = None
         if kind == "dpo":
             reference = tiny_model(len(TOKENIZER), seed=7, layers=2, dtype=torch.float64)
-        proposal = frozen_proposal() if kind == "ratio" else None
+        proposal = frozen_proposal() if "loss=ratio" in overrides else None
         return trainer(folder, *overrides, n=18, reference=reference, dtype=torch.float64, proposal=proposal)
 
     one = run_of_one(tmp_path / "one")

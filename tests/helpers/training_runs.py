@@ -44,7 +44,7 @@ RUNS = {
     "ours_sft": ("loss=ours_sft",),
     "dpo": ("loss=dpo",),
     "ratio": ("loss=ratio",),
-    "lora": ("loss=sft", "lora={r: 2, alpha: 6}"),
+    "lora": ("loss=ratio", "lora={r: 2, alpha: 6}"),  # both in one: adapters beside a proposal
 }
 # Settings of the runs that are stopped and resumed: a state every 8 examples, all of them kept.
 RESUMABLE = ("lr=1e-3", "eval_every=16", "save_every=8", "n_epochs=2", "keep_states=3")
