@@ -81,7 +81,7 @@ def run_length(settings: "Settings", size: int) -> tuple[int, int, int]:
     n_warmup = round(warmup * n_updates) if 0 < warmup < 1 else int(warmup)
     last = size % settings.batch_size
     if last and n_examples >= size and 8 * last <= settings.batch_size and settings.last_batch == "whole":
-        log.warning(
+        log.info(
             f"the last batch of each epoch has {last} of {settings.batch_size} examples and takes a whole "
             "update; last_batch=scaled lowers its learning rate in proportion"
         )

@@ -126,7 +126,6 @@ def test_sampling_survives_a_killed_server(tmp_path, resolve):
     job, _ = train.sample_job(stage)
     answers = answer_files.read_answers(stage.output, job)
     assert [row["sampling"] for row in rows] == [answer["text"] for answer in answers]
-    assert len({row["sampling"] for row in rows}) > 150
 
 
 def judge_answers(url: str, folder: Path) -> None:
