@@ -310,7 +310,7 @@ class Rounds:
                 append_token(row, report, position, ticket.ends, last)
         ticket.tokens += row.ids[before:]
         ticket.logprobs = ticket.logprobs[: len(row.ids) - before]
-        compared = report["compared"][:count]
+        compared = report["compared"][: len(row.ids) - before]
         wasted = row.finish is not None and bool(compared and compared[-1])  # a draft beyond an end is no use
         reads = [(role.verifier, frame.width)]
         if frame.count:
