@@ -19,15 +19,11 @@ from tqdm import tqdm
 from ram.errors import UserError, pick
 
 log = logging.getLogger("ram")
-BAR_SECONDS = {
-    False: 30.0,
-    True: 60.0,
-}  # between the lines of a bar without a terminal; the key: console is brief
+# Seconds between the lines of a bar without a terminal, by whether the console is brief.
+BAR_SECONDS = {False: 30.0, True: 60.0}
 NOTICE = 25  # level of the lines that a brief console shows, between INFO and WARNING
-_console = {
-    "brief": False,
-    "label": "",
-}  # label: the stage that runs, for the progress bars of a brief console
+# label: the stage that runs, for the progress bars of a brief console.
+_console = {"brief": False, "label": ""}
 
 
 def setup_logging(log_file: Path | None = None) -> None:
@@ -127,7 +123,7 @@ def progress(iterable: Iterable[Any] | None = None, main: bool = False, **kwargs
     """Return a progress bar that appears only for slow work and disappears at the end.
 
     On a terminal it appears after 2 seconds. In a log file or pipe it becomes a line every 30 seconds, on a
-    brief console every three minutes. Only rank 0 shows it.
+    brief console every minute. Only rank 0 shows it.
 
     Args:
         iterable: The items to iterate over; None for a bar that is updated by hand.

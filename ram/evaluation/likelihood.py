@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ram.answers import answer_files
+from ram.data.text import text_of
 from ram.data.tokenization import encode, end, tokenizer_fingerprint
 from ram.decoding import scoring
 from ram.decoding.par import PARParams
@@ -145,7 +146,7 @@ def _targets(context: EvaluationContext, system: System) -> tuple[list[Row], lis
     sizes = []
     for row, text in zip(rows, texts, strict=True):
         complete = row.token_ids[-1] == tokenizer.eos_token_id
-        kept = text if complete else str(tokenizer.decode(list(row.token_ids)))
+        kept = text if complete else text_of(tokenizer, row.token_ids)
         sizes.append(len(kept.encode("utf-8", "replace")))
     return rows, sizes
 

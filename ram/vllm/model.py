@@ -145,12 +145,16 @@ def shared_vocabulary(proposal: ModelConfig, aligner: ModelConfig) -> int:
     """Return the number of tokens of the members' one tokenizer.
 
     Raises:
-        ValueError: The members have two tokenizers, or one has fewer rows than tokens.
+        ValueError: The members have two tokenizers, its ids have gaps, or a member has fewer rows.
     """
     tokenizer = cached_tokenizer_from_config(proposal)
     other = get_tokenizer(aligner.model, trust_remote_code=aligner.trust_remote_code)
     if tokenizer.get_vocab() != other.get_vocab():
         raise ValueError(f"the tokenizers of {proposal.model} and {aligner.model} differ: a pair needs one")
+    if max(tokenizer.get_vocab().values()) + 1 != len(tokenizer):
+        raise ValueError(
+            f"the tokenizer of {proposal.model} leaves ids unused, which vLLM could draw: use serve.py"
+        )
     rows = min(proposal.get_vocab_size(), aligner.get_vocab_size())
     if rows < len(tokenizer):
         raise ValueError(f"a member has {rows} vocabulary rows, the tokenizer {len(tokenizer)} tokens")

@@ -83,6 +83,20 @@ def test_signals_reach_every_process(number, code, tmp_path):
     assert "stopped: finished work is kept" in errors and "Traceback" not in errors
 
 
+def kill_and_see_its_processes_end(running):
+    """Kill a launcher once its two processes have printed their ids."""
+    said = ""
+    while len(found := [int(pid) for pid in re.findall(r"pid (\d+)\n", said)]) < 2:
+        said += running.stdout.readline()
+        assert running.poll() is None
+    running.kill()
+    running.wait()
+    deadline = time.monotonic() + 120
+    while any(Path(f"/proc/{pid}").exists() for pid in found):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_processes_end_with_their_launcher(tmp_path):
     """kill -9 of the launcher leaves nobody behind."""
     running = launch(
@@ -92,16 +106,7 @@ def test_processes_end_with_their_launcher(tmp_path):
         ),
         cwd=tmp_path,
     )
-    said = ""
-    while len(found := [int(pid) for pid in re.findall(r"pid (\d+)\n", said)]) < 2:
-        said += running.stdout.readline()
-        assert running.poll() is None
-    running.kill()
-    running.wait()
-    deadline = time.monotonic() + 120
-    while any(Path(f"/proc/{pid}").exists() for pid in found):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    kill_and_see_its_processes_end(running)
 
 
 def test_processes_end_with_a_launcher_that_dies_during_the_imports(tmp_path):
@@ -109,16 +114,7 @@ def test_processes_end_with_a_launcher_that_dies_during_the_imports(tmp_path):
     path = tmp_path / "script.py"
     path.write_text("import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(600)\n")
     running = launch(str(path), cwd=tmp_path)
-    said = ""
-    while len(found := [int(pid) for pid in re.findall(r"pid (\d+)\n", said)]) < 2:
-        said += running.stdout.readline()
-        assert running.poll() is None
-    running.kill()
-    running.wait()
-    deadline = time.monotonic() + 120
-    while any(Path(f"/proc/{pid}").exists() for pid in found):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    kill_and_see_its_processes_end(running)
 
 
 def test_process_whose_launcher_is_gone_already_ends(tmp_path):
