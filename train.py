@@ -173,7 +173,9 @@ def make_trainer(
     if stage.proposal:
         cache = Path(config.output_dir) / "cache" if config.cache_proposal else None
         dtype, device = config.model.reference_dtype, pick_device()
-        proposal = frozen.open_proposal(stage.proposal, model, tokenizer, data, dtype, device, cache)
+        proposal = frozen.open_proposal(
+            stage.proposal, model, tokenizer, data, dtype, device, cache, config.loss.exponent
+        )
     size = sum(p.numel() for p in model.parameters()) / 1e6
     log.info(
         f"stage {stage.name}: {config.loss.name} of {config.model.name} ({size:.2f} M weights) into {run_dir}"

@@ -23,7 +23,7 @@ from ram.distributed import processes
 from ram.errors import Preempted, UserError, pick
 from ram.log import log, pick_device, pick_dtype, progress
 from ram.models import checkpoints, run_folder
-from ram.training import frozen, logps, packing, passes, resume, sharding
+from ram.training import early_stopping, frozen, logps, packing, passes, resume, sharding
 from ram.training.losses import LOSSES
 from ram.training.metrics import MetricsLog, averages, show_samples
 from ram.training.optimizers import batch_factor, lr_factor, make_optimizer, run_length
@@ -280,6 +280,8 @@ class BasicTrainer:
             bar = progress(main=True, unit="ex", **shown)
             with processes.stop_signals() as signals:
                 for rows in itertools.islice(batches, self.updates, None):
+                    if early_stopping.is_over(settings, self.examples, self.best):
+                        break
                     start = time.monotonic()
                     tokens_before = self.tokens
                     row = self.update(rows)
@@ -300,6 +302,9 @@ class BasicTrainer:
                 self.saver.wait()
             heldout = self.evaluate(metrics)
             self.save(run_folder.LATEST)
+            heldout |= early_stopping.keep_best(
+                settings, self.best, self.heldout[1], self.run_dir, self.is_writer
+            )
         except Diverged:
             self.saver.wait()
             if not settings.debug:

@@ -212,7 +212,7 @@ def _files(names: Sequence[str], data_dir: Path, tables: Tables) -> list[Path]:
 
 
 def run_name(config: Settings, tables: Tables) -> str:
-    """Return {prefix}{loss}_{data set}_{model}_b{batch}_lr{lr}[_a{alpha}][_lora{r}][_@flag]: a run's name."""
+    """Return {prefix}{loss}_{data set}_{model}_b{batch}_lr{lr}[_a{alpha}][_e{exponent}][_lora{r}][_@flag]: a run's name."""
     if config.exp_name:
         return config.exp_name
     data = "+".join(parse_name(name, tables.datasets)[0] for name in config.datasets)
@@ -221,6 +221,8 @@ def run_name(config: Settings, tables: Tables) -> str:
     alpha = getattr(config.loss, "alpha", None)
     if alpha is not None and float(alpha) != 1e-4:
         name += f"_a{float(alpha)}"
+    if (exponent := getattr(config.loss, "exponent", 1.0)) != 1.0:
+        name += f"_e{float(exponent)}"
     if config.lora is not None:
         name += f"_lora{config.lora.r}"
     return f"{name}_@{config.exp_flag}" if config.exp_flag else name
@@ -229,6 +231,9 @@ def run_name(config: Settings, tables: Tables) -> str:
 def identity(config: Settings) -> dict[str, Any]:
     """Return what makes two training runs the same: dotted key -> value of each key that decides weights."""
     values = leaves(decisive(config))
+    if config.early_stopping is not None:  # otherwise these only watch a run
+        watched = ("eval_every", "save_every", "n_eval_examples")
+        values |= {key: getattr(config, key) for key in watched}
     return {key: value for key, value in values.items() if key not in OMITTED or OMITTED[key] != value}
 
 

@@ -42,6 +42,8 @@ OMITTED: dict[str, Any] = {
     "last_batch": "whole",
     "weight_decay": None,
     "lora": None,
+    "loss.exponent": 1.0,
+    "early_stopping": None,
 }
 
 
@@ -188,6 +190,7 @@ class Settings(Section):
     do_first_eval: Neutral[bool]
     eval_every: Neutral[Count]
     save_every: Neutral[Count | None]
+    early_stopping: Count | None
     keep_steps: Neutral[Count | None]
     resume: Neutral[Literal["auto", "never"]]
     keep_states: Neutral[Count]
@@ -293,12 +296,24 @@ def check_training(config: Settings, tables: Tables) -> None:
             f"batch_size={config.batch_size} is not a multiple of gradient_accumulation_steps="
             f"{config.gradient_accumulation_steps}: change one of them"
         )
+    if config.early_stopping is not None:
+        check_early_stopping(config)
     if config.n_examples is None and config.n_epochs is None:
         raise UserError("n_epochs and n_examples are both null: give one of them")
     if config.lora is not None:
         check_lora(config)
     if config.sample_during_eval:
         check_sampling(config.sampling)
+
+
+def check_early_stopping(config: Settings) -> None:
+    """Raise UserError if the weights of some held-out evaluation would not be on disk."""
+    if config.save_every is None or config.save_every % config.eval_every or not config.n_eval_examples:
+        raise UserError(
+            f"early_stopping={config.early_stopping}: it chooses among saved steps by their held-out loss, but "
+            f"save_every={config.save_every}, eval_every={config.eval_every}, n_eval_examples="
+            f"{config.n_eval_examples}; make save_every a multiple of eval_every, and n_eval_examples above 0"
+        )
 
 
 def check_lora(config: Settings) -> None:

@@ -52,12 +52,13 @@ class FrozenProposal:
         model: the proposal.
         vocab_size: logits beyond it are cut off.
         pad_id: any token.
+        exponent: the aligner's logits are multiplied by it before the sum, its probabilities raised to it.
 
     Raises:
         UserError: the logits are not a linear function of the last hidden state.
     """
 
-    def __init__(self, model: "PreTrainedModel", vocab_size: int, pad_id: int) -> None:
+    def __init__(self, model: "PreTrainedModel", vocab_size: int, pad_id: int, exponent: float = 1.0) -> None:
         if not has_linear_head(model):
             raise UserError(
                 f"loss=ratio: the logits of {type(model).__name__} are not a linear function of its last "
@@ -66,7 +67,7 @@ class FrozenProposal:
         head = model.get_output_embeddings()
         assert isinstance(head, torch.nn.Linear)
         self.model: Any = model.eval().requires_grad_(False)
-        self.vocab_size, self.pad_id = vocab_size, pad_id
+        self.vocab_size, self.pad_id, self.exponent = vocab_size, pad_id, exponent
         self.weight = head.weight.detach()[:vocab_size]
         self.bias = None if head.bias is None else head.bias.detach()[:vocab_size]
 
@@ -88,12 +89,12 @@ class FrozenProposal:
         data: TokenizedDataset,
         rows: Sequence[int] | np.ndarray,
     ) -> torch.Tensor:
-        """Return padded logits (B, T, V) with the proposal's added wherever a label (B, T) is predicted."""
+        """Return exponent * logits (B, T, V), plus the proposal's wherever a label (B, T) is predicted."""
         hidden, weight, bias = self.added(data, rows)
         own = logits[..., : self.vocab_size]
         whole = torch.zeros_like(own, dtype=torch.promote_types(own.dtype, torch.float32))
         whole[:, :-1][labels[:, 1:] != IGNORE_INDEX] = F.linear(hidden, weight, bias).to(whole.dtype)
-        return own + whole
+        return own * self.exponent + whole
 
     @torch.no_grad()
     def hidden(self, data: TokenizedDataset, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
@@ -116,6 +117,7 @@ class CachedProposal(FrozenProposal):
         vocab_size: logits beyond it are cut off.
         pad_id: any token.
         states: for each data set, the mapped bits (tokens, H) of its targets' hidden states.
+        exponent: as above.
     """
 
     def __init__(
@@ -124,8 +126,9 @@ class CachedProposal(FrozenProposal):
         vocab_size: int,
         pad_id: int,
         states: Sequence[tuple[TokenizedDataset, np.ndarray]],
+        exponent: float = 1.0,
     ) -> None:
-        super().__init__(model, vocab_size, pad_id)
+        super().__init__(model, vocab_size, pad_id, exponent)
         self.weight = self.weight.clone()
         self.states = [(data, predicted_offsets(data), bits) for data, bits in states]
         self.model = None
@@ -162,6 +165,7 @@ def open_proposal(
     dtype: str,
     device: torch.device,
     cache_dir: Path | None,
+    exponent: float = 1.0,
 ) -> FrozenProposal:
     """Load the proposal and, with a `cache_dir`, compute the hidden states that no file there has yet.
 
@@ -173,10 +177,11 @@ def open_proposal(
         dtype: type of the proposal's weights and hidden states.
         device: where the proposal computes.
         cache_dir: folder of the files; None lets the proposal run along.
+        exponent: see `FrozenProposal`.
     """
     proposal = checkpoints.load_model(source, dtype, device)
     size = vocabulary(tokenizer, aligner, proposal).size
-    running = FrozenProposal(proposal, size, checkpoints.pad_id(tokenizer))
+    running = FrozenProposal(proposal, size, checkpoints.pad_id(tokenizer), exponent)
     if cache_dir is None:
         return running
     weights = checkpoints.weights_fingerprint(source)
@@ -192,7 +197,7 @@ def open_proposal(
         }
         name = f"proposal.{fingerprint(made_from | {'proposal': None})[:16]}.npy"
         states.append((part, _states_file(cache_dir / name, running, part, made_from)))
-    return CachedProposal(proposal, running.vocab_size, running.pad_id, states)
+    return CachedProposal(proposal, running.vocab_size, running.pad_id, states, exponent)
 
 
 def _states_file(

@@ -258,7 +258,7 @@ def packed_logps(
         answers: ("target",) or ("target", "negative").
         pad_id: Unused; `padded_logps` needs it.
         drawn: (B,) whether each example's negative is computed; None computes all.
-        proposal: Its logits are added to the model's; only for `answers` ("target",).
+        proposal: Its logits are added to `exponent` times the model's; only for `answers` ("target",).
     """
     batch = pack(data, rows, answers, drawn).to(model.device)
     # transformers leaves a mask of four dimensions alone, so this keeps it from making one of (T, T).
@@ -276,6 +276,7 @@ def packed_logps(
         assert tuple(answers) == ("target",)
         weight, bias = weight[: proposal.vocab_size], None if bias is None else bias[: proposal.vocab_size]
         added = proposal.added(data, rows)
+        hidden, bias = hidden * proposal.exponent, None if bias is None else bias * proposal.exponent
     logps = head_logps(hidden[0, batch.predictors], weight, batch.labels, bias, added=added)
     sizes = [size for counts in batch.counts.values() for size in counts]
     sums = torch.stack([part.sum() for part in logps.split(sizes)])

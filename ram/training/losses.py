@@ -265,9 +265,20 @@ LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]  # losses (B,), metric
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """The keys of config/loss/sft.yaml and ratio.yaml; those below raise ValueError if out of range."""
+    """The keys of config/loss/sft.yaml; those below raise ValueError if out of range."""
 
     name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioSettings(LossSettings):
+    """The keys of config/loss/ratio.yaml."""
+
+    exponent: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.exponent < math.inf:
+            raise ValueError(f"exponent={self.exponent}: expected a number in (0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,7 +365,7 @@ class Loss:
 PREFERENCE = Loss(_preference, PreferenceSettings, REWARD_METRICS, needs_reference=True)
 LOSSES: dict[str, Loss] = {
     "sft": Loss(_sft, LossSettings, needs_negative=False),
-    "ratio": Loss(_sft, LossSettings, needs_negative=False, needs_proposal=True),
+    "ratio": Loss(_sft, RatioSettings, needs_negative=False, needs_proposal=True),
     "ours_sft": Loss(_residual_aligner, ResidualAlignerSettings),
     "dpo": PREFERENCE,
     "ipo": PREFERENCE,

@@ -1,0 +1,133 @@
+"""Split one file of prompts with answers into train.jsonl, heldout.jsonl, test.jsonl and text.jsonl.
+
+    python -m ram.data.split FILE out=FOLDER prompt=prompt answer=label heldout=100 test=345 cut=1000
+
+The first three have rows {instruction, output}; equal prompts stay in one file. text.jsonl has rows {text}, for
+language modelling: the training rows, and whatever `text=[FILE,FILE]` lists. No text of it is of a test row.
+"""
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ram.errors import UserError, pick, run_entry_point
+from ram.log import log, setup_logging
+from ram.storage.files import read_rows, write_jsonl
+
+DEFAULTS = {
+    "out": "",
+    "prompt": "instruction",
+    "answer": "output",
+    "train": "0",  # rows; 0: the rest
+    "heldout": "100",
+    "test": "300",
+    "cut": "0",  # characters that a prompt keeps, whole words; 0: all
+    "end": "",  # what follows a prompt's kept part
+    "text": "",
+    "seed": "0",
+}
+
+
+def cut_text(text: str, size: int) -> str:
+    """Return a text's first `size` characters, or fewer so that no word is cut."""
+    if size <= 0 or len(text) <= size:
+        return text
+    kept = text[:size]
+    return kept[: kept.rindex(" ")].rstrip() if " " in kept else kept
+
+
+def pieces(text: str, size: int) -> Iterator[str]:
+    """Yield a text in parts of at most `size` characters, cut between words if there are any."""
+    while text := text.strip():
+        piece = cut_text(text, size or len(text))
+        yield piece
+        text = text[len(piece) :]
+
+
+def split(
+    rows: Sequence[tuple[str, str]], sizes: dict[str, int], seed: int
+) -> dict[str, list[dict[str, str]]]:
+    """Deal (prompt, answer) rows to the files, in an order that depends on the seed alone.
+
+    Args:
+        rows: the rows; those with one prompt go to one file, so that a file may exceed its size by a few.
+        sizes: rows of "test", "heldout" and "train"; 0 takes the rest.
+        seed: of the order.
+
+    Raises:
+        UserError: there are too few rows.
+    """
+    groups: dict[str, list[str]] = {}
+    for prompt, answer in rows:
+        groups.setdefault(prompt, []).append(answer)
+    prompts = sorted(groups)
+    random.Random(seed).shuffle(prompts)
+    waiting = iter(prompts)
+    files: dict[str, list[dict[str, str]]] = {}
+    for name in ("test", "heldout", "train"):
+        files[name] = []
+        while not sizes[name] or len(files[name]) < sizes[name]:
+            if (prompt := next(waiting, None)) is None:
+                break
+            files[name] += [{"instruction": prompt, "output": answer} for answer in groups[prompt]]
+        if not files[name] or len(files[name]) < sizes[name]:
+            raise UserError(
+                f"{len(rows)} rows are too few: {name} got {len(files[name])} of {sizes[name] or 'at least 1'}; "
+                "lower train, heldout or test"
+            )
+    return files
+
+
+def texts_of(row: dict[str, Any]) -> list[str]:
+    """Return what a row of any known form holds for language modelling."""
+    for name in ("text", "chosen", "prompt", "instruction"):
+        if isinstance(row.get(name), str):
+            rest = [
+                row.get(key) for key in ("input", "completion", "output") if name in ("prompt", "instruction")
+            ]
+            return [
+                "\n\n".join([row[name].strip(), *(part for part in rest if isinstance(part, str) and part)])
+            ]
+    if isinstance(turns := row.get("messages"), list):
+        return ["\n\n".join(str(turn.get("content", "")) for turn in turns if isinstance(turn, dict))]
+    return []
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command line."""
+    values = dict(DEFAULTS)
+    sources = [argument for argument in arguments if "=" not in argument]
+    for key, _, value in (argument.partition("=") for argument in arguments if "=" in argument):
+        pick(DEFAULTS, key, "key")
+        values[key] = value
+    if len(sources) != 1 or not values["out"]:
+        raise UserError("expected: python -m ram.data.split FILE out=FOLDER [prompt=FIELD answer=FIELD ...]")
+    try:
+        sizes = {name: int(values[name]) for name in ("train", "heldout", "test")}
+        cut, seed = int(values["cut"]), int(values["seed"])
+    except ValueError as error:
+        raise UserError(f"{error}: train, heldout, test, cut and seed are whole numbers") from None
+    prompt, answer, out = values["prompt"], values["answer"], Path(values["out"])
+    rows = [
+        (cut_text(row[prompt].strip(), cut) + values["end"], row[answer].strip())
+        for _, row in read_rows(sources[0], (prompt, answer))
+    ]
+    files: dict[str, list[dict[str, str]]] = split([row for row in rows if all(row)], sizes, seed)
+    texts = [f"{row['instruction']} {row['output']}" for row in files["train"]]
+    for other in filter(None, values["text"].strip("[]").split(",")):
+        texts += [text for _, row in read_rows(other.strip()) for text in texts_of(row)]
+    held = {row["instruction"] for name in ("test", "heldout") for row in files[name]}
+    files["text"] = [{"text": piece} for text in texts if text not in held for piece in pieces(text, cut)]
+    random.Random(seed).shuffle(files["text"])
+    for name, lines in files.items():
+        write_jsonl(out / f"{name}.jsonl", lines)
+    log.info(
+        f"wrote    {out}: " + ", ".join(f"{len(lines):,} rows of {name}" for name, lines in files.items())
+    )
+
+
+if __name__ == "__main__":
+    setup_logging()
+    run_entry_point(lambda: main(sys.argv[1:]))
