@@ -2,8 +2,8 @@
 
     python -m ram.data.split FILE out=FOLDER prompt=prompt answer=label heldout=100 test=345 cut=1000
 
-The first three have rows {instruction, output}; equal prompts stay in one file. text.jsonl has rows {text}, for
-language modelling: the training rows, and whatever `text=[FILE,FILE]` lists. No text of it is of a test row.
+The first three have rows {instruction, output}; equal prompts stay in one file. text.jsonl has rows {text}
+for language modelling: the training rows, and those of the files that `text=[FILE,FILE]` lists.
 """
 
 import random
@@ -74,7 +74,7 @@ def split(
             files[name] += [{"instruction": prompt, "output": answer} for answer in groups[prompt]]
         if not files[name] or len(files[name]) < sizes[name]:
             raise UserError(
-                f"{len(rows)} rows are too few: {name} got {len(files[name])} of {sizes[name] or 'at least 1'}; "
+                f"{len(rows)} rows are too few: {len(files[name])} of {sizes[name] or 1} for {name}; "
                 "lower train, heldout or test"
             )
     return files

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTROL = 3  # GGUF's type of tokens that are marks, not text
-# GGUF names the rule that splits a text before the byte-pair merges; "smollm": digits one by one, then GPT-2's.
+# GGUF names the rule that splits a text before the merges; "smollm": digits one by one, then GPT-2's.
 SPLITS_DIGITS = {"smollm": True, "gpt-2": False}
 
 

@@ -212,7 +212,10 @@ def _files(names: Sequence[str], data_dir: Path, tables: Tables) -> list[Path]:
 
 
 def run_name(config: Settings, tables: Tables) -> str:
-    """Return {prefix}{loss}_{data set}_{model}_b{batch}_lr{lr}[_a{alpha}][_e{exponent}][_lora{r}][_@flag]: a run's name."""
+    """Return a run's name.
+
+    It is {prefix}{loss}_{data set}_{model}_b{batch}_lr{lr}[_a{alpha}][_e{exponent}][_lora{r}][_@flag].
+    """
     if config.exp_name:
         return config.exp_name
     data = "+".join(parse_name(name, tables.datasets)[0] for name in config.datasets)

@@ -310,8 +310,8 @@ def check_early_stopping(config: Settings) -> None:
     """Raise UserError if the weights of some held-out evaluation would not be on disk."""
     if config.save_every is None or config.save_every % config.eval_every or not config.n_eval_examples:
         raise UserError(
-            f"early_stopping={config.early_stopping}: it chooses among saved steps by their held-out loss, but "
-            f"save_every={config.save_every}, eval_every={config.eval_every}, n_eval_examples="
+            f"early_stopping={config.early_stopping}: it chooses among saved steps by their held-out loss, "
+            f"but save_every={config.save_every}, eval_every={config.eval_every}, n_eval_examples="
             f"{config.n_eval_examples}; make save_every a multiple of eval_every, and n_eval_examples above 0"
         )
 

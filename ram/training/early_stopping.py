@@ -51,6 +51,6 @@ def keep_best(
         with replacing(run_dir / LATEST) as partial:
             shutil.copytree(run_dir / f"step-{examples}", partial)
     log.info(
-        f"{LATEST} holds the weights after {examples:,} examples: held-out loss {loss:.4f}, at the end {last:.4f}"
+        f"{LATEST} has the weights after {examples:,} examples: held-out loss {loss:.4f}, not {last:.4f}"
     )
     return {"loss": loss}

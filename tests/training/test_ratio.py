@@ -23,26 +23,28 @@ VOCAB = len(TOKENIZER)
 FORWARDS = {"packed": logps.packed_logps, "padded": logps.padded_logps}
 
 
-def direct_losses(proposal, aligner, data, rows):
-    """-log softmax(log P + z_Q) of every target token, one example at a time, over the whole vocabulary."""
+def direct_losses(proposal, aligner, data, rows, exponent=1.0):
+    """-log softmax(log P + exponent * z_Q) of every target token, one example at a time, in one piece."""
     losses = []
     for row in rows:
         prompt, target = data.part("prompt", row).tolist(), data.part("target", row).tolist()
         ids = torch.tensor([prompt + target])
         with torch.no_grad():
             log_p = proposal(ids).logits[0, :, :VOCAB].log_softmax(-1)
-        joint = (log_p + aligner(ids).logits[0, :, :VOCAB]).log_softmax(-1)[len(prompt) - 1 : -1]
+        joint = (log_p + exponent * aligner(ids).logits[0, :, :VOCAB]).log_softmax(-1)[len(prompt) - 1 : -1]
         losses.append(-joint.gather(1, torch.tensor(target).unsqueeze(1)).sum())
     return torch.stack(losses)
 
 
+@pytest.mark.parametrize("exponent", [1.0, 0.3])
 @pytest.mark.parametrize("forward", FORWARDS)
-def test_loss_and_gradient_equal_a_direct_computation(forward, monkeypatch):
+def test_loss_and_gradient_equal_a_direct_computation(forward, exponent, monkeypatch):
     """In float64 with many tiles; the proposal gets no gradient, rows beyond the vocabulary do not count."""
     monkeypatch.setattr("ram.training.losses.TILE", 1000)
     proposal, data, rows = frozen_proposal(), dataset(9), np.array([4, 0, 8, 3])
+    proposal.exponent = exponent
     aligner = tiny_model(VOCAB, seed=3, layers=2, dtype=torch.float64, extra_rows=2)
-    expected = direct_losses(proposal.model, aligner, data, rows)
+    expected = direct_losses(proposal.model, aligner, data, rows, exponent)
     expected.mean().backward()
     gradients = {name: p.grad.clone() for name, p in aligner.named_parameters()}
     aligner.zero_grad()
@@ -55,13 +57,15 @@ def test_loss_and_gradient_equal_a_direct_computation(forward, monkeypatch):
     assert all(p.grad is None for p in proposal.model.parameters())
 
 
-def test_loss_is_the_likelihood_of_product_at_temperature_1():
-    """What is trained is what `sample_mode=product` draws from."""
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_loss_is_the_likelihood_of_product(exponent):
+    """What is trained is what `sample_mode=product` draws from if the temperature is 1/exponent."""
     proposal, aligner = frozen_proposal(), tiny_model(VOCAB, seed=3, dtype=torch.float64)
     data = dataset(5)
-    expected = direct_losses(proposal.model, aligner, data, range(5))
+    expected = direct_losses(proposal.model, aligner, data, range(5), exponent)
     rows = [scoring.Row(data.part("prompt", i).tolist(), data.part("target", i).tolist()) for i in range(5)]
-    product = scoring.Scheme(scoring.PARParams(**vars(scoring.RAW) | {"sample_mode": "product"}))
+    keys = {"sample_mode": "product", "temperature": 1 / exponent}
+    product = scoring.Scheme(scoring.PARParams(**vars(scoring.RAW) | keys))
     models = {"proposal": proposal.model, "aligner": aligner}
     (scores,) = scoring.score(models, TOKENIZER, rows, [product])
     actual = torch.stack([-own.logprobs.sum() for own in scores])
