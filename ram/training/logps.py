@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ram.data.tokenization import TokenizedDataset
+from ram.distributed import processes
 from ram.models.abilities import text_config
 from ram.training.losses import IGNORE_INDEX, head_logps, sequence_logps
 from ram.training.packing import Segments, collate, pack
@@ -312,6 +313,10 @@ def padded_logps(
             computed = np.ones(len(rows), dtype=bool)
         else:
             computed = np.asarray(drawn)
+        left_out = not computed.any() and processes.count() > 1
+        if left_out:
+            # Other processes may have drawn some, and a sharded model is gathered by all of them together.
+            computed = np.arange(len(rows)) == 0
         sizes = np.zeros(len(rows), dtype=int)
         answer_sums = torch.zeros(len(rows), device=model.device)
         if computed.any():
@@ -328,6 +333,8 @@ def padded_logps(
             mask = torch.from_numpy(computed).to(model.device)
             answer_sums = answer_sums.to(logps.dtype).masked_scatter(mask, logps)
             sizes[computed] = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
+            if left_out:
+                answer_sums, sizes = answer_sums * 0.0, sizes * 0
         sums[answer] = answer_sums
         counts[answer] = sizes.tolist()
     if router_losses:
