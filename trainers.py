@@ -23,7 +23,7 @@ from ram.distributed import processes
 from ram.errors import Preempted, UserError, pick
 from ram.log import log, pick_device, pick_dtype, progress
 from ram.models import checkpoints, run_folder
-from ram.training import early_stopping, frozen, logps, packing, passes, resume, sharding
+from ram.training import budget, early_stopping, frozen, logps, packing, passes, resume, sharding
 from ram.training.losses import LOSSES
 from ram.training.metrics import MetricsLog, averages, show_samples
 from ram.training.optimizers import batch_factor, lr_factor, make_optimizer, run_length
@@ -120,6 +120,7 @@ class BasicTrainer:
     def pick_forward(self):
         """Return the fastest forward pass that is right for the models."""
         forward = passes.prepare(self.model, self.reference, self.settings)
+        self.is_packed = forward is logps.packed_logps
         return frozen.joined(forward, self.proposal, self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -184,9 +185,7 @@ class BasicTrainer:
 
     def micro_batches(self, rows: np.ndarray, drawn: np.ndarray) -> list[np.ndarray]:
         """Return this process's micro-batches of a batch, as indices into `rows`. Some may be empty."""
-        size = self.settings.batch_size // self.settings.gradient_accumulation_steps
-        lengths = packing.lengths(self.train_data, rows, self.answers, drawn)
-        return packing.micro_batches(lengths, size, processes.count())[processes.rank()]
+        return budget.micro_batches(self.settings, self.train_data, rows, self.answers, drawn, self.is_packed)
 
     # ---- one update ----------------------------------------------------------------------------------------
 
@@ -355,11 +354,9 @@ class BasicTrainer:
             return {}
         self.model.eval()
         sums: dict[str, float] = defaultdict(float)
-        size = self.settings.eval_batch_size
-        for start in progress(range(0, n, size * processes.count()), desc="evaluate"):
-            first = start + size * processes.rank()
-            end = max(first, min(first + size, n))
-            _, parts = self.losses_of_share(self.eval_data, np.arange(first, end))
+        shares = budget.heldout_passes(self.settings, self.eval_data, n, self.answers, self.is_packed)
+        for rows in progress(shares, desc="evaluate"):
+            _, parts = self.losses_of_share(self.eval_data, rows)
             for key, value in parts.items():
                 sums[key] += value
         return averages(processes.all_sum(sums), n)

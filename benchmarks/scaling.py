@@ -27,7 +27,6 @@ HBM = 3.35e12  # bytes/s of an H100
 NVLINK = 450e9  # bytes/s per direction between the 8 GPUs of a machine
 NETWORK = 50e9  # bytes/s per GPU between machines (400 Gb/s)
 GPUS_OF_A_MACHINE = 8
-SAVED = 34  # bytes per token and hidden unit that a Llama layer in bf16 keeps for its backward pass
 # Bytes of logits that the LM head holds at once (losses.py), by bytes of a weight: bf16 on a GPU, float32 on
 # a CPU.
 TILE = {2: 2**28, 4: 2**22}
@@ -91,12 +90,33 @@ def gathered_bytes(size: Size, compute: int = 2) -> float:
     return compute * (size.root + 2 * size.block) + 4 * max(size.block, size.root)
 
 
-def activation_bytes(size: Size, tokens: int, checkpointing: bool, compute: int = 2) -> float:
-    """Return the bytes of the activations of one micro-batch of `tokens` on one device, and of its logits."""
-    one_layer = SAVED * compute / 2 * size.hidden * tokens
-    block_inputs = compute * size.hidden * tokens * size.layers
-    activations = block_inputs + one_layer if checkpointing else one_layer * size.layers
-    return activations + 3 * TILE[compute]
+def block_bytes(size: Size, compute: int = 2) -> float:
+    """Return the bytes that a Llama block keeps of each token for its backward pass.
+
+    The packed pass keeps the keys and values of a prompt once more for the second answer: they count twice.
+    """
+    queries, keys = size.heads * size.head_size, size.kv_heads * size.head_size
+    norms = (
+        2 * (4 + 2 * compute) * size.hidden + 8
+    )  # float32 input, scaled and unscaled output; float32 factor
+    attention = compute * (3 * queries + 4 * keys) + 4 * size.heads  # output twice; sums of its softmax
+    return norms + attention + 4 * compute * size.inner
+
+
+def activation_bytes(
+    size: Size, tokens: int, checkpointing: bool, compute: int = 2, longest: int = 0
+) -> float:
+    """Return the bytes of the activations of one packed pass on one device, and of its logits.
+
+    Args:
+        tokens: of the pass.
+        longest: tokens of the longest example, for the masks of attention on a CPU; 0 if there are none.
+    """
+    block = block_bytes(size, compute)
+    kept = compute * size.hidden * size.layers + block if checkpointing else block * size.layers
+    # Gradients on their way through a block, and the float32 states of the last norm.
+    passing = compute * (size.inner + 2 * size.hidden) + 8 * size.hidden
+    return tokens * (kept + passing + compute * longest) + 3 * TILE[compute]
 
 
 def peak_bytes(size: Size, devices: int, tokens: int, checkpointing: bool, compute: int = 2) -> float:

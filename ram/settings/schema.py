@@ -173,6 +173,7 @@ class Settings(Section):
     batch_size: Count
     eval_batch_size: Neutral[Count]
     gradient_accumulation_steps: Count
+    tokens_per_pass: Neutral[Count | None]
     optimizer: str
     lr: Positive
     weight_decay: NotNegative | None
@@ -298,6 +299,14 @@ def check_training(config: Settings, tables: Tables) -> None:
         )
     if config.early_stopping is not None:
         check_early_stopping(config)
+    n_answers = 2 if tables.losses[config.loss.name].needs_negative else 1
+    longest = n_answers * config.max_length  # a packed example has each prompt once, so it is shorter
+    if config.tokens_per_pass is not None and config.tokens_per_pass < longest:
+        raise UserError(
+            f"tokens_per_pass={config.tokens_per_pass}: an example of loss={config.loss.name} can have "
+            f"{n_answers} x max_length = {longest} tokens, and a pass has at least one example: expected "
+            f"{longest} or more, or null"
+        )
     if config.n_examples is None and config.n_epochs is None:
         raise UserError("n_epochs and n_examples are both null: give one of them")
     if config.lora is not None:

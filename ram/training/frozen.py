@@ -25,6 +25,7 @@ from ram.log import log, progress
 from ram.models import checkpoints
 from ram.models.vocabulary import vocabulary
 from ram.storage.files import fingerprint, replacing, write_json
+from ram.training import budget
 from ram.training.logps import Answers, has_linear_head
 from ram.training.losses import IGNORE_INDEX
 from ram.training.packing import collate
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 1  # increase it if the states of unchanged inputs change
-TOKENS = 8192  # of a forward pass that fills the cache, padding included
+TOKENS = 8192  # of a forward pass, padding included
 BITS = {2: np.int16, 4: np.int32, 8: np.int64}  # numpy has no bfloat16: files hold the bits
 
 
@@ -98,7 +99,19 @@ class FrozenProposal:
 
     @torch.no_grad()
     def hidden(self, data: TokenizedDataset, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
-        """Return the last hidden state that predicts each target token (N, H)."""
+        """Return the last hidden state that predicts each target token (N, H).
+
+        Rows of very uneven lengths take several forward passes, which bounds the memory of the padding.
+        """
+        rows = np.asarray(rows)
+        by_row: dict[int, torch.Tensor] = {}
+        for some in _passes(data, rows):
+            sizes = [len(data.part("target", row)) - (len(data.part("prompt", row)) == 0) for row in some]
+            by_row |= zip(some, self._hidden(data, some).split(sizes), strict=True)
+        return torch.cat([by_row[row] for row in rows.tolist()])
+
+    def _hidden(self, data: TokenizedDataset, rows: Sequence[int]) -> torch.Tensor:
+        """Return `hidden` from one forward pass."""
         batch = collate(data, rows, "target", self.pad_id)
         mask = batch.pop("labels")[:, 1:] != IGNORE_INDEX
         device = self.weight.device
@@ -222,7 +235,8 @@ def _states_file(
         with replacing(path) as partial:
             bits = BITS[weight.element_size()]
             file = np.lib.format.open_memmap(partial, mode="w+", dtype=bits, shape=shape)
-            for rows in progress(_passes(data), desc="hidden states", unit="pass"):
+            every = np.arange(len(data))
+            for rows in progress(_passes(data, every), desc="hidden states", unit="pass"):
                 states = proposal.hidden(data, rows).contiguous().view(getattr(torch, bits.__name__))
                 sizes = [int(offsets[row + 1] - offsets[row]) for row in rows]
                 for row, part in zip(rows, states.cpu().split(sizes), strict=True):
@@ -233,12 +247,7 @@ def _states_file(
     return np.load(path, mmap_mode="r")
 
 
-def _passes(data: TokenizedDataset) -> list[list[int]]:
+def _passes(data: TokenizedDataset, rows: np.ndarray) -> list[list[int]]:
     """Return the examples of each forward pass: similar lengths, at most TOKENS with padding."""
-    sizes = np.diff(data.offsets["prompt"]) + np.diff(data.offsets["target"])
-    passes: list[list[int]] = []
-    for row in np.argsort(-sizes, kind="stable").tolist():
-        if not passes or (len(passes[-1]) + 1) * sizes[passes[-1][0]] > TOKENS:
-            passes.append([])
-        passes[-1].append(row)
-    return passes
+    (pieces,) = budget.cut_padded(budget.widths(data, rows, ("target",)), TOKENS, n_processes=1)
+    return [rows[piece].tolist() for piece in pieces]

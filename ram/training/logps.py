@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ram.data.tokenization import TokenizedDataset
+from ram.distributed import processes
 from ram.models.abilities import text_config
 from ram.training.losses import IGNORE_INDEX, head_logps, sequence_logps
 from ram.training.packing import Segments, collate, pack
@@ -62,7 +63,7 @@ def attend(
     """
     assert query.shape[0] == 1 and query.shape[2] == sum(segments.lengths)
     assert query.shape[1] % key.shape[1] == 0 and key.shape == value.shape, "keys and values of two sizes"
-    calls = _calls(segments, query.device)
+    calls = _calls(segments, query.device, query.dtype)
     # `split` instead of slices: the backward pass of every slice fills a tensor of all T tokens.
     lengths = [length for length, _, _ in calls]
     queries = query.split(lengths, dim=2)
@@ -91,11 +92,14 @@ def attend(
 
 
 @functools.lru_cache(maxsize=2)  # all layers of a forward pass use the same calls
-def _calls(segments: Segments, device: torch.device) -> list[tuple[int, int, torch.Tensor | None]]:
+def _calls(
+    segments: Segments, device: torch.device, dtype: torch.dtype
+) -> list[tuple[int, int, torch.Tensor | None]]:
     """Plan the attention calls of `attend`, as (length, prefix, mask). No mask means causal attention.
 
     Segments of large examples have a call of their own. Small examples share a call with a mask, as long as
-    they have at most BLOCK tokens together.
+    they have at most BLOCK tokens together. Masks are 0 or -inf, to be added: torch makes that of a mask of
+    booleans in every layer, and keeps each for the backward pass.
     """
     # A segment without a prefix starts a new example.
     examples: list[list[tuple[int, int]]] = []
@@ -107,7 +111,11 @@ def _calls(segments: Segments, device: torch.device) -> list[tuple[int, int, tor
     block: list[tuple[int, int]] = []  # segments of small examples that wait for their shared call
 
     def add_call(length: int, prefix: int, mask: np.ndarray | None) -> None:
-        calls.append((length, prefix, None if mask is None else torch.from_numpy(mask).to(device)))
+        added = None
+        if mask is not None:
+            forbidden = torch.from_numpy(~mask).to(device)
+            added = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(forbidden, float("-inf"))
+        calls.append((length, prefix, added))
 
     def close_block() -> None:
         if block:
@@ -313,6 +321,10 @@ def padded_logps(
             computed = np.ones(len(rows), dtype=bool)
         else:
             computed = np.asarray(drawn)
+        left_out = not computed.any() and processes.count() > 1
+        if left_out:
+            # Other processes may have drawn some, and a sharded model is gathered by all of them together.
+            computed = np.arange(len(rows)) == 0
         sizes = np.zeros(len(rows), dtype=int)
         answer_sums = torch.zeros(len(rows), device=model.device)
         if computed.any():
@@ -329,6 +341,8 @@ def padded_logps(
             mask = torch.from_numpy(computed).to(model.device)
             answer_sums = answer_sums.to(logps.dtype).masked_scatter(mask, logps)
             sizes[computed] = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
+            if left_out:
+                answer_sums, sizes = answer_sums * 0.0, sizes * 0
         sums[answer] = answer_sums
         counts[answer] = sizes.tolist()
     if router_losses:

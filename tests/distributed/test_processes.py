@@ -35,7 +35,7 @@ from ram.training import resume, sharding
 from trainers import FSDPTrainer, Preempted
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("ours_sft", "dpo", "ratio", *(["lora"] if find_spec("peft") else []))
+KINDS = ("ours_sft", "dpo", "ratio", "budget", "padded", *(["lora"] if find_spec("peft") else []))
 # Adadelta's step is smooth at a gradient of 0: it changes by at most lr times the change of the gradient. The
 # steps of RMSprop and Adam jump there and would turn a rounding error into a share of a whole step.
 SPREAD = ("gradient_accumulation_steps=2", "optimizer=Adadelta", "lr=1", *RESUMABLE[1:])
@@ -101,14 +101,15 @@ def test_two_processes_stopped_and_three_going_on_equal_one(kind, spread, tmp_pa
     """Two processes follow one process's path; told to stop they save; three, and one, go on to the same end.
 
     Three do not divide a batch of 8 or a weight of 16; of the 2 rows that 18 leave, one of them has none.
+    One process forms its passes without a budget of tokens.
     The models are float64, so that little more than FSDP's own float32 sums is rounded.
     """
     two, said_by_two, three, said_by_three = spread
-    overrides = (*RUNS[kind], *SPREAD)
+    overrides = (*RUNS[kind], *SPREAD, "tokens_per_pass=null")
 
     def run_of_one(folder):
         reference = None
-        if kind == "dpo":
+        if "loss=dpo" in overrides:
             reference = tiny_model(len(TOKENIZER), seed=7, layers=2, dtype=torch.float64)
         proposal = frozen_proposal() if "loss=ratio" in overrides else None
         return trainer(folder, *overrides, n=18, reference=reference, dtype=torch.float64, proposal=proposal)

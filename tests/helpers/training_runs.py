@@ -45,6 +45,9 @@ RUNS = {
     "dpo": ("loss=dpo",),
     "ratio": ("loss=ratio",),
     "lora": ("loss=ratio", "lora={r: 2, alpha: 6}"),  # both in one: adapters beside a proposal
+    "budget": ("loss=dpo", "tokens_per_pass=192"),
+    # Some processes' passes have no negative at all.
+    "padded": ("loss=ours_sft", "packed=false", "loss.sampled_fraction=0.3", "tokens_per_pass=192"),
 }
 # Settings of the runs that are stopped and resumed: a state every 8 examples, all of them kept.
 RESUMABLE = ("lr=1e-3", "eval_every=16", "save_every=8", "n_epochs=2", "keep_states=3")

@@ -222,6 +222,10 @@ REFUSED = {
         [*TRAIN, "batch_size=6", "gradient_accumulation_steps=4"],
         r"batch_size=6 is not a multiple",
     ),
+    "token budget": (
+        [*TRAIN, "loss=dpo", "tokens_per_pass=1000"],
+        r"tokens_per_pass=1000: .* 2 x max_length = 1024 tokens",
+    ),
     "trainer": ([*TRAIN, "trainer=BasicTrainr"], r"unknown trainer .* did you mean 'BasicTrainer'"),
     "dropped trainer": ([*TRAIN, "trainer=TensorParallelTrainer"], r"use trainer=FSDPTrainer"),
     "optimizer": ([*TRAIN, "optimizer=RMSProp"], r"unknown optimizer 'RMSProp': did you mean 'RMSprop'"),
