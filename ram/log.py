@@ -171,10 +171,22 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda")
 
 
+def multiplies_bf16() -> bool:
+    """Return whether this CPU has instructions for products of bfloat16: AMX or AVX-512."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return a dtype by name; "auto" is bfloat16 on GPUs with native support, else float32."""
-    if name == "auto":
-        is_native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Return a dtype by name.
+
+    "auto" is bfloat16 on GPUs that multiply it natively, else float32; "native" is the same on CPUs too. It
+    asks the processor, and measures nothing: what a run computes in must not depend on how busy a machine is.
+    """
+    if name in ("auto", "native"):
+        if device.type == "cuda":
+            is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            is_native = name == "native" and device.type == "cpu" and multiplies_bf16()
         return torch.bfloat16 if is_native else torch.float32
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     return pick(names, name, "dtype")

@@ -168,6 +168,16 @@ def test_auto_dtype_is_bfloat16_only_with_native_support(monkeypatch, device, na
     assert pick_dtype("auto", torch.device(device)) == expected
 
 
+@pytest.mark.parametrize("flags", [(True, False), (False, True), (False, False)])
+def test_native_dtype_is_bfloat16_on_cpus_with_the_instructions(monkeypatch, flags):
+    """Only the processor's own flags decide, so a busy machine gives the same numbers as an idle one."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: flags[0])
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: flags[1])
+    cpu = torch.device("cpu")
+    assert pick_dtype("native", cpu) == (torch.bfloat16 if any(flags) else torch.float32)
+    assert pick_dtype("auto", cpu) == torch.float32
+
+
 def test_dtype_by_name():
     for name in ("float32", "bfloat16", "float64"):
         assert pick_dtype(name, torch.device("cuda")) == getattr(torch, name)

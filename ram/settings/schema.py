@@ -58,7 +58,7 @@ class ModelSettings(Section):
     architecture: dict[str, Any] | None
     block_name: Neutral[str | None]
     policy_dtype: str
-    fsdp_policy_mp: Dtype | None
+    fsdp_policy_mp: Dtype | Literal["native"] | None
     reference_dtype: Dtype
 
 
