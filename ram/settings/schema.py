@@ -317,7 +317,7 @@ def check_training(config: Settings, tables: Tables) -> None:
 
 def check_early_stopping(config: Settings) -> None:
     """Raise UserError if the weights of some held-out evaluation would not be on disk."""
-    if config.save_every is None or config.save_every % config.eval_every or not config.n_eval_examples:
+    if config.save_every is None or config.save_every % config.eval_every or config.n_eval_examples == 0:
         raise UserError(
             f"early_stopping={config.early_stopping}: it chooses among saved steps by their held-out loss, "
             f"but save_every={config.save_every}, eval_every={config.eval_every}, n_eval_examples="
