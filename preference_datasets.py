@@ -25,7 +25,9 @@ from ram.data.catalogue import (
     local_or_hub,
     parse_name,
     sampled_name,
+    source_of,
 )
+from ram.data.chat import ChatTemplate
 from ram.data.tokenization import Example, TokenizedDataset, tokenize_cached
 from ram.errors import UserError
 from ram.log import log, progress
@@ -37,22 +39,22 @@ Request = LoadRequest  # the name in earlier versions
 # ---- loaders -----------------------------------------------------------------------------------------------
 
 
-def _instruction_examples(
-    data_file: Path, request: LoadRequest, template: str | None = prompts.TEMPLATE
-) -> list[Example]:
+def _instruction_examples(data_file: Path, request: LoadRequest, is_rendered: bool = True) -> list[Example]:
     """Read a file of instructions with answers.
 
     Args:
         data_file: Rows of {instruction, output}, and `sampling` if the request has a proposal.
         request: The arguments of the loader.
-        template: Template of the prompts; None to use the instruction as the prompt.
+        is_rendered: False uses the instruction itself as the prompt, unless the model's own template is set.
     """
     required = ["instruction", "output"]
     if request.proposal:
         required.append("sampling")
     examples = []
     for index, row in read_rows(data_file, required, request.bad):
-        prompt = prompts.render(row["instruction"], template) if template else row["instruction"]
+        prompt = row["instruction"]
+        if is_rendered or request.chat:
+            prompt = request.render([(True, row["instruction"])])
         negative = row["sampling"] if request.proposal else None
         examples.append(Example(index, prompt, row["output"], negative, row, unfinished(row, request)))
     return examples
@@ -78,7 +80,7 @@ def get_summ_sft(request: LoadRequest) -> list[Example]:
 def get_alpaca(request: LoadRequest) -> list[Example]:
     """Load the cleaned Alpaca set; in its sampled file, the prompts are instructions without a template."""
     data_file = request.data_dir / "train" / sampled_name("alpaca_data_cleaned.json", request.proposal)
-    return _instruction_examples(data_file, request, template=None if request.proposal else prompts.TEMPLATE)
+    return _instruction_examples(data_file, request, is_rendered=not request.proposal)
 
 
 def get_toy(request: LoadRequest, part: str = "aligned") -> list[Example]:
@@ -124,6 +126,7 @@ def get_hh(request: LoadRequest, subset: str = "") -> list[Example]:
         else:
             prompt, target = chosen
             negative = row["sampling"] if request.proposal else rejected[1]
+            prompt = request.stored_dialogue(prompt)
             examples.append(Example(index, prompt, target, negative, row, unfinished(row, request)))
     if unequal:
         log.info(f"hh: dropped {unequal} of {len(rows)} rows whose chosen and rejected prompts differ")
@@ -145,7 +148,13 @@ def get_summ(request: LoadRequest) -> list[Example]:
         return re.sub(r"^TL;DR:\s*", "", answer.split("<|endoftext|>")[0])
 
     return [
-        Example(index, row["prompt"] + prompts.SUMMARY, clean(row["chosen"]), clean(row["rejected"]), row)
+        Example(
+            index,
+            request.stored_dialogue(row["prompt"] + prompts.SUMMARY),
+            clean(row["chosen"]),
+            clean(row["rejected"]),
+            row,
+        )
         for index, row in rows
     ]
 
@@ -155,28 +164,33 @@ def get_shp(request: LoadRequest) -> list[Example]:
     numbers = dict.fromkeys(("score_A", "score_B", "labels"), int)
     required = {"history": str, "human_ref_A": str, "human_ref_B": str, **numbers}
     examples = []
+    space = "" if request.chat else " "
     for index, row in local_or_hub(request, "shp", "*.jsonl*", "stanfordnlp/SHP", required):
         low, high = sorted((row["score_A"], row["score_B"]))
         if high < 2 * low:
             continue
-        target = " " + row["human_ref_A"]
-        negative = " " + row["human_ref_B"]
+        target = space + row["human_ref_A"]
+        negative = space + row["human_ref_B"]
         if row["labels"] != 1:  # B is preferred
             target, negative = negative, target
-        examples.append(Example(index, f"\n\nHuman: {row['history']}\n\nAssistant:", target, negative, row))
+        prompt = request.stored_dialogue(f"\n\nHuman: {row['history']}\n\nAssistant:")
+        examples.append(Example(index, prompt, target, negative, row))
     return examples
 
 
 def get_se(request: LoadRequest) -> list[Example]:
     """Load StackExchange preferences: all pairs of answers with different scores, HTML converted to text."""
     examples = []
+    space = "" if request.chat else " "
     required = {"question": str, "answers": list}
     rows = local_or_hub(request, "se", "*.jsonl*", "HuggingFaceH4/stack-exchange-preferences", required)
     for index, row in progress(rows, desc="stack exchange"):
-        prompt = f"\n\nHuman: {prompts.html_to_text(row['question'])}\n\nAssistant:"
+        question_text = prompts.html_to_text(row["question"])
+        prompt = request.stored_dialogue(f"\n\nHuman: {question_text}\n\nAssistant:")
         try:
             answers = [
-                (answer["pm_score"], " " + prompts.html_to_text(answer["text"])) for answer in row["answers"]
+                (answer["pm_score"], space + prompts.html_to_text(answer["text"]))
+                for answer in row["answers"]
             ]
             answers.sort(reverse=True)
         except (KeyError, TypeError):
@@ -216,6 +230,7 @@ def get_dataset(
     cache_dir: str | None = None,
     heldout_fraction: float = 0.005,
     bad: BadRows | None = None,
+    chat: ChatTemplate | None = None,
 ) -> list[Example]:
     """Load the examples of one split of a data set.
 
@@ -230,23 +245,24 @@ def get_dataset(
         cache_dir: The hub client's cache.
         heldout_fraction: Share of the prompts to hold out, from 0 to 1.
         bad: Collects the rows that cannot be used. By default the first one raises.
+        chat: The model's own template (`template=chat`).
 
     Raises:
         UserError: If the name is unknown, a file is missing or malformed, or there are no examples.
     """
     base, proposal, variant = parse_name(name, DATASETS)
-    source = DATASETS[base]
+    source = source_of(base, DATASETS)
     if split not in ("train", "heldout", "all"):
         raise ValueError(f"split={split!r}: expected 'train', 'heldout' or 'all'")
     own_split = not proposal and source.has_test_split(Path(data_dir))
     part = "test" if own_split and split == "heldout" else "train"
-    examples = source.load(LoadRequest(part, proposal, Path(data_dir), cache_dir, bad or BadRows()))
+    examples = source.load(LoadRequest(part, proposal, Path(data_dir), cache_dir, bad or BadRows(), chat))
     if split != "all" and not own_split:
         heldout = heldout_prompts(map(question, examples), heldout_fraction)
         wants_heldout = split == "heldout"
         examples = [example for example in examples if (question(example) in heldout) == wants_heldout]
     if own_split and split == "heldout":
-        examples = _without_training_prompts(examples, source, Path(data_dir), cache_dir, name)
+        examples = _without_training_prompts(examples, source, Path(data_dir), cache_dir, name, chat)
     if variant:
         examples = [_as_correction(example, variant, name, source.correction) for example in examples]
     if not examples and split != "heldout":
@@ -255,7 +271,12 @@ def get_dataset(
 
 
 def _without_training_prompts(
-    examples: list[Example], source: Source, data_dir: Path, cache_dir: str | None, name: str
+    examples: list[Example],
+    source: Source,
+    data_dir: Path,
+    cache_dir: str | None,
+    name: str,
+    chat: ChatTemplate | None,
 ) -> list[Example]:
     """Leave out held-out examples whose prompt is also in the training split of a set with two splits.
 
@@ -266,7 +287,7 @@ def _without_training_prompts(
         data_dir / "train" / source.test_folder, source.pattern
     ):
         return examples
-    request = LoadRequest("train", None, data_dir, cache_dir, BadRows("skip"))
+    request = LoadRequest("train", None, data_dir, cache_dir, BadRows("skip"), chat)
     trained = set(map(question, source.load(request)))
     kept = [example for example in examples if question(example) not in trained]
     if len(kept) < len(examples):
@@ -278,8 +299,11 @@ def _without_training_prompts(
 
 
 def question(example: Example) -> str:
-    """Return the instruction without template; plain and sampled files may have different templates."""
-    return (example.record or {}).get("instruction", example.prompt)
+    """Return the instruction without template; plain and sampled files may have different templates.
+
+    A part of a text, which has no question, is its own.
+    """
+    return (example.record or {}).get("instruction", example.prompt) or example.target
 
 
 def heldout_prompts(all_prompts: Iterable[str], fraction: float) -> set[str]:
@@ -324,6 +348,7 @@ def load_tokenized(
     bad: BadRows,
     needs_negative: bool,
     distinct: bool = False,
+    chat: ChatTemplate | None = None,
 ) -> TokenizedDataset:
     """Load and tokenise one split of several data sets; unchanged ids are read from the cache.
 
@@ -336,6 +361,7 @@ def load_tokenized(
         bad: Collects the rows that cannot be used.
         needs_negative: Whether the loss needs two answers per prompt; if not, second answers are dropped.
         distinct: Whether to leave out pairs that are identical, at the latest after they were cut.
+        chat: The model's own template (`template=chat`).
 
     Raises:
         UserError: If a data set does not fit the loss, or has no pair of two answers.
@@ -349,6 +375,7 @@ def load_tokenized(
             cache_dir=hub_cache(settings.local_dirs),
             heldout_fraction=settings.heldout_fraction,
             bad=bad,
+            chat=chat,
         )
         if needs_negative and any(example.negative is None for example in dataset):
             raise UserError(

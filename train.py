@@ -29,6 +29,8 @@ from ram.answers import answer_files
 from ram.answers.jobs import AnswerJob, Pair
 from ram.data import toy_world
 from ram.data.catalogue import CUT, hub_cache
+from ram.data.chat import ChatTemplate
+from ram.data.prompts import CHAT
 from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.errors import UserError, run_entry_point
@@ -67,12 +69,20 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> str:
     if tokenizer_source is None:
         raise UserError("model.architecture has no tokenizer: give model.tokenizer_name_or_path=FOLDER")
     tokenizer = checkpoints.load_tokenizer(tokenizer_source)
+    chat = ChatTemplate(tokenizer) if config.template == CHAT else None
     loss = LOSSES[config.loss.name]
     bad = BadRows(config.on_bad_row)
     with processes.rank0_first():  # the first process caches the token ids, the others read them
         data = {
             split: load_tokenized(
-                config.datasets, split, tokenizer, config, bad, loss.needs_negative, loss.needs_reference
+                config.datasets,
+                split,
+                tokenizer,
+                config,
+                bad,
+                loss.needs_negative,
+                loss.needs_reference,
+                chat,
             )
             for split in ("train", "heldout")
         }
@@ -185,6 +195,7 @@ def make_trainer(
         "max_length": config.max_length,
         "run": run_dir.name,
         "max_prompt_length": config.max_prompt_length,
+        "template": config.template,
     }
     return pick_trainer(config.trainer)(
         config, model, tokenizer, data["train"], data["heldout"], run_dir, card, reference, origin, proposal
@@ -195,13 +206,13 @@ def sample_job(stage: recipes.Stage) -> tuple[AnswerJob, BadRows]:
     """Return a sample stage's job, one answer per training prompt, and the rows that cannot be read."""
     config, settings = stage.config, stage.config.sampling
     name, bad = config.datasets[0], BadRows(config.on_bad_row)
-    examples = get_dataset(
-        name, "all", data_dir=config.data_dir, cache_dir=hub_cache(config.local_dirs), bad=bad
-    )
+    pair = Pair(checkpoints.find_model(stage.source), None, settings.dtype, settings.tokenizer_path)
+    cache_dir, chat = hub_cache(config.local_dirs), pair.chat(config.template)
+    examples = get_dataset(name, "all", data_dir=config.data_dir, cache_dir=cache_dir, bad=bad, chat=chat)
     examples = examples[: settings.limit]
     job = AnswerJob(
         label=f"stage {stage.name}",
-        pair=Pair(checkpoints.find_model(stage.source), None, settings.dtype, settings.tokenizer_path),
+        pair=pair,
         params=settings.params,
         settings=settings,
         records=[example.record or {} for example in examples],
@@ -310,6 +321,18 @@ def check_samples(stages: list[recipes.Stage], running: list[recipes.Stage]) -> 
             provenance.check(stage.output, job.made_from, job.label, job.earlier_made_from)
 
 
+def check_templates(running: list[recipes.Stage]) -> None:
+    """Raise UserError if a stage with `template=chat` has a tokenizer without chat template.
+
+    Models on the hub, and those that an earlier stage trains, are checked when their stage begins.
+    """
+    for stage in running:
+        folder = stage.config.model.tokenizer_name_or_path if stage.kind == "train" else None
+        folder = folder or stage.source
+        if stage.config.template == CHAT and folder and Path(folder).is_dir():
+            ChatTemplate(checkpoints.load_tokenizer(folder))
+
+
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def main(config: DictConfig) -> None:
     run_entry_point(lambda: run(config, list(HydraConfig.get().overrides.task)))
@@ -331,6 +354,7 @@ def run(composed: DictConfig, overrides: list[str]) -> None:
         for hub_id, reason in reasons.items():
             log.warning(f"weights of {hub_id} cannot be reached: {reason}")
     recipes.check_inputs(stages, running)
+    check_templates(running)
     check_samples(stages, running)
     if config.dry_run:
         rest = "everything else they need is" if reasons else "everything they need is"

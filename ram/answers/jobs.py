@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ram.data import prompts
+from ram.data.chat import ChatPrompt, ChatTemplate
 from ram.data.text import spelling
 from ram.data.tokenization import encode_prompts
 from ram.decoding.par import MODEL_KEYS, PARParams
@@ -43,6 +44,25 @@ class Pair:
         """
         of = checkpoints.earlier_fingerprint if earlier else checkpoints.weights_fingerprint
         return [path and of(path) for path in (self.proposal, self.aligner)]
+
+    def chat(self, template: str) -> ChatTemplate | None:
+        """Return the models' own template if `template` is "chat", None if it is another.
+
+        Raises:
+            UserError: If the models have no chat template, or two.
+        """
+        if template != prompts.CHAT:
+            return None
+        tokenizer, _ = checkpoints.load_pair(self.proposal, self.aligner, self.tokenizer_path)
+        for path in filter(None, (self.proposal, self.aligner)) if self.tokenizer_path is None else ():
+            other = checkpoints.load_tokenizer(path).chat_template
+            if other and tokenizer.chat_template and other != tokenizer.chat_template:
+                raise UserError(
+                    f"template=chat: {path} and {tokenizer.name_or_path} have different chat templates; "
+                    "give the folder of the right one, sampling.tokenizer_path=FOLDER"
+                )
+            tokenizer.chat_template = tokenizer.chat_template or other
+        return ChatTemplate(tokenizer)
 
     def law(self, params: PARParams, earlier: bool = False) -> dict[str, Any]:
         """Return the settings that decide the next-token distribution (the "law") of this pair.
@@ -99,8 +119,9 @@ class AnswerJob:
     def has_template_stops(self) -> bool:
         """Whether the template's own stops end an answer, because `stop_str` is that of another template."""
         settings = self.settings
-        own = settings.template == prompts.TEMPLATE or settings.multiround
-        return settings.stop_str == prompts.STOP and not own
+        is_ram = settings.template == prompts.TEMPLATE
+        is_ram |= settings.multiround and settings.template != prompts.CHAT
+        return settings.stop_str == prompts.STOP and not is_ram
 
     @property
     def stop(self) -> list[str]:
@@ -194,6 +215,19 @@ class AnswerJob:
         """Digest of everything that decides an answer besides its row."""
         return fingerprint(without_rows(self.made_from))
 
+    def compare_templates(self) -> None:
+        """Warn of each model that was trained with another template than it decodes with."""
+        template = self.settings.template
+        if self.settings.multiround and template != prompts.CHAT:
+            template = prompts.TEMPLATE  # in which the records' dialogues are written
+        for path in filter(None, (self.pair.proposal, self.pair.aligner)):
+            trained = checkpoints.trained_template(path)
+            if trained is not None and trained != template:
+                log.warning(
+                    f"{self.label}: {path} was trained with template={trained}, but decodes with "
+                    f"template={template}; set template={trained}"
+                )
+
     @functools.cached_property
     def encoded(self) -> "tuple[PreTrainedTokenizerBase, list[list[int]]]":
         """The tokenizer, and the token ids of every prompt.
@@ -208,6 +242,9 @@ class AnswerJob:
         )
         for path in (pair.proposal, pair.aligner, self.drafter):
             checkpoints.check_context(path, settings.max_length)
+        if self.prompts and isinstance(self.prompts[0], ChatPrompt):
+            tokenizer = self.prompts[0].chat.tokenizer  # the same, with the EOS of its chat template
+        self.compare_templates()
         # The models' cards know how they were trained; the configuration decides only if there is no card.
         add_bos = self.add_bos if card_add_bos is None else card_add_bos
         if add_bos != self.add_bos:
@@ -222,7 +259,8 @@ class AnswerJob:
                 f"{self.label}: the prompt of row {empty_rows[0]} is empty; expected at least one token: "
                 "fill in or remove the row"
             )
-        if n_cut and settings.template != prompts.TEMPLATE and not settings.multiround:
+        can_cut = settings.template in (prompts.TEMPLATE, prompts.CHAT) or settings.multiround
+        if n_cut and not can_cut:
             raise UserError(
                 f"{self.label}: {n_cut} prompts are longer than max_prompt_length={limit}, and only prompts "
                 f"of template {prompts.TEMPLATE!r} can be cut without losing a header: raise the length"

@@ -1,15 +1,20 @@
 """The catalogue of data sets: names, local files, hub repositories, and reading raw rows."""
 
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ram.data import prompts
+from ram.data import forms, prompts
+from ram.data.chat import ChatTemplate, Unrenderable
 from ram.data.tokenization import Example
 from ram.errors import UserError, nearest
 from ram.log import log
 from ram.storage.files import BadRows, count_lines, read_rows, usable
 
+# A user's own file as the name of a data set, and what may follow it.
+OWN_FILE = re.compile(r"(?P<path>(?P<stem>.+)\.jsonl?(?:\.gz)?)(?:_(?P<proposal>.+))?")
 VARIANTS = ("aligner_warmup", "aligner_common")
 CUT = "sampling_finish_reason"  # field of a sampled row: "length" if the sample was cut at the length limit
 
@@ -23,6 +28,20 @@ class LoadRequest:
     data_dir: Path
     cache_dir: str | None  # the hub client's cache
     bad: BadRows
+    chat: ChatTemplate | None = None  # the model's own template; None renders by template `ram`
+
+    def render(self, turns: Sequence[tuple[bool, str]], system: str | None = None) -> str:
+        """Return the prompt of a dialogue, see `prompts.render_dialogue`."""
+        if self.chat is None:
+            return prompts.render_dialogue(turns, system=system)
+        return self.chat.render(turns, system)
+
+    def stored_dialogue(self, text: str) -> str:
+        """Return the prompt of a dialogue that is stored in template `ram`."""
+        if self.chat is None:
+            return text
+        system, turns = prompts.parse_dialogue(text)
+        return self.render(turns, system)
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,8 @@ def sampled_name(file_name: str, proposal: str | None) -> str:
 def parse_name(name: str, datasets: Mapping[str, Source]) -> tuple[str, str | None, str | None]:
     """Split a data set's name into (base, proposal, variant); raises UserError if it is unknown.
 
-    Example: `uc_llama8b_aligner_warmup` -> ("uc", "llama8b", "aligner_warmup").
+    Examples: `uc_llama8b_aligner_warmup` -> ("uc", "llama8b", "aligner_warmup"), and for a user's own file
+    `my/data.jsonl_llama8b` -> ("my/data.jsonl", "llama8b", None).
     """
     rest = name
     variant = None
@@ -68,20 +88,71 @@ def parse_name(name: str, datasets: Mapping[str, Source]) -> tuple[str, str | No
         if name.endswith(f"_{candidate}"):
             rest = name.removesuffix(f"_{candidate}")
             variant = candidate
+    if own := OWN_FILE.fullmatch(rest):
+        return own["path"], own["proposal"], variant
     base, _, proposal = rest.partition("_")
     source = datasets.get(base)
     if source is None or rest.endswith("_"):
-        forms = "each also as NAME_PROPOSAL and NAME[_PROPOSAL]_aligner_warmup or _aligner_common"
-        raise UserError(f"unknown data set {name!r}: {nearest(base, datasets)}; {forms}")
+        variants = "each also as NAME_PROPOSAL and NAME[_PROPOSAL]_aligner_warmup or _aligner_common"
+        raise UserError(
+            f"unknown data set {name!r}: {nearest(base, datasets)}; {variants}; or the path of a .json or "
+            ".jsonl file"
+        )
     if proposal and not source.sampled:
         raise UserError(f"data set {name!r}: {base!r} has no sampled variant; drop '_{proposal}'")
     return base, proposal or None, variant
 
 
+def source_of(base: str, datasets: Mapping[str, Source]) -> Source:
+    """Return the catalogue entry of a data set's base name, or of a user's own file."""
+    if base in datasets:
+        return datasets[base]
+    path = Path(base)
+    return Source(functools.partial(_load_own_file, path), path.name.removesuffix(".gz"))
+
+
+def short_name(base: str) -> str:
+    """Return how run names spell a data set's base name: a file's name without its ending."""
+    own = OWN_FILE.fullmatch(base)
+    return Path(own["stem"]).name[:40] if own else base
+
+
+def _load_own_file(path: Path, request: LoadRequest) -> list[Example]:
+    """Load a user's own file, or its sampled variant, in one of the forms of ram/data/forms.py.
+
+    Raises:
+        UserError: No row has one of the forms, or a row is unusable and `request.bad` does not skip it.
+    """
+    if request.proposal:
+        file_name = sampled_name(path.name.removesuffix(".gz"), request.proposal)
+        path = request.data_dir / "train" / file_name
+    rows = read_rows(path, ("sampling",) if request.proposal else (), request.bad)
+    if not any(forms.is_known(row) for _, row in rows):
+        raise UserError(f"{path}: found the fields {', '.join(rows[0][1])}; expected {forms.ACCEPTED}")
+    examples = []
+    for index, row in rows:
+        if forms.is_text(row) and not request.proposal:
+            # A part of a text has no question, and no end that should be learnt.
+            examples.append(Example(index, "", row["text"], None, row, ("target",)))
+            continue
+        try:
+            dialogue = forms.read(row)
+            prompt = request.render(dialogue.turns, dialogue.system)
+        except (forms.Unusable, Unrenderable) as reason:
+            request.bad.add(f"{path}, record {index + 1}", str(reason))
+            continue
+        negative = row["sampling"] if request.proposal else dialogue.rejected
+        cut = ("negative",) if request.proposal and row.get(CUT) == "length" else ()
+        examples.append(Example(index, prompt, dialogue.answer, negative, row, cut))
+    return examples
+
+
 def local_file(name: str, data_dir: str | Path, datasets: Mapping[str, Source]) -> Path | None:
     """Return the training file of a data set, or None if its rows may come from other files or the hub."""
     base, proposal, _ = parse_name(name, datasets)
-    source = datasets[base]
+    source = source_of(base, datasets)
+    if base not in datasets and not proposal:
+        return Path(base)
     if source.on_hub and not proposal:
         return None
     assert source.file is not None, f"data set {base!r} is neither on the hub nor in a file"

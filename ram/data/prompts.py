@@ -10,14 +10,17 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from html.parser import HTMLParser
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ram.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fastchat.conversation import Conversation
 
+    from ram.data.chat import ChatTemplate
+
 TEMPLATE = "ram"
+CHAT = "chat"  # the model's own template: ram/data/chat.py
 STOP = "\n\nHuman"  # a model that writes this continues as the user
 ASSISTANT = "\n\nAssistant: "
 SUMMARY = "\nTL;DR:"
@@ -29,6 +32,7 @@ _TURN = re.compile(r"(?=\n\nHuman: )")
 _OPENING = re.compile(r"\A\n\nHuman: ")
 _MARK = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 _HEADER = re.compile(r"\n\n(?:Human|Assistant): ?")
+_ROLE = re.compile(r"\n\n(Human|Assistant): ?")
 _ASKING = r"(?:\n\nAssistant: ?|\n\nCorrection: |\n\n### Correction:\n)"
 _CLOSING = re.compile(rf"(?:\s{{0,8}}TL;DR:\s{{0,8}})?{_ASKING}\Z|\s{{0,8}}TL;DR:\s{{0,8}}\Z")
 
@@ -119,10 +123,14 @@ class Prompt(str):
 
     own: tuple[tuple[int, int], ...]
 
-    def __new__(cls, text: str, own: Iterable[tuple[int, int]] = ()) -> Prompt:
+    def __new__(cls, text: str, own: Iterable[tuple[int, int]] = ()) -> Self:
         self = super().__new__(cls, text)
         self.own = tuple(own)
         return self
+
+    def followed_by(self, text: str) -> Prompt:
+        """Return the prompt with more text after it, which is not the template's own."""
+        return Prompt(self + text, self.own)
 
     @property
     def has_marks(self) -> bool:
@@ -131,7 +139,9 @@ class Prompt(str):
 
 
 def template_stops(name: str = TEMPLATE) -> list[str]:
-    """Return the template's stop strings."""
+    """Return the template's stop strings; a model's own template has none, since EOS ends its answers."""
+    if name == CHAT:
+        return []
     stop = conversation_template(name).stop_str
     return [stop] if isinstance(stop, str) else list(stop or [])
 
@@ -142,29 +152,39 @@ def template_stop_ids(name: str, marks: Collection[int]) -> list[int]:
     Args:
         marks: The ids of the vocabulary's special tokens. Elsewhere the template's ids mean other tokens.
     """
+    if name == CHAT:
+        return []
     return [token for token in conversation_template(name).stop_token_ids or [] if token in marks]
 
 
 def corrector(prompt: str, answer: str, request: str = CORRECTION) -> str:
     """Build the Aligner baseline's prompt: the dialogue, the answer to correct, the request."""
-    text = f"{prompt}{answer}{request}"
-    return Prompt(text, prompt.own) if isinstance(prompt, Prompt) else text
+    added = f"{answer}{request}"
+    return prompt.followed_by(added) if isinstance(prompt, Prompt) else prompt + added
 
 
-def from_record(record: Mapping[str, str], settings: Any) -> str:
+def from_record(record: Mapping[str, Any], settings: Any, chat: ChatTemplate | None = None) -> str:
     """Build the prompt of a test record.
 
     Args:
         record: A row of a test file.
         settings: The `sampling` settings. If `multiround` is set, the record's text is already a whole
-            dialogue and is not rendered.
+            dialogue in template `ram`.
+        chat: The model's own template, if `settings.template` is "chat".
     """
     text = record[settings.input_key]
-    if settings.multiround:
+    messages = record.get("prompt_messages")  # of a user's own file, see ram/data/forms.py
+    if settings.multiround and chat is None and messages is None:
         prompt = text
     else:
         system = record[settings.system_key] if settings.system_key else None
-        prompt = render(text, settings.template, system)
+        turns = [(True, text)]
+        if messages is not None:
+            turns = [(one["role"] == "user", one["content"]) for one in messages if one["role"] != "system"]
+            system = next((one["content"] for one in messages if one["role"] == "system"), system)
+        elif settings.multiround:
+            system, turns = parse_dialogue(text)
+        prompt = chat.render(turns, system) if chat else render_dialogue(turns, settings.template, system)
     return corrector(prompt, record[settings.output_key]) if settings.for_aligner else prompt
 
 
@@ -229,6 +249,22 @@ def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) ->
 def split_turns(text: str) -> list[str]:
     """Split a dialogue in template `ram`: what precedes it, then its turns, each with its answer."""
     return _TURN.split(text)
+
+
+def parse_dialogue(text: str) -> tuple[str | None, list[tuple[bool, str]]]:
+    """Split a dialogue in template `ram` into its system message, if any, and its turns.
+
+    Returns:
+        The system message or None, and (whether the user speaks, text) for each turn. A text without headers
+        is one turn of the user. An empty last turn of the assistant, which requests the answer, is left out.
+    """
+    system, *parts = _ROLE.split(text)
+    if not parts:
+        return None, [(True, text)]
+    turns = [(role == "Human", words) for role, words in zip(parts[::2], parts[1::2], strict=True)]
+    if turns[-1] == (False, ""):
+        turns.pop()
+    return system.strip() or None, turns
 
 
 class _TextParser(HTMLParser):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ram.data import prompts
+from ram.data.chat import ChatPrompt
 from ram.data.text import spelling
 from ram.errors import UserError
 from ram.log import log, progress
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # increase it if the ids of an unchanged text change, so that no stale cache is read
 CHUNK = 1000  # examples per tokenizer call
+_noted: list[str] = []  # the prompt by which `_note_space` was noticed
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 def _encode_marked(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of a prompt, its template's marks as special tokens, the texts between them as usual."""
+    if isinstance(text, ChatPrompt) and len(text.own) == 1:
+        # No user wrote a mark: the ids are those of `apply_chat_template` with every tokenizer.
+        _, end = text.own[0]
+        rendered = tokenizer(str(text[:end]), add_special_tokens=False, split_special_tokens=False)
+        added = encode(tokenizer, [str(text[end:])])[0] if end < len(text) else []
+        return [*rendered["input_ids"], *added]  # pyright: ignore[reportReturnType, reportGeneralTypeIssues]
     marks = {mark: token for token, mark in spelling(tokenizer).marks.items() if mark}
     pattern = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
     ids, end = [], 0
@@ -90,15 +98,39 @@ def encode_prompts(
 
     ids = encode(tokenizer, texts)
     long = [index for index, prompt_ids in enumerate(ids) if len(prompt_ids) > budget]
-    shortened = [prompts.shorten(texts[index], budget, count_tokens) for index in long]
+    shortened = [_shorten(texts[index], budget, count_tokens) for index in long]
     for index, prompt_ids in zip(long, encode(tokenizer, shortened), strict=True):
         ids[index] = prompt_ids
     if add_bos:
         bos = tokenizer.bos_token_id
         if not isinstance(bos, int):
             raise UserError("add_bos=true, but the tokenizer has no BOS token; set add_bos=false")
-        ids = [[bos, *prompt_ids] for prompt_ids in ids]
+        ids = [begin(text, prompt_ids, bos) for text, prompt_ids in zip(texts, ids, strict=True)]
+    if texts and ids[0]:
+        _note_space(tokenizer, texts[0], ids[0][-1])
     return ids, len(long)
+
+
+def _shorten(text: str, max_tokens: int, count_tokens: Callable[[str], int]) -> str:
+    if isinstance(text, ChatPrompt):
+        return text.shortened(max_tokens, count_tokens)
+    return prompts.shorten(text, max_tokens, count_tokens)
+
+
+def begin(text: str, ids: list[int], bos: int) -> list[int]:
+    """Return a prompt's ids with BOS in front, once if a chat template has written it already."""
+    return ids if isinstance(text, ChatPrompt) and ids[:1] == [bos] else [bos, *ids]
+
+
+def _note_space(tokenizer: PreTrainedTokenizerBase, prompt: str, last: int) -> None:
+    """Log once per process that prompts end in a space which the tokenizer keeps as a token of its own."""
+    if _noted or not prompt.endswith(" ") or spelling(tokenizer).data(last) != b" ":
+        return
+    _noted.append(prompt)
+    log.info(
+        "prompts end in a space that is a token of its own, after which a pre-trained model predicts worse; "
+        "template=chat, if the model has one, avoids it (docs/data.md)"
+    )
 
 
 @dataclass
@@ -209,6 +241,8 @@ def tokenize_cached(
     for example in examples:
         text.update(repr((example.prompt, example.target, example.negative)).encode())
         text.update(repr(example.unfinished).encode() if example.unfinished else b"")
+        if isinstance(example.prompt, ChatPrompt):  # its marks have other ids than the same text without
+            text.update(repr(("chat", example.prompt.own)).encode())
     lengths = [settings.max_length, settings.max_prompt_length, settings.add_bos]
     key = fingerprint([VERSION, text.hexdigest(), tokenizer_fingerprint(tokenizer), lengths])
     path = Path(settings.output_dir) / "cache" / f"{name}.{key[:16]}.safetensors"

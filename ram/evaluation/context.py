@@ -8,14 +8,15 @@ from typing import Any
 
 from ram.answers import answer_files
 from ram.answers.jobs import AnswerJob
+from ram.data import forms
 from ram.distributed import processes
-from ram.errors import pick
+from ram.errors import UserError, pick
 from ram.evaluation import length_control
 from ram.evaluation.judges.base import Judge, Judgement
 from ram.evaluation.systems import System, check_models, job_of, resolve_systems
 from ram.settings.recipes import Stage
 from ram.settings.schema import SamplingSettings, Settings
-from ram.storage.files import BadRows, fingerprint, read_rows
+from ram.storage.files import BadRows, fingerprint, read_rows, usable
 
 TestRows = list[tuple[int, dict[str, Any]]]  # (row id, record)
 
@@ -128,7 +129,8 @@ def open_context(
     if reference != "output":
         pick(systems, reference, "evaluation.reference (or output)")
     bad = BadRows(config.on_bad_row)
-    rows = read_test_rows(test_file, [system.settings for system in systems.values()], judge, bad)
+    settings = [system.settings for system in systems.values()]
+    rows = read_test_rows(test_file, settings, judge, bad, is_own=config.evaluation.test_file is not None)
     if not config.dry_run and processes.is_rank0():
         bad.report(folder / "bad_rows.jsonl")
     check_models(systems, stages)
@@ -142,7 +144,9 @@ def open_context(
     return context
 
 
-def read_test_rows(path: Path, settings: Sequence[SamplingSettings], judge: Judge, bad: BadRows) -> TestRows:
+def read_test_rows(
+    path: Path, settings: Sequence[SamplingSettings], judge: Judge, bad: BadRows, is_own: bool = False
+) -> TestRows:
     """Return the records of a test file with their row ids, at most `limit` of the first settings.
 
     Args:
@@ -150,8 +154,20 @@ def read_test_rows(path: Path, settings: Sequence[SamplingSettings], judge: Judg
         settings: the `sampling` keys of all systems; they name the fields that a record must have.
         judge: may need a field of its own.
         bad: receives rows that cannot be used.
+        is_own: the file is a user's own, whose rows may have any form of ram/data/forms.py.
     """
     keys = [key for s in settings for key in (s.input_key, s.output_key, s.system_key)]
     keys.append(getattr(judge, "instruction_key", None))
-    rows = read_rows(path, list(dict.fromkeys(key for key in keys if key)), bad)
-    return rows[: settings[0].limit]
+    required = list(dict.fromkeys(key for key in keys if key))
+    if not is_own:
+        return read_rows(path, required, bad)[: settings[0].limit]
+    rows = read_rows(path, (), bad)
+    converted: TestRows = []
+    for index, row in rows:
+        try:
+            converted.append((index, forms.test_row(row, settings[0].input_key, settings[0].output_key)))
+        except forms.Unusable as reason:
+            bad.add(f"{path}, record {index + 1}", str(reason))
+    if not converted:
+        raise UserError(f"{path}: found the fields {', '.join(rows[0][1])}; expected {forms.ACCEPTED}")
+    return usable(converted, dict.fromkeys(required, str), str(path), bad)[: settings[0].limit]

@@ -191,6 +191,7 @@ def job_of(
 ) -> AnswerJob:
     """Return a system's answer job on a test file. A corrector needs `drafts`, the answers to rewrite."""
     key, records = system.settings.output_key, [row for _, row in rows]
+    chat = system.pair.chat(system.settings.template)
     if drafts is not None:
         records = [row | {key: draft} for row, draft in zip(records, drafts, strict=True)]
     return AnswerJob(
@@ -199,7 +200,7 @@ def job_of(
         params=system.params,
         settings=system.settings,
         records=records,
-        prompts=[prompts.from_record(row, system.settings) for row in records],
+        prompts=[prompts.from_record(row, system.settings, chat) for row in records],
         row_ids=[index for index, _ in rows],
         seed=config.seed,
         add_bos=config.add_bos,

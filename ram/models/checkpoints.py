@@ -270,6 +270,12 @@ def read_card(source: str) -> dict[str, Any]:
     return read_record(path, {}, remedy) if path.is_file() else {}
 
 
+def trained_template(source: str) -> str | None:
+    """Return the template that a folder's model was trained with; None if it is not known."""
+    card = read_card(source)
+    return card.get("template", "ram" if card else None)
+
+
 def check_context(source: str | None, longest: int, architecture: dict[str, Any] | None = None) -> None:
     """Raise UserError if a model has fewer positions than `longest`; reads config.json only.
 

@@ -277,7 +277,7 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
         if seed is None:
             seed = secrets.randbits(32)
         keys = body.law(alone=served.aligner is None)
-        stop_ids = [*models.template_stop_ids, *(body.stop_token_ids or [])]
+        stop_ids = [*served.stop_ids, *(body.stop_token_ids or [])]
         requests = models.requests(
             served,
             plan.ids,
@@ -346,8 +346,8 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
             raise ApiError(400, text, "invalid_value", "max_completion_tokens")
         turns, system = protocol.dialogue(body.messages)
         new = models.new_tokens(body.max_completion_tokens or body.max_tokens)
-        ids = await asyncio.to_thread(models.encode_dialogue, turns, system, new, served.add_bos)
-        stop = [*models.template_stops, *body.stops()]
+        ids = await asyncio.to_thread(models.encode_dialogue, served, turns, system, new)
+        stop = [*served.stops, *body.stops()]
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return await answer(request, body, served, Plan([ids], new, stop, logprobs))
 
@@ -372,7 +372,7 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
             else prompt
             for prompt in prompts
         ]
-        stop = models.template_stops if body.stop is None else body.stops()
+        stop = served.stops if body.stop is None else body.stops()
         texts = [
             prompt if isinstance(prompt, str) else text_of(models.tokenizer, prompt)
             for prompt in (prompts if body.echo else ())

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ram.data import prompts
+from ram.data.chat import ChatTemplate
 from ram.data.text import spelling
-from ram.data.tokenization import encode
+from ram.data.tokenization import begin, encode
 from ram.decoding.par import MODEL_KEYS, PARParams, untempered
 from ram.decoding.requests import BadRequest, Request, TooLong, UnknownAligner
 from ram.decoding.scoring import RAW
@@ -45,6 +46,10 @@ class Served:
         add_bos: begin each prompt with the BOS token.
         fingerprint: digest of the weights of all models involved.
         created: when the model was loaded, in seconds since 1970.
+        template: FastChat conversation template of its dialogues, or "chat" for the models' own.
+        chat: the models' own template, None for another one.
+        stops: strings that end an answer.
+        stop_ids: special tokens that end an answer.
     """
 
     name: str
@@ -53,6 +58,16 @@ class Served:
     add_bos: bool
     fingerprint: str
     created: int
+    template: str
+    chat: ChatTemplate | None
+    stops: list[str]
+    stop_ids: list[int]
+
+    def render(self, turns: Sequence[tuple[bool, str]], system: str | None) -> str:
+        """Return the prompt of a dialogue, see `prompts.render_dialogue`."""
+        if self.chat is not None:
+            return self.chat.render(turns, system)
+        return prompts.render_dialogue(turns, self.template, system)
 
 
 class Models:
@@ -70,11 +85,13 @@ class Models:
         self.tokenizer, proposal_add_bos = checkpoints.load_pair(self.proposal, None)
         paths = {name: run_folder.find_served(path) for name, path in settings.aligners.items()}
         add_bos = {name: self._check(path) for name, path in paths.items()}
+        trained = map(checkpoints.trained_template, (self.proposal, *paths.values()))
+        # Of a model without a card, such as a downloaded proposal; a card names that of its training.
+        self.template = config.template or next(filter(None, trained), prompts.TEMPLATE)
+        templates = {path: self._template(path) for path in (self.proposal, *paths.values())}
         devices = [pick_device(name) for name in (config.proposal_device, config.aligner_device)]
         self.device = devices[1]
         model = checkpoints.load_model(self.proposal, config.dtype, devices[0])
-        self.template_stops = prompts.template_stops(config.template)
-        self.template_stop_ids = prompts.template_stop_ids(config.template, spelling(self.tokenizer).marks)
         # The first call initialises the tokenizer, which must not happen in two threads at once.
         encode(self.tokenizer, ["a"])
         aligners = {name: self._load(path) for name, path in paths.items()}
@@ -82,10 +99,10 @@ class Models:
         self.max_length = config.limits.max_length or min([*limits, config.engine.max_tokens])
         self.usual = min(config.max_new_tokens, self.max_length // 2)  # default answer length, in tokens
         self.served: dict[str, Served] = {}  # replaced, never changed: other threads may be reading it
-        self._add(PROPOSAL, None, self.proposal, proposal_add_bos)
+        self._add(PROPOSAL, None, self.proposal, proposal_add_bos, templates[self.proposal])
         for name, path in paths.items():
             self._check_length(aligners[name], path)
-            self._add(name, name, path, add_bos[name])
+            self._add(name, name, path, add_bos[name], templates[path])
         self._check_length(model, self.proposal)
         try:
             self.engine = EngineThread(model, self.tokenizer, aligners, **vars(config.engine))
@@ -100,6 +117,22 @@ class Models:
         """
         return checkpoints.load_pair(self.proposal, path)[1]
 
+    def _template(self, path: str) -> tuple[str, ChatTemplate | None]:
+        """Return the template of an aligner or the proposal; reads no weights.
+
+        Raises:
+            UserError: It is unknown, or the models' own, and they have none.
+        """
+        trained = checkpoints.trained_template(path)
+        template = self.settings.config.template or trained or self.template
+        if trained and trained != template:
+            log.warning(f"{path} was trained with template={trained}, but is served with {template}")
+        if template != prompts.CHAT:
+            prompts.conversation_template(template)  # refuses an unknown one
+            return template, None
+        tokenizers = [checkpoints.load_tokenizer(source) for source in (path, self.proposal)]
+        return template, ChatTemplate(next((t for t in tokenizers if t.chat_template), tokenizers[0]))
+
     def _load(self, path: str) -> "PreTrainedModel":
         return checkpoints.load_model(path, self.settings.config.dtype, self.device)
 
@@ -109,13 +142,33 @@ class Models:
                 f"{path} holds {positions(model)} positions, fewer than limits.max_length={self.max_length}"
             )
 
-    def _add(self, name: str, aligner: str | None, path: str, trained_add_bos: bool | None) -> None:
+    def _add(
+        self,
+        name: str,
+        aligner: str | None,
+        path: str,
+        trained_add_bos: bool | None,
+        rendering: tuple[str, ChatTemplate | None],
+    ) -> None:
         """Serve a model under a name; `add_bos` in the settings overrides that of its training."""
         configured_add_bos = self.settings.config.add_bos
         paths = [self.proposal] if aligner is None else [self.proposal, path]
         weights = fingerprint([checkpoints.weights_fingerprint(folder) for folder in paths])[:12]
         add_bos = bool(trained_add_bos if configured_add_bos is None else configured_add_bos)
-        served = Served(name, aligner, path, add_bos, f"fp_{weights}", int(time.time()))
+        template, chat = rendering
+        stop_ids = prompts.template_stop_ids(template, spelling(self.tokenizer).marks)
+        served = Served(
+            name,
+            aligner,
+            path,
+            add_bos,
+            f"fp_{weights}",
+            int(time.time()),
+            template,
+            chat,
+            stops=prompts.template_stops(template),
+            stop_ids=[chat.end_id] if chat else stop_ids,
+        )
         self.served = {**self.served, name: served}
 
     # ---- adding and removing aligners ----------------------------------------------------------------------
@@ -139,13 +192,14 @@ class Models:
             raise UserError(f"{path!r} does not lie below aligner_root")
         source = checkpoints.find_model(str(folder))
         add_bos = self._check(source)
+        rendering = self._template(source)
         model = self._load(source)
         self._check_length(model, source)
         try:
             self.engine.add_aligner(name, model)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self._add(name, name, source, add_bos)
+        self._add(name, name, source, add_bos, rendering)
         log.info(f"aligner {name}: loaded from {source}")
         return self.served[name]
 
@@ -197,10 +251,6 @@ class Models:
         keys = [f"{prefix}{key}" for prefix in ("", "base_") for key in MODEL_KEYS]
         return untempered(self.law({key: getattr(RAW, key) for key in keys} | request))
 
-    def render(self, turns: Sequence[tuple[bool, str]], system: str | None) -> str:
-        """Return the prompt of a dialogue."""
-        return prompts.render_dialogue(turns, self.settings.config.template, system)
-
     def new_tokens(self, max_tokens: int | None) -> int:
         """Return a request's limit on the answer, in tokens; None gives the default.
 
@@ -213,24 +263,29 @@ class Models:
         return new
 
     def encode_dialogue(
-        self, turns: Sequence[tuple[bool, str]], system: str | None, new_tokens: int, add_bos: bool
+        self, served: Served, turns: Sequence[tuple[bool, str]], system: str | None, new_tokens: int
     ) -> list[int]:
         """Return the ids of a dialogue without its oldest turns, if they leave no room for `new_tokens`.
 
         The system message and the last message of the user always stay.
 
         Args:
+            served: the model, in whose template the dialogue is rendered.
             turns: as in `prompts.render_dialogue`.
 
         Raises:
+            BadRequest: The models' own template cannot render it.
             TooLong: What stays does not fit.
         """
         starts = [index for index, (user, _) in enumerate(turns) if user] or [0]
 
         def rest(start: int) -> str:
-            return self.render(turns[starts[start] :], system)
+            return served.render(turns[starts[start] :], system)
 
-        return self.encode_rest(rest, len(starts), new_tokens, add_bos)
+        try:
+            return self.encode_rest(rest, len(starts), new_tokens, served.add_bos)
+        except UserError as error:
+            raise BadRequest(str(error)) from None
 
     def encode_rendered(self, text: str, new_tokens: int, add_bos: bool) -> list[int]:
         """Return the ids of a dialogue that is rendered in this project's template, as `encode_dialogue`."""
@@ -286,7 +341,7 @@ class Models:
             return ids
         bos = self.tokenizer.bos_token_id
         assert isinstance(bos, int), "add_bos needs a tokenizer with a BOS token"
-        return [bos, *ids]
+        return begin(text, ids, bos)
 
     def requests(
         self,

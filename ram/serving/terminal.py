@@ -65,8 +65,8 @@ class Chat:
         """
         models, served = self.models, self.models.find(name)
         new = models.new_tokens(None)
-        ids = models.encode_dialogue(turns, None, new, served.add_bos)
-        stops = {"stop": models.template_stops, "stop_token_ids": models.template_stop_ids}
+        ids = models.encode_dialogue(served, turns, None, new)
+        stops = {"stop": served.stops, "stop_token_ids": served.stop_ids}
         (request,) = models.requests(served, [ids], models.law({}), new, seed, **stops)
         events: queue.SimpleQueue[Piece | Done] = queue.SimpleQueue()
 

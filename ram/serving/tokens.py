@@ -6,6 +6,8 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from ram.data.text import spelling, text_of
+from ram.decoding.requests import BadRequest
+from ram.errors import UserError
 from ram.models.vocabulary import id_range
 from ram.serving import protocol
 from ram.serving.registry import Models
@@ -24,7 +26,11 @@ def add_tokens(app: FastAPI, models: Models) -> None:
             raise protocol.ApiError(400, "prompt and messages: give one of them", "invalid_value", "prompt")
         text, add_bos = body.prompt, served.add_bos and body.add_special_tokens is not False
         if body.messages is not None:
-            text = models.render(*protocol.dialogue(body.messages))
+            turns, system = protocol.dialogue(body.messages)
+            try:
+                text = served.render(turns, system)
+            except UserError as error:
+                raise BadRequest(str(error)) from None
         assert text is not None
         ids = await asyncio.to_thread(models.encode_text, text, add_bos)
         names = spelling(models.tokenizer).name

@@ -12,7 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ram.data.catalogue import local_file, parse_name
+from ram.data.catalogue import local_file, parse_name, short_name, source_of
+from ram.data.prompts import CHAT
 from ram.errors import UserError, nearest, pick
 from ram.log import log
 from ram.models import checkpoints, run_folder
@@ -168,8 +169,14 @@ def _stage(
         return Stage(name, kind, config, data_dir)
     if kind == "sample":
         check_sampling(config.sampling)
+        template, of_sampling = config.template, config.sampling.template
+        if CHAT in (template, of_sampling) and template != of_sampling:
+            raise UserError(
+                f"stage.{name}: template={template}, but sampling.template={of_sampling}: expected the same; "
+                "leave sampling.template out"
+            )
         base, _, variant = parse_name(spec["dataset"], tables.datasets)
-        if not tables.datasets[base].sampled or variant:
+        if not source_of(base, tables.datasets).sampled or variant:
             raise UserError(f"stage.{name}: data set {spec['dataset']!r} is not one that proposals sample")
         source, label = model_source(spec["proposal"], earlier), spec["proposal"]
         if label in earlier:
@@ -218,7 +225,7 @@ def run_name(config: Settings, tables: Tables) -> str:
     """
     if config.exp_name:
         return config.exp_name
-    data = "+".join(parse_name(name, tables.datasets)[0] for name in config.datasets)
+    data = "+".join(short_name(parse_name(name, tables.datasets)[0]) for name in config.datasets)
     name = f"{config.exp_prefix}{config.loss.name}_{data}_{config.model.name}"
     name += f"_b{config.batch_size}_lr{float(config.lr)}"
     alpha = getattr(config.loss, "alpha", None)

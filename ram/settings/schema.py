@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from pydantic import InstanceOf
 
 from ram.data.catalogue import Source, parse_name
+from ram.data.prompts import TEMPLATE
 from ram.decoding.par import PARParams
 from ram.errors import UserError, pick
 from ram.models.lora import LoraSettings
@@ -44,6 +45,7 @@ OMITTED: dict[str, Any] = {
     "lora": None,
     "loss.exponent": 1.0,
     "early_stopping": None,
+    "template": TEMPLATE,
 }
 
 
@@ -160,6 +162,7 @@ class Settings(Section):
     max_length: Length
     max_prompt_length: Count
     add_bos: bool
+    template: Literal["ram", "chat"]
     heldout_fraction: Annotated[float, interval("[0, 1)")]
     on_bad_row: Literal["error", "skip"]
     n_epochs: Count | None

@@ -68,7 +68,7 @@ class ServerSettings(Section):
     proposal_device: str
     aligner_device: str
     trust_remote_code: bool
-    template: str
+    template: str | None
     add_bos: bool | None
     host: str
     port: Annotated[int, interval("[0, 65535]")]

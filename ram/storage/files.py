@@ -192,6 +192,8 @@ def how_to_get(path: Path) -> str:
     """Return the advice for a missing data file: the command that creates it."""
     if "_sampling_" in path.name:
         return "the sample stage writes it: run train.py with stages=[sample] first"
+    if not {"train", "test"} & {path.parent.name, path.parent.parent.name}:  # a user's own file
+        return "check its path"
     return "create the data files with `bash bin/prepare_data.sh`, or check data_dir"
 
 

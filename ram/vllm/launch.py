@@ -83,10 +83,12 @@ def command(arguments: Sequence[str]) -> list[str]:
             "--speculative-config",
             json.dumps(speculative | {"draft_tensor_parallel_size": tensor_parallel}),
         ]
-    if values.get("template", "ram") == "ram":
+    trained = map(checkpoints.trained_template, (aligner, proposal))
+    template = values.get("template") or next(filter(None, trained), "ram")
+    if template == "ram":
         result += ["--chat-template", (str(tokenizer.bos_token) if add_bos else "") + RAM_TEMPLATE]
-    elif values["template"] != "tokenizer":
-        raise UserError(f"template={values['template']}: expected ram, or tokenizer for the tokenizer's own")
+    elif template not in ("chat", "tokenizer"):
+        raise UserError(f"template={template}: expected ram, or tokenizer for the tokenizer's own")
     return result + extra
 
 

@@ -68,7 +68,7 @@ def test_every_cut_is_the_longest_that_fits(server):
             starts = (prompts.render_dialogue(turns[i:], "ram", "S") for i in range(0, n, 2))
             fitting = next((text for text in starts if len(text) <= models.max_length - new), None)
             assert fitting is not None
-            assert models.encode_dialogue(turns, "S", new, False) == TOKENIZER(fitting).input_ids
+            assert models.encode_dialogue(models.served["a"], turns, "S", new) == TOKENIZER(fitting).input_ids
 
 
 def test_last_message_of_the_assistant_is_continued(server):
@@ -239,7 +239,7 @@ def test_template_brings_its_own_stops(tmp_path):
     save_models(tmp_path)
     arguments = [f"proposal={tmp_path}/p", "template=zephyr", "port=0"]
     served = Models(serving.read_settings(arguments))
-    assert served.template_stops == ["</s>"]
-    assert served.template_stop_ids == []  # id 2 is an ordinary token here
+    assert served.served["proposal"].stops == ["</s>"]
+    assert served.served["proposal"].stop_ids == []  # id 2 is an ordinary token here
     served.engine.close(wait=False)
     assert prompts.template_stop_ids("qwen-7b-chat", {151645: "<|im_end|>"}) == [151645]

@@ -42,7 +42,7 @@ from ram.serving.metrics import Metrics
 from ram.serving.protocol import ApiError
 from ram.serving.registry import Models, Served
 from ram.serving.responses import Gone, Running, answer_json, to_json, while_connected
-from ram.settings.serving import Settings, is_loopback
+from ram.settings.serving import PROPOSAL, Settings, is_loopback
 
 HEART_BEAT = 45  # seconds; the controller forgets a worker after 90
 RETRY = 2  # seconds between attempts to reach a controller
@@ -209,8 +209,18 @@ class Items(Response):
 
 
 def create_worker(models: Models) -> Guard:
-    """Make the worker's ASGI application."""
+    """Make the worker's ASGI application.
+
+    Raises:
+        UserError: The models have a template of their own; FastChat's controller renders by its own ones.
+    """
     config = models.settings.config
+    own = [name for name, served in models.served.items() if served.chat]
+    if own:
+        raise UserError(
+            f"{own[0]} was trained with template=chat, which FastChat's protocol cannot render: serve it "
+            "over HTTP (`serve.py` without `worker`), or give template=ram"
+        )
 
     async def items(params: dict[str, Any], client: str) -> AsyncIterator[dict[str, Any]]:
         try:
@@ -249,8 +259,9 @@ def create_worker(models: Models) -> Guard:
         return answer_json({"count": len(ids), "error_code": 0})
 
     async def conversation(request: Request) -> Response:
-        template = dataclasses.asdict(prompts.conversation_template(config.template))
-        changed = {"sep_style": int(template["sep_style"]), "stop_token_ids": models.template_stop_ids}
+        template = dataclasses.asdict(prompts.conversation_template(models.template))
+        stop_ids = models.served[PROPOSAL].stop_ids
+        changed = {"sep_style": int(template["sep_style"]), "stop_token_ids": stop_ids}
         return answer_json({"conv": template | changed})
 
     async def details(request: Request) -> Response:
