@@ -6,7 +6,7 @@
 | messages | `messages`: a list of {role, content}; the last one, the assistant's, is the answer |
 | completions | `prompt` and `completion`: texts or lists of messages |
 | instructions | `instruction` and `output`, optionally `input` |
-| texts | `text` and none of these: language modelling, without a question or an end |
+| texts | `text` alone: language modelling, without a question or an end |
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from ram.data.prompts import parse_dialogue, split_dialogue
 
 ACCEPTED = (
     "instruction and output (and input), prompt and completion, prompt, chosen and rejected, or messages "
-    "(a list of {role, content}); or text"
+    "(a list of {role, content}); or text alone"
 )
 PROMPT = "prompt_messages"  # key of the prompt in a test row of another form than instruction and output
 USER, ASSISTANT, SYSTEM = ("user", "human"), ("assistant", "gpt"), ("system", "developer")
@@ -87,8 +87,9 @@ def is_known(row: Mapping[str, Any]) -> bool:
 
 
 def is_text(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is a part of a text, for language modelling."""
-    return isinstance(row.get("text"), str) and bool(row["text"].strip()) and not _is_dialogue(row)
+    """Return whether a row is a part of a text, for language modelling: `text`, and no other field has one."""
+    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
+    return texts == ["text"] and not _is_dialogue(row)
 
 
 def _is_dialogue(row: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from chatty import chatml_tokenizer
 from preference_datasets import DATASETS, get_dataset
 from ram.data import catalogue, forms, prompts
 from ram.data.chat import ChatTemplate
+from ram.data.tokenization import encode, tokenize
 from ram.errors import UserError
 from ram.evaluation.context import read_test_rows
 from ram.storage.files import BadRows
@@ -136,3 +137,20 @@ def test_sampled_variant_is_named_after_the_file(tmp_path):
         assert {e.negative for e in pairs} == {"b"}
     assert catalogue.short_name(str(path)) == "my.data"
     assert catalogue.short_name("uc") == "uc"
+
+
+def test_parts_of_a_text_are_targets_without_question_or_end(tmp_path):
+    """They are held out by their own text, the first token is predicted by nothing, and no EOS follows."""
+    texts = [f"part {number} of a text" for number in range(20)]
+    path = write(tmp_path / "text.jsonl", [{"text": text} for text in texts])
+    parts = {
+        split: get_dataset(str(path), split, data_dir=tmp_path, heldout_fraction=0.2)
+        for split in ("train", "heldout")
+    }
+    assert {split: len(examples) for split, examples in parts.items()} == {"train": 16, "heldout": 4}
+    assert sorted(example.target for part in parts.values() for example in part) == sorted(texts)
+    tokenizer = chatml_tokenizer()
+    data = tokenize(parts["heldout"], tokenizer, max_length=64, max_prompt_length=32)
+    for index, example in enumerate(parts["heldout"]):
+        assert data.part("prompt", index).size == 0
+        assert data.part("target", index).tolist() == encode(tokenizer, [example.target])[0]

@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import pipeline
 from preference_datasets import get_dataset, load_tokenized
 from ram.answers import answer_files, influence
-from ram.answers.jobs import AnswerJob
+from ram.answers.jobs import AnswerJob, Pair
+from ram.data.chat import ChatTemplate
+from ram.data.prompts import CHAT
 from ram.data.toy_world import build_world
 from ram.evaluation import steps
 from ram.evaluation.context import EvaluationContext, read_test_rows
@@ -101,7 +103,8 @@ def workplace() -> Iterator[None]:
             os.environ.pop(name, None)
         world = settings_of(compose.compose(["experiment=demo"]), TABLES).world
         build_world(Path("world"), world, seed=0)
-        yield
+        with mock.patch.object(Pair, "chat", lambda self, template: chat(template)):
+            yield
 
 
 # ---- facts of stages and systems ---------------------------------------------------------------------------
@@ -135,12 +138,24 @@ def tokenizer() -> Any:
     return checkpoints.load_tokenizer("world/tokenizer")
 
 
+def chat(template: str) -> ChatTemplate | None:
+    """A chat template that stands for every model's, if the recipe asks for the models' own."""
+    if template != CHAT:
+        return None
+    one = checkpoints.load_tokenizer("world/tokenizer")
+    one.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}[assistant] "
+    )
+    return ChatTemplate(one)
+
+
 def train_facts(stage: recipes.Stage) -> Facts:
     """Identity, digest of the token ids, and the first example as text."""
     config = stage.config
     names, needs_negative = list(config.datasets), LOSSES[config.loss.name].needs_negative
-    data = load_tokenized(names, "train", tokenizer(), config, BadRows(), needs_negative)
-    example = get_dataset(names[0], "all", data_dir=config.data_dir)[0]
+    own = chat(config.template)
+    data = load_tokenized(names, "train", tokenizer(), config, BadRows(), needs_negative, chat=own)
+    example = get_dataset(names[0], "all", data_dir=config.data_dir, chat=own)[0]
     texts = [example.prompt, example.target, example.negative]
     keys = split_keys(config)
     facts = {name: changes(keys[name], defaults()[name]) for name in keys}
@@ -192,6 +207,7 @@ def case_facts(command_line: str) -> Facts:
     data = Path(config.data_dir)
     put_data([data / part / "hh" / "helpful-base.jsonl" for part in ("train", "test")])
     put_data([data / "test" / name for files in pipeline.test_files.values() for name in files.values()])
+    put_data([Path(path) for path in [config.evaluation.test_file] if path])
     facts = {"report": config.report_dir, "order of stages": list(stages)}
     facts["stages"] = {name: stage_facts(stage) for name, stage in stages.items()}
     for task in config.evaluation.tasks:
