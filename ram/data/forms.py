@@ -87,7 +87,7 @@ def is_known(row: Mapping[str, Any]) -> bool:
 
 
 def is_text(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is a part of a text, for language modelling: `text`, and no other field has one."""
+    """Return whether a row is a part of a text: `text`, and no other field with words."""
     texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
     return texts == ["text"] and not _is_dialogue(row)
 
