@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
     tokenizer = make_tokenizer(fields)
     read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
     config = type(read.config)(**{**read.config.to_dict(), "quantization_config": None})
-    del config.quantization_config  # the weights are ordinary numbers from here on
+    vars(config).pop("quantization_config", None)  # the weights are ordinary numbers from here on
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     card = {"converted_from": path.name, "name": fields.get("general.name")}
