@@ -32,11 +32,16 @@ def setup_logging(log_file: Path | None = None) -> None:
     class TqdmHandler(logging.StreamHandler):
         def emit(self, record: logging.LogRecord) -> None:
             line = self.format(record)
-            if sys.stderr.isatty():
-                tqdm.write(line, file=sys.stdout)
-            else:
-                sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+            try:
+                if sys.stderr.isatty():
+                    tqdm.write(line, file=sys.stdout)
+                else:
+                    sys.stdout.write(line + "\n")
+                sys.stdout.flush()
+            except BrokenPipeError:
+                discard_stdout()
+            except OSError:  # a full disk must not end a run because of its log
+                pass
 
     log.handlers[:] = [TqdmHandler()]
     log.handlers[0].setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
@@ -52,6 +57,13 @@ def setup_logging(log_file: Path | None = None) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # transformers shows a bar for every model it loads; the project's own bars cover slow steps.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def discard_stdout() -> None:
+    """Send what is still written to stdout nowhere: its reader has ended, but a run or a server goes on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def use_console(mode: str) -> None:

@@ -1,5 +1,6 @@
 """What the console shows, the manual, and hints for arguments as other programs have them."""
 
+import os
 import subprocess
 import sys
 
@@ -32,6 +33,17 @@ def test_log_file_has_what_a_brief_console_leaves_out(mode, shown, console, caps
     log.log.warning("c")
     assert "".join(line[-2:] for line in capsys.readouterr().out.splitlines(keepends=True)) == shown
     assert [line[-1] for line in console.read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_log_goes_on_if_its_reader_has_ended(console, monkeypatch):
+    """As in `serve.py | head`: the line about SIGTERM raised an error, so the server could not be stopped."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        log.log.info("a")
+        log.log.info("b")
+    assert [line[-1] for line in console.read_text().splitlines()] == ["a", "b"]
 
 
 def test_bar_of_a_stage_has_its_name_and_the_time_left(console, capsys, monkeypatch):

@@ -122,8 +122,8 @@ class Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
             return
-        log.info(f"{signal.Signals(number).name}: running requests are finished, new ones are rejected")
         self.should_exit = True
+        log.info(f"{signal.Signals(number).name}: running requests are finished, new ones are rejected")
 
 
 def listen(settings: Settings) -> socket.socket:

@@ -30,6 +30,7 @@ from ram.settings.schema import (
     settings_of,
 )
 from ram.storage.files import differences, how_to_get
+from ram.storage.provenance import completed
 
 STAGE_KEYS = {  # keys of a stage that are not keys of config.yaml, by kind
     "train": {"kind", "only_if", "init_from"},
@@ -254,7 +255,7 @@ def recorded_identity(record: dict[str, Any], current: dict[str, Any]) -> dict[s
         record: the run's DONE file.
         current: the identity to compare it with.
     """
-    return {key: value for key, value in INTRODUCED.items() if key in current} | record["settings"]
+    return completed(record["settings"], current, INTRODUCED)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------

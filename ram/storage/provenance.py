@@ -61,6 +61,19 @@ class Manifest:
         return [name for name in (self.files if names is None else names) if digest(name) != self.files[name]]
 
 
+def completed(
+    settings: dict[str, Any], current: dict[str, Any], introduced: dict[str, Any]
+) -> dict[str, Any]:
+    """Return recorded settings with the keys that are younger than the record.
+
+    Args:
+        settings: as recorded, by dotted key.
+        current: the settings to compare with; only their keys are added.
+        introduced: younger keys, with the values that results had before the keys existed.
+    """
+    return {key: value for key, value in introduced.items() if key in current} | settings
+
+
 def read_manifest(path: Path, made_from: str, files: str, remedy: str) -> tuple[Manifest, dict[str, Any]]:
     """Return the manifest in a record, and the whole record.
 

@@ -166,7 +166,7 @@ def settle_dropout(model: "PreTrainedModel", keep: bool) -> None:
         keep: Whether the noise that the configuration asks for stays.
     """
     values = vars(text_config(model.config))
-    found = {key: value for key, value in values.items() if _is_noise(key, value)}
+    found = {key: value for key, value in values.items() if _is_noise(key.removeprefix("router_"), value)}
     asked = ", ".join(f"{key}={value}" for key, value in found.items())
     if asked and keep:
         log.info(f"dropout=config: {asked}; micro-batches and processes change the result")

@@ -22,7 +22,7 @@ from ram.distributed import processes
 from ram.errors import UserError
 from ram.log import log
 from ram.storage.files import file_sha256
-from ram.storage.provenance import Manifest, digests_in
+from ram.storage.provenance import Manifest, completed, digests_in
 from ram.storage.records import Form, read_record, write_record
 
 STATES = "states"  # folder of all states in a run folder
@@ -161,7 +161,11 @@ def newest(
     for folder in reversed(complete_states(run_dir)):
         try:
             facts = read_record(folder / MARK, FACTS, "")
-            manifest = Manifest(_completed(facts["origin"], origin, introduced or {}), facts["files"])
+            recorded = facts["origin"]
+            if isinstance(recorded.get("settings"), dict):
+                settings = completed(recorded["settings"], origin.get("settings", {}), introduced or {})
+                recorded = recorded | {"settings": settings}
+            manifest = Manifest(recorded, facts["files"])
         except UserError:
             manifest, facts = Manifest({}, {}), {}
         share = sorted(manifest.files)[processes.rank() :: processes.count()]
@@ -176,17 +180,6 @@ def newest(
         else:
             return facts | {"folder": folder}
     return None
-
-
-def _completed(
-    recorded: dict[str, Any], origin: dict[str, Any], introduced: dict[str, Any]
-) -> dict[str, Any]:
-    """Return a state's origin with the settings that are younger than the state."""
-    settings, now = recorded.get("settings"), origin.get("settings", {})
-    if not isinstance(settings, dict):
-        return recorded
-    younger = {key: value for key, value in introduced.items() if key in now}
-    return recorded | {"settings": younger | settings}
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

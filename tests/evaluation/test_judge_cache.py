@@ -1,10 +1,14 @@
 """What a judge is not asked again: kept answers, their checks, and two evaluations at once."""
 
 import json
+import threading
+import time
+from types import SimpleNamespace
 
 from tiny import byte_tokenizer, save_model_folder, tiny_model
 
-from ram.evaluation.judges.base import Cache
+from ram.evaluation import steps
+from ram.evaluation.judges.base import Cache, Judge
 from ram.evaluation.judges.reward_model import RewardModelJudge
 from ram.models import checkpoints
 
@@ -26,6 +30,43 @@ def test_changed_answer_is_asked_for_again(tmp_path, caplog):
     assert "4 damaged or cut lines are left out" in caplog.text
     again.add("key 1", 0.25)
     assert Cache(path).known == {"key 0": 0.0, "key 1": 0.25, "key 3": 0.75, "old": 0.5}
+
+
+def test_two_evaluations_at_once_ask_once(tmp_path, caplog):
+    """The second one waits for the first, and finds its judgements; a paid judge was once asked twice."""
+    caplog.set_level("INFO", "ram")
+    asked = []
+
+    class Paid(Judge):
+        def compare(self, rows, answers, references, cache):
+            saved, deadline = Cache(cache), time.monotonic() + 2
+            missing = [answer for answer in answers if answer not in saved.known]
+            while missing and "waiting for another run" not in caplog.text and time.monotonic() < deadline:
+                time.sleep(0.01)
+            for answer in missing:
+                asked.append(answer)
+                saved.add(answer, 0.5)
+            return [{"preference": saved.known[answer]} for answer in answers]
+
+    context = SimpleNamespace(
+        config=SimpleNamespace(output_dir=tmp_path, overwrite=False),
+        rows=[(0, {}), (1, {})],
+        answers={"x": [{"text": "one"}, {"text": "two"}]},
+        references=["", ""],
+        judge=Paid("paid"),
+    )
+    threads = []
+    for number in range(2):
+        paths = {"judgements_path": lambda system, number=number: tmp_path / f"judgements {number}"}
+        own = SimpleNamespace(**vars(context), **paths)
+        threads.append(
+            threading.Thread(target=steps._judgements_of, args=(own, SimpleNamespace(name="x")), daemon=True)
+        )
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(asked) == ["one", "two"]
 
 
 def test_chat_template_of_a_reward_model_is_part_of_its_identity(tmp_path, monkeypatch):

@@ -134,14 +134,23 @@ def test_longrope_ends_where_its_factors_change(tmp_path):
 # ---- chance in training ------------------------------------------------------------------------------------
 
 
-def test_dropout_is_off_in_training_unless_asked_for(caplog):
+def noisy_model(setting):
+    """Return a model whose configuration asks for noise in training by one setting."""
+    if setting == "attn_pdrop":
+        return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=13, attn_pdrop=0.3))
+    config = small_config(AutoConfig.for_model("mixtral", router_jitter_noise=0.3), 64)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("setting", ["attn_pdrop", "router_jitter_noise"])
+def test_dropout_is_off_in_training_unless_asked_for(setting, caplog):
     """Off: training's forward pass is that of evaluation. Kept: a line says what that means."""
     ids = torch.randint(10, (2, 12))
     for keep, line in ((True, "micro-batches and processes change"), (False, "dropout is off in training")):
         caplog.clear()
-        model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=13, attn_pdrop=0.3))
+        model = noisy_model(setting)
         passes.settle_dropout(model, keep)
-        assert line in caplog.text and "attn_pdrop=0.3" in caplog.text
+        assert line in caplog.text and f"{setting}=0.3" in caplog.text
         evaluated = model.eval()(ids).logits
         assert torch.equal(model.train()(ids).logits, evaluated) != keep
     caplog.clear()

@@ -1,22 +1,16 @@
-"""Requests that are refused (keys, hosts, origins, sizes, shapes), full queues, clients that disconnect."""
+"""Requests that are refused: keys, hosts, origins, sizes, shapes."""
 
-import asyncio
 import contextlib
 import json
 import random
 import socket
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from served import PLAIN, ask, chat_text, eventually, expected, get, post, running, settings
+from served import PLAIN, ask, chat_text, expected, get, post, running
 
-from ram.models import checkpoints
 from ram.serving import protocol
-from ram.serving.guard import Guard
-from ram.serving.metrics import Metrics
 
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "seed": 1}
 
@@ -35,30 +29,6 @@ def locked(folder):
             patch.setenv("RAM_API_KEY", "open sesame")
             patch.setenv("RAM_ADMIN_KEY", "admin")
             models_and_url = stack.enter_context(running(folder, "limits.aligners=3"))
-        yield models_and_url
-
-
-@contextlib.contextmanager
-def slow_server(folder, *arguments):
-    """A server with a slow proposal and room for two answers of a client at once and three that wait."""
-    load = checkpoints.load_model
-
-    def load_slowly(source, *args, **kwargs):
-        model = load(source, *args, **kwargs)
-        model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
-        return model
-
-    bounds = ["engine.max_rows=4", "engine.max_waiting=6", "limits.choices=2"]
-    with contextlib.ExitStack() as stack:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoints, "load_model", load_slowly)
-            models_and_url = stack.enter_context(running(folder, *bounds, *arguments))
-        yield models_and_url
-
-
-@pytest.fixture(scope="module")
-def slow(folder):
-    with slow_server(folder, "limits.seconds=60") as models_and_url:
         yield models_and_url
 
 
@@ -354,94 +324,6 @@ def test_generated_requests_never_cause_a_500(server):
         ask(server[1], CHAT).json()["choices"][0]["message"]["content"]
         == expected(server[0], "a", chat_text("hi"), 1, 8).text
     )
-
-
-# ---- full queues, disconnects, timeouts --------------------------------------------------------------------
-
-LONG = CHAT | {"max_tokens": 200, "model": "proposal"}
-
-
-def idle(models):
-    figures = models.engine.figures()
-    return figures["rows"] == figures["waiting"] == 0
-
-
-def test_full_queue_rejects_requests_with_429(slow):
-    """They are rejected at once, with Retry-After; once the queue is empty, requests are answered again."""
-    models, url = slow
-    with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda seed: ask(url, LONG | {"seed": seed, "max_tokens": 15}), range(12)))
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert {answer.status_code for answer in answers} == {200, 429} and len(refused) >= 4
-    for answer in refused:
-        assert (
-            int(answer.headers["retry-after"]) >= 1 and answer.json()["error"]["type"] == "rate_limit_error"
-        )
-    assert ask(url, CHAT).status_code == 200
-    text = get(f"{url}/metrics").text
-    labels = 'code="429",route="/v1/chat/completions"'
-    assert f"ram_http_requests_total{{{labels}}} {len(refused):.1f}" in text
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_disconnected_client_frees_its_place(slow, stream):
-    """Its request is cancelled at once, whether it is being decoded or waits."""
-    models, url = slow
-    body = json.dumps(LONG | {"stream": stream}).encode()
-    host, port = url.removeprefix("http://").split(":")
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    connections = [socket.create_connection((host, int(port)), timeout=10) for _ in range(3)]
-    for connection in connections:
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    eventually(lambda: models.engine.figures()["rows"] + models.engine.figures()["waiting"] == 3)
-    before = models.engine.figures()["finished"]["cancelled"]
-    if stream:
-        assert b"200 OK" in connections[0].recv(100)
-    for connection in connections:
-        connection.close()
-    eventually(lambda: idle(models), seconds=3.5)  # a whole answer takes at least 4 seconds
-    assert models.engine.figures()["finished"]["cancelled"] == before + 3
-    assert ask(url, CHAT).status_code == 200
-
-
-def test_answer_that_takes_too_long_is_cancelled(folder):
-    with slow_server(folder, "limits.seconds=1") as (models, url):
-        answer = ask(url, LONG)
-        assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
-        lines = ask(url, LONG | {"stream": True}).text.split("\n\n")
-        assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == "timeout"
-        assert lines[-2] == "data: [DONE]"
-        eventually(lambda: idle(models), seconds=2)
-
-
-@pytest.mark.parametrize("begun", [True, False])
-def test_answer_that_outlasts_the_shutdown_is_ended(folder, begun):
-    """The client gets 503 if nothing of the answer was sent yet."""
-
-    async def endless(scope, receive, send):
-        if begun:
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-        await asyncio.sleep(60)
-
-    async def answer_during_shutdown():
-        sent = []
-
-        async def send(message):
-            sent.append(message)
-
-        async def receive():
-            return {"type": "http.request", "body": b"", "more_body": False}
-
-        scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(b"host", b"localhost")]}
-        guard = Guard(endless, settings(folder), Metrics())
-        task = asyncio.ensure_future(guard(scope, receive, send))
-        await asyncio.sleep(0.05)
-        task.cancel()
-        await task
-        return sent
-
-    start, *rest = asyncio.run(answer_during_shutdown())
-    assert start["status"] == (200 if begun else 503) and len(rest) == (not begun)
 
 
 def test_unexpected_exception_gets_500_without_details(server, monkeypatch):
