@@ -385,13 +385,12 @@ def load_tokenized(
         if not needs_negative:
             dataset = [_with_one_answer(example) for example in dataset]
         examples += dataset
-    data = tokenize_cached(examples, f"{'+'.join(names)}.{split}", tokenizer, settings)
+    label = "+".join(Path(name).name for name in names)  # a user's own file is named by its path
+    data = tokenize_cached(examples, f"{label}.{split}", tokenizer, settings)
     if distinct and len(data):
         data, all_pairs = data.without_identical_pairs(), data
         if identical := len(all_pairs) - len(data):
-            log.info(
-                f"{'+'.join(names)} {split}: {identical} of {len(all_pairs):,} pairs are identical: left out"
-            )
+            log.info(f"{label} {split}: {identical} of {len(all_pairs):,} pairs are identical: left out")
         if not len(data) and split == "train":
             raise UserError(
                 f"datasets={list(names)}: the two answers of all {len(all_pairs)} pairs are identical within "
@@ -401,7 +400,7 @@ def load_tokenized(
     cut = {key: count for key, count in data.counts.items() if key.endswith("_cut") and count}
     sizes = [f"{len(data):,} examples", f"{data.counts['tokens']:,} tokens"]
     sizes += [f"{count} {key.replace('_', ' ')}" for key, count in cut.items()]
-    log.info(f"{'+'.join(names)} {split}: {', '.join(sizes)}")
+    log.info(f"{label} {split}: {', '.join(sizes)}")
     return data
 
 

@@ -67,6 +67,13 @@ def test_template_travels_with_the_weights(trained: Path):
     assert (tokenizer.chat_template, tokenizer.eos_token) == (CHATML, END)
 
 
+def test_token_ids_are_cached_in_the_output_folder(trained: Path):
+    """The data set's name is a path; nothing is written beside the user's file."""
+    cached = sorted(path.name.split(".")[:3] for path in (trained.parents[2] / "cache").iterdir())
+    assert cached == [["my", "jsonl", "heldout"], ["my", "jsonl", "train"]]
+    assert sorted(path.name for path in trained.parents[3].iterdir()) == ["base", "my.jsonl", "out"]
+
+
 def test_server_renders_as_other_engines_do(trained: Path):
     """No key says so: the card does. An answer ends at the template's mark."""
     config = serving.read_settings([f"proposal={trained}", f"aligners={{a: {trained}}}", "port=0"])
