@@ -41,7 +41,7 @@ from ram.settings.checks import nested
 from ram.settings.schema import INTRODUCED, settings_of
 from ram.storage import provenance
 from ram.storage.files import BadRows, only_run, set_aside, write_text
-from ram.training import frozen, resume
+from ram.training import frozen, passes, resume
 from ram.training.losses import LOSSES
 from trainers import BasicTrainer, pick_trainer
 from utils import TABLES, seed_everything, start
@@ -109,6 +109,7 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> str:
                 resume.clear(run_dir)  # left by a stop between the record and their removal
             return BEFORE
 
+    passes.check_device(config)
     if source and Path(source).resolve().is_relative_to(run_dir.resolve()):
         raise UserError(
             f"stage {stage.name}: starts from {source}, which is in its own run folder and would be "
@@ -289,10 +290,12 @@ def describe(stage: recipes.Stage) -> str:
         lines.append(f"  reads   {path} ({size})")
     if stage.kind == "train":
         length = f"n_examples {config.n_examples}" if config.n_examples else f"n_epochs {config.n_epochs}"
+        cut = f"{config.gradient_accumulation_steps} micro-batches"
+        if config.tokens_per_pass is not None:
+            cut = f"passes of {config.tokens_per_pass:,} tokens"
         lines.append(
-            f"  run     {config.loss.name}, {length}, batch {config.batch_size} in "
-            f"{config.gradient_accumulation_steps} micro-batches, lr {config.lr}, lengths "
-            f"{config.max_length}/{config.max_prompt_length}, seed {config.seed}"
+            f"  run     {config.loss.name}, {length}, batch {config.batch_size} in {cut}, lr {config.lr}, "
+            f"lengths {config.max_length}/{config.max_prompt_length}, seed {config.seed}"
         )
     if stage.kind == "sample":
         s = config.sampling

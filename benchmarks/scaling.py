@@ -1,24 +1,15 @@
-"""Formulas for memory, communication and time of training on many devices, and measurements to check them.
+"""Formulas for memory, communication and time on many devices, and the tables that follow from them.
 
-    python benchmarks/scaling.py                print the tables of SCALING.md
-    python benchmarks/scaling.py --measure      compare the formulas with 1, 2 and 4 processes on this machine
+    python benchmarks/scaling.py                print the tables of SCALING.md and docs/distributed.md
+    python benchmarks/scaling_measured.py       compare the formulas with 1, 2 and 4 processes on this machine
 
 benchmarks/SCALING.md explains the formulas. The last line is one JSON object.
 """
 
-import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 # ---- constants ---------------------------------------------------------------------------------------------
 MFU = 0.40  # share of a GPU's peak that the forward and backward pass reach; assumed, not measured
@@ -30,7 +21,6 @@ GPUS_OF_A_MACHINE = 8
 # Bytes of logits that the LM head holds at once (losses.py), by bytes of a weight: bf16 on a GPU, float32 on
 # a CPU.
 TILE = {2: 2**28, 4: 2**22}
-PROCESS = 44 * 2**20  # bytes that a process needs besides the model, as measured
 
 
 @dataclass(frozen=True)
@@ -128,6 +118,46 @@ def peak_bytes(size: Size, devices: int, tokens: int, checkpointing: bool, compu
     return weights + activation_bytes(size, tokens, checkpointing, compute)
 
 
+def dpo_bytes(size: Size, devices: int, tokens: int, checkpointing: bool) -> float:
+    """Return `peak_bytes` with a frozen reference of the same shape in bf16, sharded in the same way."""
+    reference = 2 * size.all / devices + 2 * (size.root + 2 * size.block)
+    return peak_bytes(size, devices, tokens, checkpointing) + reference
+
+
+def lora_weights(size: Size, rank: int) -> int:
+    """Return the weights of low-rank adapters beside all linear layers of the blocks."""
+    queries, keys = size.heads * size.head_size, size.kv_heads * size.head_size
+    shapes = [(size.hidden, queries), (size.hidden, keys), (size.hidden, keys), (queries, size.hidden)]
+    shapes += [(size.hidden, size.inner)] * 2 + [(size.inner, size.hidden)]
+    return size.layers * rank * sum(inputs + outputs for inputs, outputs in shapes)
+
+
+def lora_bytes(size: Size, tokens: int, checkpointing: bool, rank: int = 16) -> float:
+    """Return an upper bound of the bytes of a step with adapters beside frozen bf16 weights, on one device.
+
+    Each adapter keeps its own copy of its input, in bf16 and in float32.
+    """
+    adapters = 4 * 4 * lora_weights(size, rank)  # weights, gradients, and two moments, as AdamW has
+    inputs = size.hidden * 5 + size.heads * size.head_size + size.inner
+    copies = 6 * inputs * tokens * (1 if checkpointing else size.layers)
+    return 2 * size.all + adapters + activation_bytes(size, tokens, checkpointing) + copies
+
+
+def cache_bytes(size: Size, rows: int, length: int) -> float:
+    """Return the bytes of the keys and values of some rows in bf16."""
+    return 2 * 2 * size.layers * size.kv_heads * size.head_size * rows * length
+
+
+def decoding_bytes(models: Sequence[Size], rows: int, length: int) -> float:
+    """Return the bytes of models that decode together in bf16, with their caches, on one device."""
+    return sum(2 * size.all + cache_bytes(size, rows, length) for size in models)
+
+
+def fewest_devices(bytes_on: Callable[[int], float], memory: float) -> int:
+    """Return the smallest power of two of devices on which a need fits nine tenths of their memory."""
+    return next(n for n in (2**i for i in range(16)) if bytes_on(n) <= 0.9 * memory)
+
+
 def traffic_bytes(size: Size, devices: int, compute: int = 2, reduce: int = 4) -> float:
     """Return the bytes that a device receives per micro-batch.
 
@@ -164,192 +194,135 @@ def sampling_seconds(size: Size, devices: int, rows: int, new_tokens: int, batch
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
-# An update of the published recipes: 64 examples of about 600 tokens, both answers included.
-TOKENS = 64 * 600
+BATCH = 64  # examples of an update of the published recipes, ...
+EXAMPLE = 600  # ... and their mean tokens, both answers included
+BUDGET = 8192  # tokens_per_pass of the recipes
+MEMORY = 80e9  # bytes of a GPU
+DEVICES = (1, 2, 4, 8, 16, 32, 64)
+ALIGNERS = ("Llama-3.2-1B", "Llama-3.2-3B")
+SAMPLE_BATCH = 16  # rows decoded at once, the default of sampling.batch_size
+SAMPLE_LENGTH = 2048  # tokens of a prompt and its answer, at most
+
+
+def pass_tokens(devices: int) -> int:
+    """Return the tokens of the largest pass of an update, whose examples are shared out first."""
+    return min(BUDGET, max(EXAMPLE, BATCH * EXAMPLE // devices))
+
+
+def memory_table() -> list[list[str]]:
+    """Memory of training on N devices, in GB, with checkpointing and RMSprop, at a whole budget."""
+    header = ["GPUs", *map(str, DEVICES)]
+    rows = [
+        [name, *(shown(peak_bytes(size, n, BUDGET, True)) for n in DEVICES)] for name, size in SIZES.items()
+    ]
+    return [header, *rows]
+
+
+def budget_table() -> list[list[str]]:
+    """Memory of the activations of a pass, in GB, by its budget of tokens."""
+    budgets = (4096, 8192, 16384, 32768)
+    header = ["tokens_per_pass", *(f"{tokens:,}" for tokens in budgets)]
+    rows = []
+    for name, size in SIZES.items():
+        pairs = (
+            [shown(activation_bytes(size, tokens, checkpointing)) for checkpointing in (True, False)]
+            for tokens in budgets
+        )
+        rows.append([name, *(", ".join(pair) for pair in pairs)])
+    return [header, *rows]
+
+
+def stage_table() -> list[list[str]]:
+    """Memory per GPU of each kind of stage, in GB, and the fewest GPUs of 80 GB for full training."""
+    header = ["model", "SFT, 1 GPU", "SFT, 8 GPUs", "DPO, 8 GPUs", "80 GB GPUs for SFT, DPO", "LoRA, 1 GPU"]
+    header += ["decoding, 1 GPU"]
+    rows = []
+    for name, size in SIZES.items():
+
+        def sft(n: int, size: Size = size) -> float:
+            return peak_bytes(size, n, BUDGET, True)
+
+        def dpo(n: int, size: Size = size) -> float:
+            return dpo_bytes(size, n, BUDGET, True)
+
+        rows.append(
+            [
+                name,
+                shown(sft(1)),
+                shown(sft(8)),
+                shown(dpo(8)),
+                f"{fewest_devices(sft, MEMORY)}, {fewest_devices(dpo, MEMORY)}",
+                shown(lora_bytes(size, BUDGET, True)),
+                shown(decoding_bytes([size], SAMPLE_BATCH, SAMPLE_LENGTH)),
+            ]
+        )
+    return [header, *rows]
+
+
+def step_table() -> list[list[str]]:
+    """Seconds of an update of a recipe: the longer of computing and communicating."""
+    header = ["GPUs", *map(str, DEVICES)]
+    rows = []
+    for name, size in SIZES.items():
+        seconds = (update_seconds(size, n) for n in DEVICES)
+        rows.append([name, *(f"{value:.2f}" for value in seconds)])
+    return [header, *rows]
+
+
+def update_seconds(size: Size, devices: int) -> float:
+    """Return the seconds of an update of a recipe, with passes within the budget and checkpointing."""
+    passes = -(-BATCH * EXAMPLE // (devices * BUDGET))
+    return max(step_seconds(size, devices, BATCH * EXAMPLE, passes, True))
+
+
+def recipe_table() -> list[list[str]]:
+    """Least hours of a recipe's stages on 8 GPUs, and the memory of decoding the pair."""
+    rows = [["proposal", "aligner", "warm-up", "sampling", "aligner epoch", "decoding the pair, GB"]]
+    for proposal in ("Llama-3.1-8B", "Qwen2.5-14B", "Llama-3.1-70B"):
+        for aligner in ALIGNERS:
+            pair = SIZES[proposal], SIZES[aligner]
+            warm_up = 10048 / BATCH * update_seconds(pair[0], 8)
+            sampling = sampling_seconds(pair[0], 8, 100_000, 300, SAMPLE_BATCH)
+            epoch = 100_000 / BATCH * update_seconds(pair[1], 8)
+            memory = decoding_bytes(pair, SAMPLE_BATCH, SAMPLE_LENGTH)
+            fits = memory <= 0.9 * MEMORY
+            hours = [
+                f"{warm_up / 3600:.2f}",
+                f"{sampling / 3600:.2f}" if fits else "-",
+                f"{epoch / 3600:.2f}",
+            ]
+            rows.append([proposal, aligner, *hours, shown(memory)])
+    return rows
+
+
+def shown(count: float) -> str:
+    """Return bytes as GB with three digits."""
+    value = count / 1e9
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
+
+
+TABLES: dict[str, Callable[[], list[list[str]]]] = {
+    "memory": memory_table,
+    "budget": budget_table,
+    "stages": stage_table,
+    "step": step_table,
+    "recipe": recipe_table,
+}
+
+
+def markdown(table: list[list[str]]) -> str:
+    """Return a table as Markdown; its first row is the header."""
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
 def tables() -> dict[str, Any]:
-    """Print the tables of SCALING.md and return their values."""
-    results: dict[str, Any] = {}
-    print("memory of a device, GB (checkpointing, micro-batch of 16,384 tokens, RMSprop)")
-    devices = (1, 2, 4, 8, 16, 32, 64)
-    print(f"{'':>16}" + "".join(f"{n:>9}" for n in devices))
-    for name, size in SIZES.items():
-        row = [peak_bytes(size, n, 16384, True) / 1e9 for n in devices]
-        results[f"memory {name}"] = dict(zip(devices, row, strict=True))
-        print(f"{name:>16}" + "".join(f"{value:9.1f}" for value in row))
-    print(f"\nseconds of an update of {TOKENS:,} tokens: the longer of computing and communicating")
-    print(f"{'':>16}" + "".join(f"{n:>9}" for n in devices))
-    for name, size in SIZES.items():
-        row = []
-        for n in devices:
-            micro = max(1, round(TOKENS / n / 16384))
-            row.append(max(step_seconds(size, n, TOKENS, micro, True)))
-        results[f"step {name}"] = dict(zip(devices, row, strict=True))
-        print(f"{name:>16}" + "".join(f"{value:9.2f}" for value in row))
-    print(
-        "\nhours of a recipe on 8 GPUs: 10,048 examples of warm-up, one answer of 300 tokens to every prompt"
-    )
-    print("(batch 256), one epoch of the aligner; 100,000 training examples of 600 tokens")
-    for proposal in ("Llama-3.1-8B", "Qwen2.5-14B", "Llama-3.1-70B"):
-        for aligner in ("Llama-3.2-1B", "Llama-3.2-3B"):
-            updates = {proposal: 10048 / 64, aligner: 100_000 / 64}
-            parts = [
-                count * max(step_seconds(SIZES[name], 8, TOKENS, 1, True)) for name, count in updates.items()
-            ]
-            parts.insert(1, sampling_seconds(SIZES[proposal], 8, 100_000, 300, 256))
-            hours = [part / 3600 for part in parts]
-            results[f"recipe {proposal} + {aligner}"] = hours
-            print(
-                f"  {proposal:>14} + {aligner}: "
-                + " + ".join(f"{h:.2f}" for h in hours)
-                + f" = {sum(hours):.2f}"
-            )
-    return results
-
-
-# ---- measurements on this machine --------------------------------------------------------------------------
-MEASURED = Size(8, 512, 1376, 8, 8, 8192, head_size=64)
-ROWS = 16  # examples of an update
-LENGTH = 128  # tokens of an example
-STEPS = 6
-
-
-def worker() -> None:
-    """Train in one of the processes. Print memory above that before the model, step time and bandwidth."""
-    import numpy as np
-    import torch
-    import torch.distributed as dist
-    from contenders import memory_status
-    from training import dataset
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from ram.distributed import processes
-    from ram.settings import compose
-    from ram.settings.schema import settings_of
-    from trainers import FSDPTrainer
-    from utils import TABLES
-
-    torch.set_num_threads(1)
-    processes.start(alone=True)
-    checkpointing = bool(int(sys.argv[2]))
-    composed = compose.compose(
-        [
-            *("loss=sft", "trainer=FSDPTrainer", "model.block_name=LlamaDecoderLayer", f"batch_size={ROWS}"),
-            *("datasets=[hh]", f"max_length={LENGTH}", "optimizer=RMSprop", "debug=true"),
-            f"activation_checkpointing={str(checkpointing).lower()}",
-        ]
-    )
-    settings = settings_of(composed, TABLES)
-    lengths = np.full((ROWS, 3), LENGTH // 2)
-    data = dataset(lengths, MEASURED.vocabulary, LENGTH)
-    before = memory_status("VmRSS")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=MEASURED.vocabulary,
-            hidden_size=MEASURED.hidden,
-            intermediate_size=MEASURED.inner,
-            num_hidden_layers=MEASURED.layers,
-            num_attention_heads=MEASURED.heads,
-            num_key_value_heads=MEASURED.kv_heads,
-            tie_word_embeddings=MEASURED.tied,
-        )
-    )
-    assert sum(p.numel() for p in model.parameters()) == MEASURED.all
-    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=0)
-    run = FSDPTrainer(settings, model, tokenizer, data, data, Path("unused"), {})
-    del model
-    state = 0.0
-    seconds = []
-    for step in range(STEPS):
-        if step == 1:  # the moments exist now, and the peak must not include the unsharded model
-            state = memory_status("VmRSS") - before
-            Path("/proc/self/clear_refs").write_text("5")
-        processes.barrier()
-        start = time.perf_counter()
-        run.update(np.arange(ROWS))
-        seconds.append(time.perf_counter() - start)
-    peak = memory_status("VmHWM") - before
-    bandwidth = None
-    if processes.count() > 1:
-        shard = torch.zeros(MEASURED.block // processes.count())
-        whole = torch.zeros(len(shard) * processes.count())
-        durations = []
-        for _ in range(10):
-            processes.barrier()
-            start = time.perf_counter()
-            dist.all_gather_into_tensor(whole, shard)
-            durations.append(time.perf_counter() - start)
-        bandwidth = 4 * (len(whole) - len(shard)) / statistics.median(durations)
-    measured = {
-        "state_mb": state,
-        "peak_mb": peak,
-        "seconds": statistics.median(seconds[1:]),
-        "bandwidth": bandwidth,
-    }
-    results = processes.all_gather(measured)
-    if processes.is_rank0():
-        print(json.dumps({key: max(result[key] or 0 for result in results) for key in measured}))
-    processes.barrier()
-
-
-def measure() -> dict[str, Any]:
-    """Compare the peak memory and the step time of 1, 2 and 4 processes with the formulas."""
-    results = {}
-    for checkpointing in (0, 1):
-        print(
-            f"\ncheckpointing {bool(checkpointing)}: {MEASURED.all / 1e6:.1f} M weights, {ROWS} x {LENGTH} "
-            "tokens, float32"
-        )
-        seconds_alone = None
-        for count in (1, 2, 4):
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={count}",
-            ]
-            # With this threshold malloc returns freed blocks above 64 kB to the system, so the peak is exact.
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-            process = subprocess.run(
-                [*command, __file__, "--worker", str(checkpointing)],
-                capture_output=True,
-                text=True,
-                env=environment,
-            )
-            if process.returncode:
-                sys.exit(process.stderr)
-            row = json.loads(process.stdout.splitlines()[-1])
-            tokens = ROWS * LENGTH // count
-            peak = peak_bytes(MEASURED, count, tokens, bool(checkpointing), 4)
-            row["state_formula_mb"] = (state_bytes(MEASURED, count) + PROCESS) / 2**20
-            row["peak_formula_mb"] = (peak + PROCESS) / 2**20
-            seconds_alone = seconds_alone or row["seconds"]
-            row["seconds_formula"] = seconds_alone / min(count, os.cpu_count() or 1)
-            if count > 1:
-                row["seconds_formula"] += traffic_bytes(MEASURED, count, 4) / row["bandwidth"]
-            results[f"{count} processes, checkpointing {bool(checkpointing)}"] = row
-            print(
-                f"  {count} processes: state {row['state_mb']:6.0f} MB (formula "
-                f"{row['state_formula_mb']:6.0f}), "
-                f"peak {row['peak_mb']:6.0f} MB (formula {row['peak_formula_mb']:6.0f}), step "
-                f"{row['seconds']:.2f} s (formula {row['seconds_formula']:.2f})",
-                flush=True,
-            )
-    return results
-
-
-def main() -> None:
-    if "--worker" in sys.argv:
-        from ram.distributed import processes
-
-        processes.run(worker)
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--measure", action="store_true")
-    args = parser.parse_args()
-    print(json.dumps(measure() if args.measure else tables()))
+    """Print the tables as the pages have them, and return them."""
+    found = {name: make() for name, make in TABLES.items()}
+    for name, table in found.items():
+        print(f"{(TABLES[name].__doc__ or '').strip()}\n\n{markdown(table)}\n")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(tables()))

@@ -5,6 +5,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # decoding with small models took twice as long. If the machine is yours alone, `export OMP_WAIT_POLICY=ACTIVE`.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
+# Lengths differ from pass to pass, which leaves gaps in a GPU's memory unless its segments can grow.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+
 # Set PYTHON to the first of: $PYTHON as it is; .venv and then the active environment, if their packages have the
 # versions of requirements.txt (with the argument `dev` also those of the extra).
 find_python() {

@@ -168,9 +168,15 @@ def pick_device(name: str = "auto") -> torch.device:
     """Return a device by name; "auto" is this process's GPU if there is one, else the CPU.
 
     Raises:
-        UserError: If the device does not exist or cannot be used.
+        UserError: If the device does not exist or cannot be used, or several processes would share a GPU.
     """
     if name != "auto":
+        n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if name.startswith("cuda:") and n_processes > 1:
+            raise UserError(
+                f"device {name!r}: {n_processes} processes would share this GPU; use auto, which gives each "
+                "its own, or start one process with NPROC=1"
+            )
         try:
             device = torch.device(name)
             torch.empty(0, device=device)

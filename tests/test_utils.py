@@ -12,7 +12,7 @@ import torch
 
 from ram.data import catalogue
 from ram.errors import UserError, nearest, pick, run_entry_point
-from ram.log import pick_dtype, progress
+from ram.log import pick_device, pick_dtype, progress
 from ram.storage import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,6 +176,14 @@ def test_native_dtype_is_bfloat16_on_cpus_with_the_instructions(monkeypatch, fla
     cpu = torch.device("cpu")
     assert pick_dtype("native", cpu) == (torch.bfloat16 if any(flags) else torch.float32)
     assert pick_dtype("auto", cpu) == torch.float32
+
+
+def test_processes_of_a_machine_do_not_share_a_gpu(monkeypatch):
+    """`sampling.proposal_device=cuda:0` gave every process the same GPU."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device 'cuda:0': 2 processes would share this GPU; use auto"):
+        pick_device("cuda:0")
+    assert pick_device("cpu") == torch.device("cpu")
 
 
 def test_dtype_by_name():

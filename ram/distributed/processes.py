@@ -31,6 +31,10 @@ T = TypeVar("T")
 
 # Rank 0 may work for hours while the others wait (sampling, judging). torchrun detects dead processes.
 TIMEOUT = timedelta(days=2)
+# All processes reach the collectives of a model's tensors at about the same time: nobody waits long for them.
+TENSOR_TIMEOUT = timedelta(minutes=20)
+# "group": the gloo group of all processes for Python objects, which may wait for TIMEOUT; None if alone.
+_waiting: dict[str, dist.ProcessGroup | None] = {"group": None}
 PATIENCE = 2.0  # seconds after the first Ctrl-C from which a second one interrupts at once
 
 
@@ -52,13 +56,14 @@ def start(alone: bool = False) -> None:
     if torchrun and (path := os.environ.get(STORE)):
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(
-            backend, timeout=TIMEOUT, init_method=f"file://{path}", rank=rank, world_size=size
+            backend, timeout=TENSOR_TIMEOUT, init_method=f"file://{path}", rank=rank, world_size=size
         )
     elif torchrun:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=TENSOR_TIMEOUT)
     else:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=TENSOR_TIMEOUT, store=store, rank=0, world_size=1)
+    _waiting["group"] = new_cpu_group()
     atexit.register(stop)
 
 
@@ -94,6 +99,7 @@ def stop() -> None:
     """Leave the process group; call it only when no process needs the group any more."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _waiting["group"] = None
 
 
 def count() -> int:
@@ -121,6 +127,11 @@ def new_cpu_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=TIMEOUT)  # pyright: ignore[reportReturnType]
 
 
+def waiting_group() -> dist.ProcessGroup | None:
+    """Return the gloo group of all processes whose collectives may wait for TIMEOUT; None for one process."""
+    return _waiting["group"]
+
+
 def barrier(group: dist.ProcessGroup | None = None) -> None:
     """Wait until all processes have arrived.
 
@@ -140,7 +151,7 @@ def all_gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
-    dist.all_gather_object(values, value, group=group)
+    dist.all_gather_object(values, value, group=group or waiting_group())
     return values
 
 

@@ -16,7 +16,7 @@ import torch
 from ram.data.tokenization import TokenizedDataset
 from ram.distributed import processes
 from ram.errors import UserError
-from ram.log import log
+from ram.log import log, pick_device, pick_dtype
 from ram.models.abilities import (
     ALONE,
     SIZES,
@@ -33,11 +33,14 @@ from ram.training.logps import (
     Answers,
     alone_logps,
     asks_for_router_loss,
+    attend,
+    attend_at_once,
     has_linear_head,
     packed_logps,
     padded_logps,
     use_packed,
 )
+from ram.training.packing import Segments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +71,47 @@ def prepare(
     if forward is alone_logps and processes.count() > 1:
         raise UserError(f"{type(model).__name__} trains row by row, which needs one process; set NPROC=1")
     return forward
+
+
+def check_device(settings: Any) -> None:
+    """Raise UserError if this process's GPU cannot train a run as its settings say; call it before loading.
+
+    Args:
+        settings: has model.fsdp_policy_mp, packed and dropout.
+    """
+    device = pick_device()
+    dtype = pick_dtype(settings.model.fsdp_policy_mp or "float32", device)
+    if device.type != "cuda" or dtype == torch.float32:
+        return
+    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"model.fsdp_policy_mp={settings.model.fsdp_policy_mp}: this GPU only emulates bfloat16, slowly; "
+            "set it to auto, which takes float32 here"
+        )
+    if settings.packed and (reason := kernel_fault(device, dtype)) is not None:
+        raise UserError(
+            f"the attention kernel of packed training fails on this GPU ({reason}): set packed=false, or "
+            "model.fsdp_policy_mp=float32"
+        )
+
+
+def kernel_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Run the packed pass's one-call attention on a few tokens; return what is wrong with it, or None."""
+    segments = Segments(lengths=(9, 5, 4), prefixes=(0, 6, 0))
+    generator = torch.Generator().manual_seed(0)
+    shapes = (4, 18, 64), (2, 18, 64), (2, 18, 64)  # two query heads share the keys of one head
+    inputs = [torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes]
+    try:
+        results = []
+        for attention in (attend, attend_at_once):
+            query, key, value = (tensor.clone().requires_grad_() for tensor in inputs)
+            output = attention(query, key, value, segments)
+            gradients = torch.autograd.grad(output.float().square().sum(), [query, key, value])
+            results.append([output.detach(), *gradients])
+    except (RuntimeError, ImportError, NotImplementedError) as error:
+        return str(error).strip().split("\n")[0]
+    worst = max((one - other).abs().max().item() for one, other in zip(*results, strict=True))
+    return None if worst < 0.5 else f"it is wrong by {worst:.2g}"  # outputs are below 4, gradients below 40
 
 
 def check_labels(model: "PreTrainedModel", *datasets: TokenizedDataset) -> None:

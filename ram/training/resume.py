@@ -193,7 +193,13 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     reader, planner = state_reader.SafeReader(folder), state_reader.SafePlanner()
     with dcp_errors_as_oserror(folder):
-        state_dict_loader.load(state, storage_reader=reader, planner=planner, no_dist=processes.count() == 1)
+        state_dict_loader.load(
+            state,
+            storage_reader=reader,
+            planner=planner,
+            process_group=processes.waiting_group(),  # one process may read far longer than another
+            no_dist=processes.count() == 1,
+        )
     options = StateDictOptions(
         strict=len(weights) == len(model.state_dict())
     )  # frozen weights are not stored

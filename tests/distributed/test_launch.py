@@ -69,6 +69,22 @@ def test_failed_process_does_not_leave_its_group(tmp_path):
     assert running.returncode == 1 and "ZeroDivisionError" in errors
 
 
+def test_only_python_objects_are_waited_for_long(tmp_path):
+    """NCCL took two days to notice a stuck rank; a process that judges for hours is still waited for."""
+    path = tmp_path / "script.py"
+    path.write_text(
+        "import datetime, sys, time\nimport torch\nfrom ram.distributed import processes\n"
+        "processes.TENSOR_TIMEOUT = datetime.timedelta(seconds=3)\nprocesses.start()\n"
+        "def main():\n    rank = processes.rank()\n    time.sleep(6 * rank)\n    processes.barrier()\n"
+        "    print(f'met {rank}\\n', end='', flush=True)\n    time.sleep(600 * rank)\n"
+        "    processes.dist.all_reduce(torch.ones(1))\nprocesses.run(main)\n"
+    )
+    running = launch(str(path), cwd=tmp_path)
+    said, errors = running.communicate(timeout=120)
+    assert sorted(said.split("\n")) == ["", "met 0", "met 1"]
+    assert running.returncode == 1 and "Timed out" in errors
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signals_reach_every_process(number, code, tmp_path):
     text = "print('ready\\n', end='', flush=True); [time.sleep(0.05) for _ in range(6000)]"
