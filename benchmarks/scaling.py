@@ -135,11 +135,11 @@ def lora_weights(size: Size, rank: int) -> int:
 def lora_bytes(size: Size, tokens: int, checkpointing: bool, rank: int = 16) -> float:
     """Return an upper bound of the bytes of a step with adapters beside frozen bf16 weights, on one device.
 
-    Each adapter keeps its own copy of its input, in bf16 and in float32.
+    A block keeps what it keeps without adapters, and their inner states; inputs pass through float32.
     """
     adapters = 4 * 4 * lora_weights(size, rank)  # weights, gradients, and two moments, as AdamW has
-    inputs = size.hidden * 5 + size.heads * size.head_size + size.inner
-    copies = 6 * inputs * tokens * (1 if checkpointing else size.layers)
+    inner_states = 7 * 2 * rank * (1 if checkpointing else size.layers)
+    copies = tokens * (inner_states + 4 * size.inner)
     return 2 * size.all + adapters + activation_bytes(size, tokens, checkpointing) + copies
 
 
