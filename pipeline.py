@@ -65,6 +65,10 @@ def test_file(config: Settings, task: str) -> Path:
     """Return the path of a task's test file."""
     if config.evaluation.test_file is not None:
         return Path(config.evaluation.test_file)
+    if config.evaluation.dataset == "pair":
+        raise UserError(
+            "evaluation.test_file is not set: give a file of questions and answers (docs/data.md)"
+        )
     tasks = pick(test_files, config.evaluation.dataset, "evaluation.dataset")
     return Path(config.data_dir) / "test" / pick(tasks, task, f"task of {config.evaluation.dataset}")
 

@@ -255,7 +255,17 @@ def world_stage(stage: recipes.Stage, overwrite: bool) -> str:
     return "the toy data set"
 
 
-RUN: dict[str, Runner] = {"train": locked(train_stage), "sample": sample_stage, "world": locked(world_stage)}
+def given_stage(stage: recipes.Stage, overwrite: bool) -> str:
+    """Use a model as it is."""
+    return f"{stage.output}, as it is"
+
+
+RUN: dict[str, Runner] = {
+    "given": given_stage,
+    "train": locked(train_stage),
+    "sample": sample_stage,
+    "world": locked(world_stage),
+}
 
 
 def describe_weights(stage: recipes.Stage, source: str) -> str:
@@ -277,10 +287,9 @@ def hub_id_of(stage: recipes.Stage) -> str | None:
 def describe(stage: recipes.Stage) -> str:
     """Return a stage's inputs, outputs and sizes, for the dry run."""
     config = stage.config
-    lines = [
-        f"{stage.name} ({stage.kind})",
-        f"  writes  {stage.output}{'/LATEST' if stage.kind == 'train' else ''}",
-    ]
+    lines = [f"{stage.name} ({stage.kind})"]
+    if stage.kind != "given":
+        lines.append(f"  writes  {stage.output}{'/LATEST' if stage.kind == 'train' else ''}")
     if stage.source:
         lines.append(f"  weights {stage.source} ({describe_weights(stage, stage.source)})")
     if stage.proposal:
@@ -325,15 +334,26 @@ def check_samples(stages: list[recipes.Stage], running: list[recipes.Stage]) -> 
 
 
 def check_templates(running: list[recipes.Stage]) -> None:
-    """Raise UserError if a stage with `template=chat` has a tokenizer without chat template.
+    """Check the tokenizers of stages with `template=chat`, as far as they are in folders that exist now.
 
-    Models on the hub, and those that an earlier stage trains, are checked when their stage begins.
+    Raises:
+        UserError: one has no chat template, two have different ones, or one does not fit its model.
     """
+    templates: dict[str, str] = {}
     for stage in running:
-        folder = stage.config.model.tokenizer_name_or_path if stage.kind == "train" else None
-        folder = folder or stage.source
-        if stage.config.template == CHAT and folder and Path(folder).is_dir():
-            ChatTemplate(checkpoints.load_tokenizer(folder))
+        own = stage.config.model.tokenizer_name_or_path if stage.kind in ("train", "given") else None
+        folder = own or stage.source
+        if stage.config.template != CHAT or not folder or not Path(folder).is_dir() or folder in templates:
+            continue
+        if own and stage.source and Path(stage.source).is_dir():
+            checkpoints.load_pair(stage.source, None, own)  # checks that the vocabularies are the same
+        templates[folder] = ChatTemplate(checkpoints.load_tokenizer(folder)).text
+        first, text = next(iter(templates.items()))
+        if templates[folder] != text:
+            raise UserError(
+                f"template=chat: {first} and {folder} have different chat templates; give the folder of the "
+                f"right one for both, model.tokenizer_name_or_path={first}"
+            )
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")

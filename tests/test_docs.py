@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import commands
 from small import ROOT, settings
 from tiny import byte_tokenizer, tiny_model
 
-import pipeline
-from preference_datasets import get_dataset
 from ram.data import prepare
 from ram.decoding.par import PARParams
 from ram.errors import UserError
 from ram.evaluation.systems import resolve_systems
 from ram.settings import compose, recipes, serving
 from ram.settings.checks import nested
-from ram.storage.files import BadRows, read_rows
 from ram.vllm import launch
 from utils import TABLES
 
@@ -37,13 +35,6 @@ STUMBLING_BLOCKS = [
     "which suits fixed batches best",
     "would have drawn likewise",
 ]
-
-
-def commands(text: str) -> list[str]:
-    """The commands in the bash blocks of a page that start one of our scripts."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.match(r"(bash bin/|python (?!- ))", line)]
 
 
 COMMANDS = sorted({command for page in PAGES for command in commands(page.read_text(encoding="utf-8"))})
@@ -177,24 +168,10 @@ def test_old_wording_does_not_return(page):
 
 
 def test_python_example_of_the_readme_runs(capsys):
-    example, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     tokenizer = byte_tokenizer()
     models = {
         name: tiny_model(len(tokenizer), seed=seed) for seed, name in enumerate(("proposal", "aligner"))
     }
     exec(example, {"tokenizer": tokenizer, **models})
     assert "proposal_forwards" in capsys.readouterr().out
-
-
-def test_python_example_of_a_pair_of_ones_own_is_read_by_its_commands(tmp_path, monkeypatch):
-    """The files have the names and the keys that the recipe of the commands below the example reads."""
-    monkeypatch.chdir(tmp_path)
-    _, example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(example, {"my_answers": [(f"question {i}", f"answer {i}") for i in range(130)]})
-    overrides = ["experiment=llama_uc", "data_dir=_data/mine", "output_dir=_output/mine"]
-    first = recipes.resolve(overrides, TABLES)[0]
-    assert [path for path in first.reads if not path.is_file()] == []
-    examples = get_dataset("uc", "all", data_dir="_data/mine", cache_dir=None, bad=BadRows("error"))
-    assert len(examples) == 30 and "question 100" in examples[0].prompt
-    path = pipeline.test_file(settings(*overrides), "helpful")
-    assert len(read_rows(path, ["instruction", "output"], BadRows("error"))) == 100

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DATE = "26 Jul 2024"  # the date that Llama's templates give if no clock is at hand
+_noted: set[str] = set()  # the sources of which the log says that EOS was replaced
 PLACE = "\0answer\0"  # stands for an answer while the end of a turn is looked up
 
 
@@ -102,6 +103,7 @@ class ChatTemplate:
         tokenizer: Has `chat_template`; its `name_or_path` is named in messages.
 
     Attributes:
+        text: The template's source.
         end_id: The special token that ends an assistant's turn.
 
     Raises:
@@ -116,13 +118,16 @@ class ChatTemplate:
                 "or model.tokenizer_name_or_path to a folder with the same vocabulary and a template"
             )
         # Templates that name a date would give another prompt every day.
-        has_date = "date_string" in str(tokenizer.chat_template)
+        self.text = str(tokenizer.chat_template)
+        has_date = "date_string" in self.text
         self.values: dict[str, Any] = {"date_string": DATE} if has_date else {}
         marks = sorted(filter(None, spelling(tokenizer).marks.values()), key=len, reverse=True)
         self.marks = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
         end = self._end()
         if end != tokenizer.eos_token:
-            log.info(f"template=chat: {end} ends an answer, not {tokenizer.eos_token} ({self.source})")
+            if self.source not in _noted:
+                log.info(f"template=chat: {end} ends an answer, not {tokenizer.eos_token} ({self.source})")
+                _noted.add(self.source)
             tokenizer.eos_token = end
         self.end_id = cast(int, tokenizer.eos_token_id)
 

@@ -72,11 +72,7 @@ def find_served(reference: str | None, root: Path = Path("_output")) -> str:
         latest = Path(reference) / LATEST
         is_run = not (Path(reference) / "config.json").is_file() and latest.is_dir()
         return find_model(str(latest) if is_run else reference)
-    if (
-        reference
-        and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", reference)
-        and not Path(reference).parent.is_dir()
-    ):
+    if reference and is_hub_id(reference):
         return find_model(None, reference)
     if reference and "/" in reference:
         return find_model(reference)  # raises
@@ -92,6 +88,12 @@ def find_served(reference: str | None, root: Path = Path("_output")) -> str:
     raise UserError(
         f"no model {reference!r}: expected a folder, a hub id ORG/NAME, or a run below {root}; {hint}"
     )
+
+
+def is_hub_id(reference: str) -> bool:
+    """Return whether a reference has the form ORG/NAME, and ORG is no folder here."""
+    has_form = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", reference)
+    return bool(has_form) and not Path(reference).parent.is_dir()
 
 
 def saved_steps(run_dir: Path) -> list[Path]:

@@ -33,7 +33,7 @@ from ram.storage.files import differences, how_to_get
 from ram.storage.provenance import completed
 
 STAGE_KEYS = {  # keys of a stage that are not keys of config.yaml, by kind
-    "train": {"kind", "only_if", "init_from"},
+    "train": {"kind", "only_if", "otherwise", "init_from", "samples"},
     "sample": {"kind", "only_if", "proposal", "dataset"},
     "world": {"kind", "only_if"},
 }
@@ -45,12 +45,13 @@ class Stage:
 
     Attributes:
         name: its name in the recipe.
-        kind: a key of STAGE_KEYS.
+        kind: a key of STAGE_KEYS; or "given", a training stage that is left out: its model is used as it is.
         config: its settings.
         output: the run folder, the sampled file, or the toy data set's folder.
         source: the weights that it starts from or samples with, None for a model made from scratch.
         reads: data files that must exist before it starts.
         proposal: the weights of the frozen proposal, if the loss needs one.
+        sampled: the data set that a sample stage makes.
     """
 
     name: str
@@ -60,11 +61,12 @@ class Stage:
     source: str | None = None
     reads: list[Path] = field(default_factory=list)
     proposal: str | None = None
+    sampled: str | None = None
 
     @property
     def weights(self) -> Path:
         """The folder of a training stage's finished weights."""
-        return self.output / run_folder.LATEST
+        return self.output if self.kind == "given" else self.output / run_folder.LATEST
 
 
 # ---- resolving ---------------------------------------------------------------------------------------------
@@ -72,8 +74,11 @@ class Stage:
 
 def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> DictConfig:
     """Return a stage's configuration: the recipe's keys, then the stage's, then the command line's."""
-    groups = [f"{group}={spec[group]}" for group in ("model", "loss") if group in spec]
+    groups = [f"loss={spec['loss']}"] if "loss" in spec else []
     values: dict[str, Any] = {}
+    if "model" in spec:
+        file, values = model_choice(spec["model"], name)
+        groups.insert(0, f"model={file}")
     for key, value in spec.items():
         section = key.removesuffix("_settings")
         if section != key or key in ("sampling", "divergence", "wandb"):
@@ -99,6 +104,28 @@ def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> D
         config, {key: value for key, value in values.items() if f"stage.{name}.{in_stage(key)}" in given}
     )
     return config
+
+
+def model_choice(reference: str | None, stage: str) -> tuple[str, dict[str, Any]]:
+    """Return the file of config/model that a stage's model is made from, and the keys to change in it.
+
+    Args:
+        reference: a name of config/model, a folder of a model or a run, or a hub id ORG/NAME.
+        stage: for messages.
+    """
+    if reference is None:
+        raise UserError(
+            f"stage {stage!r} has no model: give pair.proposal and pair.aligner, each a folder, a hub id or "
+            "a name of config/model"
+        )
+    if Path(reference).is_dir():
+        folder = Path(run_folder.find_served(reference))
+        is_run = folder.name == run_folder.LATEST or folder.name.startswith("step-")
+        label = folder.absolute().parent.name if is_run else folder.absolute().name
+        return "blank_model", {"model.name": label, "model.name_or_path": str(folder)}
+    if run_folder.is_hub_id(reference):
+        return "blank_model", {"model.name": Path(reference).name, "model.hub_id": reference}
+    return reference, {}
 
 
 def in_stage(key: str) -> str:
@@ -136,6 +163,8 @@ def resolve(overrides: Sequence[str], tables: Tables) -> list[Stage]:
             raise UserError(f"unknown stage {name!r}: {nearest(name, known)}")
         pick(STAGE_KEYS, spec["kind"], f"kind of stage.{name}")
         if not applies(spec, config):
+            if spec.get("otherwise") == "given":
+                stages[name] = _given(name, spec, overrides, tables)
             continue
         stages[name] = _stage(name, spec, stage_config(spec, name, overrides), stages, tables)
     check_used(overrides, config, stages, used)
@@ -159,10 +188,12 @@ def _stage(
     name: str, spec: dict[str, Any], composed: DictConfig, earlier: dict[str, Stage], tables: Tables
 ) -> Stage:
     """Return a stage, checked; `earlier`: the stages before it, by name."""
-    kind = spec["kind"]
-    if kind == "sample":
+    kind, samples = spec["kind"], earlier.get(spec.get("samples", ""))
+    if kind == "sample" and spec.get("dataset"):
         set_values(composed, {"datasets": [spec["dataset"]]})
-    elif kind == "train" and spec.get("init_from"):
+    elif samples is not None:
+        set_values(composed, {"datasets": [samples.sampled]})
+    if kind == "train" and spec.get("init_from"):
         set_values(composed, {"model.archive": model_source(spec["init_from"], earlier)})
     config = settings_of(composed, tables)
     data_dir = Path(config.data_dir)
@@ -176,15 +207,23 @@ def _stage(
                 f"stage.{name}: template={template}, but sampling.template={of_sampling}: expected the same; "
                 "leave sampling.template out"
             )
-        base, _, variant = parse_name(spec["dataset"], tables.datasets)
+        if len(config.datasets) != 1:
+            raise UserError(
+                f"stage.{name}: datasets={config.datasets}: expected one to sample answers to, e.g. "
+                "datasets=[path/to/file.jsonl]"
+            )
+        dataset = config.datasets[0]
+        base, _, variant = parse_name(dataset, tables.datasets)
         if not source_of(base, tables.datasets).sampled or variant:
-            raise UserError(f"stage.{name}: data set {spec['dataset']!r} is not one that proposals sample")
+            raise UserError(f"stage.{name}: data set {dataset!r} is not one that proposals sample")
         source, label = model_source(spec["proposal"], earlier), spec["proposal"]
         if label in earlier:
             label = earlier[label].config.model.name
-        output = local_file(f"{spec['dataset']}_{Path(label).name}", data_dir, tables.datasets)
+        sampled = f"{dataset}_{Path(label).name}"
+        output = local_file(sampled, data_dir, tables.datasets)
         assert output is not None  # only sampled data sets get here, and their files are local
-        return Stage(name, kind, config, output, source, _files([spec["dataset"]], data_dir, tables))
+        reads = _files([dataset], data_dir, tables)
+        return Stage(name, kind, config, output, source, reads, sampled=sampled)
     check_training(config, tables)
     model = config.model
     source = model.archive if model.archive or model.architecture else model.name_or_path or model.hub_id
@@ -200,10 +239,22 @@ def _stage(
     return Stage(name, kind, config, output, source, _files(config.datasets, data_dir, tables), proposal)
 
 
+def _given(name: str, spec: dict[str, Any], overrides: Sequence[str], tables: Tables) -> Stage:
+    """Return a stage that stands for the model that it would start from, unless its `only_if` holds."""
+    config = settings_of(stage_config(spec, name, overrides), tables)
+    folder = config.model.name_or_path
+    if not folder or not Path(folder).is_dir():
+        raise UserError(
+            f"stage {name!r} is left out, so its model is used as it is: expected a folder, not "
+            f"{folder or config.model.hub_id!r}; download it first (hf download), or let the stage run"
+        )
+    return Stage(name, "given", config, Path(folder), folder)
+
+
 def model_source(reference: str, stages: dict[str, Stage]) -> str:
     """Return the folder of a stage's weights, or the reference itself if it names a folder."""
     if reference in stages:
-        if stages[reference].kind != "train":
+        if stages[reference].kind not in ("train", "given"):
             raise UserError(f"stage {reference!r} trains no model")
         return str(stages[reference].weights)
     if "/" not in reference and not Path(reference).exists():

@@ -212,7 +212,7 @@ class Settings(Section):
     judge: Neutral[Any]  # the dataclass beside the judge, see ram/evaluation/judges
 
     # Only in recipes: names that their other keys refer to.
-    pair: Neutral[dict[str, str | None] | None] = None
+    pair: Neutral[dict[str, str | bool | None] | None] = None
     hh_negatives: Neutral[Literal["rejected", "sampled"] | None] = None
     hh_data: Neutral[dict[str, str] | None] = None
 
@@ -278,7 +278,8 @@ def check_training(config: Settings, tables: Tables) -> None:
     tables.pick_optimizer(config.optimizer)
     if not config.datasets:
         raise UserError(
-            f"datasets is not set: give e.g. datasets=[hh]; known: {', '.join(sorted(tables.datasets))}"
+            "datasets is not set: give a file, datasets=[path/to/file.jsonl], or a name, e.g. datasets=[hh]; "
+            f"known: {', '.join(sorted(tables.datasets))}"
         )
     for name in config.datasets:
         parse_name(name, tables.datasets)

@@ -71,7 +71,8 @@ SERVERS = {
 
 
 def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIG / group).glob("*.yaml"))
+    """Files of a group, without the recipe `pair`, whose models and data are the user's."""
+    return sorted(path.stem for path in (CONFIG / group).glob("*.yaml") if path.stem != "pair")
 
 
 # Experiments that are stored as differences from another one.

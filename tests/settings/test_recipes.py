@@ -16,9 +16,12 @@ PUBLISHED = ("llama_uc", "llama_summ", "llama_hh", "qwen_uc", "qwen_summ", "qwen
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIG / "experiment").glob("*.yaml")))
 def test_every_shipped_recipe_resolves(name):
-    stages = recipes.resolve([f"experiment={name}"], TABLES)
+    overrides = [f"experiment={name}"]
+    if name == "pair":  # its models and data are the user's
+        overrides += ["pair.proposal=llama8b", "pair.aligner=llama1b", "datasets=[uc]"]
+    stages = recipes.resolve(overrides, TABLES)
     assert len({stage.output for stage in stages}) == len(stages)
-    config = compose.compose([f"experiment={name}"])
+    config = compose.compose(overrides)
     assert config.experiment_name == name and config.evaluation.systems and config.evaluation.tasks
 
 
