@@ -52,8 +52,9 @@ def open_task(tmp_path):
     return make
 
 
-def test_single_model_equals_its_training_loss(open_task):
-    """Same ids, same EOS: the sum of a row's log-probabilities is the negative SFT loss."""
+def test_single_model_equals_its_training_loss(open_task, monkeypatch):
+    """Same ids, same EOS: the sum of a row's log-probabilities is the negative SFT loss, in any chunks."""
+    monkeypatch.setattr(likelihood, "AT_ONCE", 4)
     rows = [*ROWS, {"instruction": "long", "output": "w" * 70, "generator": "y"}]
     context = open_task(*FULL, rows=rows)
     likelihood.measure(context)

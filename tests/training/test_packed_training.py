@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from training_runs import TOKENIZER, assert_same_path, dataset, path_of, settings, trainer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import trainers
 from ram.errors import UserError
@@ -46,6 +46,21 @@ def test_labels_without_a_row_are_refused(tmp_path):
     small, data = tiny_model(20, seed=0), (dataset(8), dataset(6, seed=99))
     with pytest.raises(UserError, match="has 20 vocabulary rows, but the training data has the token id"):
         BasicTrainer(settings(), small, TOKENIZER, *data, tmp_path, {})
+
+
+def test_router_loss_is_part_of_the_loss(tmp_path):
+    """A mixture of experts asks for it in its configuration; each example's loss has it, once."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size |= {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": len(TOKENIZER)}
+    data, losses = (dataset(8), dataset(6, seed=99)), []
+    for coefficient in (0.0, 0.5):
+        torch.manual_seed(0)
+        config = MixtralConfig(**size, output_router_logits=True, router_aux_loss_coef=coefficient)
+        run = BasicTrainer(settings(), MixtralForCausalLM(config), TOKENIZER, *data, tmp_path, {})
+        run.model.train()
+        losses.append(run.losses(data[0], np.arange(8))[0])
+    added = losses[1] - losses[0]
+    assert added.min() > 0.4 and added.max() - added.min() < 1e-3
 
 
 @pytest.mark.parametrize("dropout", ["none", "config"])
