@@ -170,6 +170,8 @@ class Part(NamedTuple):
     first: int = 0
 
     def to(self, device: torch.device) -> "Part":
+        if self.ids.device == device:
+            return self
         tensors = {key: value for key, value in self._asdict().items() if isinstance(value, torch.Tensor)}
         return self._replace(**{key: value.to(device) for key, value in tensors.items()})
 
@@ -253,14 +255,20 @@ class Pool:
 class Steps:
     """Steps of one token for some rows of a pool, each a forward of the pool."""
 
-    def __init__(self, pools: Sequence[Pool], lines: Lines, spans: Spans, seen: int) -> None:
-        """lines: (R,) rows of each pool, with their spans; seen: places that the last step sees."""
+    def __init__(
+        self, pools: Sequence[Pool], lines: Lines, spans: Spans, seen: int, places: torch.Tensor
+    ) -> None:
+        """lines: (R,) rows of each pool, with their spans; seen: places that the last step sees.
+
+        places: (R, D) of the tokens of all steps.
+        """
         self.pools = list(zip(pools, lines, spans, strict=True))
         self.counts, self.seen = [len(rows) for rows in lines], seen
+        self.places = iter(places.unsqueeze(2).unbind(1))
 
-    def step(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Logits (R, V) after one token of each row; ids, places: (R,)."""
-        new_ids, columns = (values.unsqueeze(1).split(self.counts) for values in (ids, places))
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (R, V) after the next token (R,) of each row."""
+        new_ids, columns = (values.split(self.counts) for values in (ids.unsqueeze(1), next(self.places)))
         parts = [
             [Part(new, at, lines, span, self.seen)]
             for (_, lines, span), new, at in zip(self.pools, new_ids, columns, strict=True)
@@ -341,7 +349,7 @@ class LlamaPool(Pool):
     def __init__(self, model: "PreTrainedModel", limits: Limits) -> None:
         super().__init__(model, limits)
         self.run = run = LlamaForward(model, limits.columns, limits.vocab_size, limits.unused)
-        self.kind, self.steps = run.kind, DenseSteps if limits.share_prefixes else Steps
+        self.kind, self.steps = run.kind, llama_steps
         shape = (self.positions.size, 2 * run.kv_heads, run.head_size)
         self.stored = [run.embedding.new_zeros(shape) for _ in run.layers]
 
@@ -361,13 +369,13 @@ class LlamaPool(Pool):
         biases = [run.bias(part.visible()) for _, part in owned]
 
         def attend(layer: int, states: torch.Tensor) -> torch.Tensor:
-            outputs, own_states = [], states.split(sizes)
+            outputs, own_states = [], (states,) if len(sizes) == 1 else states.split(sizes)
             for (pool, _), write, own in zip(owned, writes, own_states, strict=True):
                 pool.stored[layer].index_copy_(0, write, own[:, run.heads :])
             for (pool, part), index, bias, own in zip(owned, reads, biases, own_states, strict=True):
                 seen = pool.read(pool.stored[layer], part, index)
                 queries = own[:, : run.heads].view(*part.ids.shape, run.heads, run.head_size)
-                keys, values = seen.split(run.kv_heads, dim=2)
+                keys, values = seen.chunk(2, dim=2)
                 outputs.append(run.attention(queries, keys, values, bias))
             return cat(outputs)
 
@@ -385,51 +393,79 @@ class LlamaPool(Pool):
 
 
 class DenseSteps:
-    """Steps of one token for some rows of pools of one kind whose positions are scattered.
+    """Steps of one token for some rows of pools of one kind.
 
-    The states that the rows see are gathered once, and the new ones go back to the pools after the last step.
+    Lines that follow each other are stepped in place. The states of other rows are gathered once, and the new
+    ones go back to the pools after the last step.
     """
 
-    def __init__(self, pools: Sequence[LlamaPool], lines: Lines, spans: Spans, seen: int) -> None:
-        """lines: (R,) rows of each pool; seen: places that the last step sees."""
-        self.pools, self.device, self.seen = pools, pools[0].device, seen
+    def __init__(
+        self, pools: Sequence[LlamaPool], lines: Lines, spans: Spans, seen: int, places: torch.Tensor
+    ) -> None:
+        """lines: (R,) rows of each pool, with their spans; seen: places that the last step sees.
+
+        places: (R, D) of the tokens of all steps.
+        """
+        self.pools, self.device = pools, pools[0].device
         self.lines = [rows.to(self.device) for rows in lines]
         self.counts = [len(rows) for rows in lines]
         runs = [pool.run for pool in pools]
         self.run = runs[0] if len(runs) == 1 else JointForward(runs, self.counts)
-        tables = [pool.table[rows, : seen + 1] for pool, rows in zip(pools, self.lines, strict=True)]
-        for pool, table in zip(pools, tables, strict=True):
-            table[:, seen] = pool.limits.positions  # the dense copy's own column for padding
-        self.dense = [
-            cat([stored.index_select(0, t.flatten()) for stored, t in zip(stored_layer, tables, strict=True)])
-            for stored_layer in zip(*(pool.stored for pool in pools), strict=True)
-        ]
-        self.starts = torch.arange(sum(self.counts), device=self.device) * (seen + 1)
-        self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []  # places and dense index of each step
+        self.places = places.to(self.device)
+        span = spans[0]
+        self.in_place = in_place(pools, spans)
+        if span is not None and self.in_place:
+            padding = pools[0].columns
+            rows = slice(span.start * (padding + 1), span.stop * (padding + 1))
+            self.dense = [stored[rows] for stored in pools[0].stored]
+            self.seen = seen
+        else:
+            padding = seen
+            tables = [pool.table[rows, : seen + 1] for pool, rows in zip(pools, self.lines, strict=True)]
+            for pool, table in zip(pools, tables, strict=True):
+                table[:, seen] = pool.limits.positions  # the dense copy's own column for padding
+            self.dense = [
+                cat([stored.index_select(0, t.flatten()) for stored, t in zip(layer, tables, strict=True)])
+                for layer in zip(*(pool.stored for pool in pools), strict=True)
+            ]
+            self.seen = seen + 1
+        columns = self.places.t().clamp(max=padding)  # (D, R)
+        self.index = columns + torch.arange(len(self.places), device=self.device) * (padding + 1)
+        mask = torch.arange(self.seen, device=self.device) <= columns[..., None, None, None]
+        self.steps = iter(zip(self.places.t(), self.index, self.run.bias(mask), strict=True))
 
-    def step(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Logits (R, V) after one token of each row; ids, places: (R,)."""
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (R, V) after the next token (R,) of each row."""
         run, rows = self.run, len(ids)
-        ids, places = ids.to(self.device), places.to(self.device)
-        columns = places.clamp(max=self.seen)
-        index = self.starts + columns
-        self.steps.append((places, index))
-        mask = torch.arange(self.seen + 1, device=self.device) <= columns.unsqueeze(1)
-        bias = run.bias(mask.view(rows, 1, 1, -1))
+        places, index, bias = next(self.steps)
 
         def attend(layer: int, states: torch.Tensor) -> torch.Tensor:
             dense = self.dense[layer]
             dense.index_copy_(0, index, states[:, run.heads :])
-            seen = dense.view(rows, self.seen + 1, -1, run.head_size)
-            keys, values = seen.split(run.kv_heads, dim=2)
+            keys, values = dense.view(rows, -1, *dense.shape[1:])[:, : self.seen].chunk(2, dim=2)
             return run.attention(states[:, : run.heads].unsqueeze(1), keys, values, bias)
 
-        return run(ids, places, attend)
+        return run(ids.to(self.device), places, attend)
 
     def close(self) -> None:
         """Copy the steps' keys and values to the pools."""
-        columns = (torch.stack(values, dim=1).split(self.counts) for values in zip(*self.steps, strict=True))
-        for pool, lines, places, index in zip(self.pools, self.lines, *columns, strict=True):
+        if self.in_place:
+            return
+        columns = zip(self.places.split(self.counts), self.index.t().split(self.counts), strict=True)
+        for pool, lines, (places, index) in zip(self.pools, self.lines, columns, strict=True):
             write, index = pool.table[lines.unsqueeze(1), places].flatten(), index.flatten()
             for stored, dense in zip(pool.stored, self.dense, strict=True):
                 stored.index_copy_(0, write, dense.index_select(0, index))
+
+
+def in_place(pools: Sequence[Pool], spans: Spans) -> bool:
+    """Whether the lines of some rows are one slice of a pool."""
+    return len(pools) == 1 and spans[0] is not None and not pools[0].limits.share_prefixes
+
+
+def llama_steps(
+    pools: Sequence[LlamaPool], lines: Lines, spans: Spans, seen: int, places: torch.Tensor
+) -> "Steps | DenseSteps":
+    """The steps of Llama pools. Other lines than a slice are not copied: a round has few steps for that."""
+    dense = pools[0].limits.share_prefixes or in_place(pools, spans)
+    return (DenseSteps if dense else Steps)(pools, lines, spans, seen, places)

@@ -92,7 +92,7 @@ class Costs(NamedTuple):
 
 # One thread of a common CPU; a common data-centre GPU. The choice of a width depends on their ratios only.
 COSTS = {
-    "cpu": Costs(3e-3, 1.5e-4, 3.5e-10, 1.6e-11, 6e-4, 4e-8),
+    "cpu": Costs(3e-3, 1.5e-4, 3.5e-10, 1.6e-11, 3e-4, 4e-8),
     "cuda": Costs(3e-3, 1.5e-4, 1e-12, 1e-14, 1e-3, 1e-11),
 }
 

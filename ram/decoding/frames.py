@@ -146,13 +146,18 @@ class Frame:
 
     def draw_drafts(self, logits: torch.Tensor) -> torch.Tensor:
         """Draw the next draft of each row (R,) from its drafter's logits (R, V)."""
-        column, drafts = len(self.drafts), torch.empty_like(self.last[:, 0])
+        column, drawn = len(self.drafts), []
         for group, seens in zip(self.rows.groups, self.seens, strict=True):
             seen = seens[-1] if seens else None
             law = draft_law(logits[group.at], group.role, group.params, seen, group.eos)
-            drafts[group.at] = own = self.noise.draw(law, group.at, column)
+            drawn.append(own := self.noise.draw(law, group.at, column))
             if seen is not None:
                 seens.append(seen.scatter(1, own.unsqueeze(1), True))
+        drafts = drawn[0]
+        if len(drawn) > 1:
+            drafts = torch.empty_like(self.last[:, 0])
+            for group, own in zip(self.rows.groups, drawn, strict=True):
+                drafts[group.at] = own
         self.drafts.append(drafts.unsqueeze(1))
         self.draft_logits.append(logits)
         return drafts

@@ -169,19 +169,19 @@ class Rounds:
             ids = frame.draw_drafts(cat(logits))
         if frame.count == 1:
             return None
-        start, steps = time.perf_counter(), []
+        start, steps, first = time.perf_counter(), [], len(frame.drafts)
         for members, slices, rows in frame.rows.drafters:
             with failing(frame.tickets[rows]):
                 pools = [member.pool for member in members]
                 lines = [frame.lines[own] for own in slices]
                 spans = [span_of(frame.tickets[own]) for own in slices]
-                steps.append((pools[0].steps(pools, lines, spans, frame.longest), rows))
-        first = len(frame.drafts)
-        for column in range(first, frame.count):
+                places = frame.places[rows, first : frame.count]
+                steps.append((pools[0].steps(pools, lines, spans, frame.longest, places), rows))
+        for _ in range(first, frame.count):
             logits = []
             for step, rows in steps:
                 with failing(frame.tickets[rows]):
-                    logits.append(step.step(ids[rows], frame.places[rows, column]).to(self.device))
+                    logits.append(step.step(ids[rows]).to(self.device))
             ids = frame.draw_drafts(cat(logits))
         for step, _ in steps:
             step.close()
