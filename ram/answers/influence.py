@@ -7,29 +7,49 @@ rounding. Whether a token fell back is not computed again, because decoding reco
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ram.answers import answer_files
-from ram.answers.jobs import AnswerJob
 from ram.data.text import spelling
 from ram.decoding import scoring
 from ram.decoding.par import PARParams, align, next_token_law
 from ram.decoding.rows import eos_token_ids
-from ram.distributed import processes
-from ram.log import log, progress
-from ram.storage.files import fingerprint, only_run, read_rows
-from ram.storage.parts import PartFiles
-from ram.storage.provenance import is_made_from, write_marked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PAGE = Path(__file__).parent / "page"
+# The look of a token on a page, and its figures under the pointer; for the report and the server's page.
+SCRIPT, STYLE = ((PAGE / f"influence.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
 TOP = 4  # candidates of each model at every position
+# A pair answers almost as its proposal alone if fewer of its tokens were changed, or more fell back.
+LEAST_CHANGED, MOST_FALLEN = 0.01, 0.5
+
+
+def is_little(fallen: float, changed: float) -> bool:
+    """Return whether an aligner changes next to nothing, from the shares of its tokens."""
+    return fallen > MOST_FALLEN or changed < LEAST_CHANGED
+
+
+def remark(n_tokens: int, stats: Mapping[str, float]) -> str | None:
+    """Return a line about a pair's answer if its aligner changed next to nothing of it.
+
+    Args:
+        n_tokens: of the answer.
+        stats: as in `rows.Generation`.
+    """
+    fallen, changed = stats["fallback_fraction"], stats["changed_fraction"]
+    if not n_tokens or not is_little(fallen, changed):
+        return None
+    count = round(changed * n_tokens)
+    text = f"the aligner changed {count or 'none'} of the {n_tokens} tokens"
+    if fallen > 0:
+        text += f", and {fallen:.0%} of them fell back to the proposal: try sample_mode=par"
+    return text
 
 
 @torch.inference_mode()
@@ -123,73 +143,26 @@ def finite(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-# ---- the file of figures -----------------------------------------------------------------------------------
+def shown(figures: Mapping[str, Any]) -> dict[str, list]:
+    """Return the figures of an answer as a page shows them, one entry per token.
 
-
-def figures_path(output: Path) -> Path:
-    return output.with_name(f"{output.stem}.influence.jsonl")
-
-
-def evenly_spread(n: int, count: int) -> list[int]:
-    """Return at most n indices below `count` at about equal distances, the first and the last included."""
-    n = min(n, count)
-    return [round(i * (count - 1) / max(n - 1, 1)) for i in range(n)]
-
-
-def made_from(job: AnswerJob, earlier: bool = False) -> str:
-    return fingerprint([fingerprint(job.earlier_made_from) if earlier else job.identity, TOP])
-
-
-def figures_file(output: Path, job: AnswerJob, n: int, overwrite: bool) -> None:
-    """Make the file of figures beside the finished answers in `output`, for n rows spread evenly over them.
-
-    A finished file of the same answers and rows is kept, and an unfinished one is continued. If the answers
-    were made by an older version, which stored no token ids, log that and make no file. All processes must
-    call this together.
+    Returns:
+        `influence`: log p - log P_M in nats, "outside" if the proposal's own distribution excludes the
+        token, None if there is no p; `kl` and `candidates` as in `token_figures`. Numbers are rounded.
     """
-    path = figures_path(output)
-    rows = evenly_spread(n, len(job.prompts))
-    with only_run(path):
-        if not rows or processes.from_rank0(lambda: not overwrite and is_finished(path, job, rows)):
-            return
-        answers = answer_files.read_answers(output, job)
-        if any("token_ids" not in answers[row] for row in rows):
-            log.info(
-                f"{job.label}: no influence per token, because these answers were stored without their token "
-                "ids; generate them again (overwrite=true)"
-            )
-            return
-        parts = PartFiles(path, fingerprint([made_from(job), rows]), overwrite)
-        missing = [index for index in range(len(rows)) if index not in parts.done]
-        share = missing[processes.rank() :: processes.count()]
-        tokenizer, prompt_ids = job.encoded
-        with processes.in_turn():  # one after the other, so that the host holds one copy of the weights
-            proposal, aligner, _ = job.load() if share else (None, None, None)
-        for index in progress(share, desc=f"{job.label}: influence", unit="row"):
-            assert proposal is not None and aligner is not None, "influence is defined for pairs only"
-            row = rows[index]
-            figures = token_figures(
-                proposal, aligner, tokenizer, prompt_ids[row], answers[row]["token_ids"], job.params
-            )
-            parts.add({"index": index, "row": row, **figures})
-        parts.close()
-        processes.barrier()
-        if processes.is_rank0():
-            write_marked(path, parts.collect(len(rows)), made_from(job))
-            parts.remove()
-        processes.barrier()
-        log.info(f"saved    {path}")
+    logps = figures["logp"] or [None] * len(figures["kl"])
+    return {
+        "influence": [
+            None if p is None else "outside" if own is None else rounded(p - own)
+            for p, own in zip(logps, figures["logp_proposal"], strict=True)
+        ],
+        "kl": [rounded(value) for value in figures["kl"]],
+        "candidates": [
+            [[word, *map(rounded, shares)] for word, *shares in kept] for kept in figures["candidates"]
+        ],
+    }
 
 
-def is_finished(path: Path, job: AnswerJob, rows: list[int]) -> bool:
-    if not is_made_from(path, made_from(job), made_from(job, earlier=True)):
-        return False
-    return [figures["row"] for _, figures in read_rows(path)] == rows
-
-
-def read_figures(output: Path, job: AnswerJob) -> dict[int, dict[str, Any]]:
-    """Return `token_figures` by row. Empty if the file is missing or of other answers."""
-    path = figures_path(output)
-    if not is_made_from(path, made_from(job), made_from(job, earlier=True)):
-        return {}
-    return {figures["row"]: figures for _, figures in read_rows(path)}
+def rounded(value: float | None) -> float | None:
+    """Return a number with the digits that a page shows."""
+    return None if value is None else float(f"{value:.3g}")

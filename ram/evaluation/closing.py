@@ -44,7 +44,6 @@ def say(contexts: Sequence[EvaluationContext], experiment: str | None, overrides
                 f"{config.experiment_name}, task {context.task}: {len(context.rows)} prompts, judge "
                 f"{config.judge.name}, answers compared with {config.evaluation.reference}",
                 tables.console(context.board, config.evaluation.columns, short=True),
-                "",
             ]
         if (page := context.folder / "report.html").is_file():
             lines.append(f"report      {page}")

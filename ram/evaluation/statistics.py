@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ram.answers.influence import is_little
 from ram.data import toy_world
 from ram.errors import UserError
 from ram.evaluation import length_control
@@ -139,7 +140,7 @@ def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
 def gate_warning(row: dict[str, Any]) -> str | None:
     """Return a warning if a pair answers almost as its proposal alone, because of its gate or not."""
     fallen, changed = row.get("fallback_fraction", 0.0), row.get("changed_fraction", 1.0)
-    if not (fallen > 0.5 or changed < 0.01):
+    if not is_little(fallen, changed):
         return None
     if fallen <= 0.1:
         return (

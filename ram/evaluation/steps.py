@@ -11,9 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ram.answers import answer_files, influence
+from ram.answers import answer_files, influence_files
 from ram.data.text import token_texts
-from ram.evaluation import ablations, likelihood, likelihood_figures, statistics, tables
+from ram.evaluation import ablations, likelihood, likelihood_figures, statistics, tables, trust
 from ram.evaluation.context import EvaluationContext
 from ram.evaluation.judges.base import Judgement
 from ram.evaluation.report import gather, wandb_run
@@ -41,7 +41,7 @@ def compute_influence(context: EvaluationContext) -> None:
     for system in context.pairs:
         job = context.job(system.name)
         with labelled(context.task):
-            influence.figures_file(system.output, job, config.evaluation.examples, config.overwrite)
+            influence_files.figures_file(system.output, job, config.evaluation.examples, config.overwrite)
 
 
 # ---- likelihood --------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def _judgements_of(context: EvaluationContext, system: System) -> list[Judgement
         judgements = context.judge.compare(records, texts, context.references, cache)
     failed = [judgement for judgement in judgements if "failed" in judgement]
     if not failed:
-        provenance.write_marked(path, judgements, inputs)
+        provenance.write_marked(path, judgements, inputs, compared=trust.compared(context, system))
         return judgements
     # Without its marker the file is not reused: the next run asks for the failed rows again.
     provenance.marker(path).unlink(missing_ok=True)

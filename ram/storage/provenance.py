@@ -197,10 +197,13 @@ def is_made_from(path: Path, inputs: str, earlier: str | None = None) -> bool:
     return True
 
 
-def write_marked(path: Path, rows: Sequence[dict[str, Any]], made_from: Inputs, *beside: Path) -> None:
+def write_marked(
+    path: Path, rows: Sequence[dict[str, Any]], made_from: Inputs, *beside: Path, **facts: str
+) -> None:
     """Write rows as .json or .jsonl, with a marker for this file and the finished files `beside` it.
 
     The marker is written first: a file without one counts as the user's own, so ours always has one.
+    It keeps the `facts` for its readers; they do not decide whether the file is used again.
     """
     with replacing(path) as partial:
         with open(partial, "w", encoding="utf-8") as file:
@@ -209,7 +212,7 @@ def write_marked(path: Path, rows: Sequence[dict[str, Any]], made_from: Inputs, 
             else:
                 file.writelines(dumps(row) + "\n" for row in rows)
         digests = {path.name: file_sha256(partial)} | {other.name: file_sha256(other) for other in beside}
-        write_record(marker(path), {"made_from": made_from, "rows": len(rows), "sha256": digests})
+        write_record(marker(path), {"made_from": made_from, "rows": len(rows), "sha256": digests} | facts)
 
 
 # ---- the code ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from ram.answers import answer_files, influence
+from ram.answers import answer_files, influence, influence_files
 from ram.answers.jobs import AnswerJob, Pair
 from ram.data.text import spelling
 from ram.decoding import generation, reference, rows, scoring
@@ -161,7 +161,7 @@ def test_tokens_of_equal_text_are_told_apart():
 
 @pytest.mark.parametrize("n, count, expected", [(3, 9, [0, 4, 8]), (5, 2, [0, 1]), (1, 7, [0]), (0, 3, [])])
 def test_rows_are_evenly_spread(n, count, expected):
-    assert influence.evenly_spread(n, count) == expected
+    assert influence_files.evenly_spread(n, count) == expected
 
 
 # ---- the file ----------------------------------------------------------------------------------------------
@@ -210,11 +210,11 @@ def answered(tmp_path_factory):
 def test_interrupted_file_is_continued_and_a_finished_one_kept(answered, monkeypatch):
     """Interruptions after each row do not change the file. It is made again only for other rows."""
     output, job = answered
-    path, original = influence.figures_path(output), influence.token_figures
+    path, original = influence_files.figures_path(output), influence.token_figures
     calls: list = []
-    influence.figures_file(output, job, 3, overwrite=False)
+    influence_files.figures_file(output, job, 3, overwrite=False)
     whole = path.read_bytes()
-    figures = influence.read_figures(output, job)
+    figures = influence_files.read_figures(output, job)
     assert list(figures) == [0, 2, 4] and len(figures[2]["logp"]) == len(figures[2]["candidates"])
     path.unlink()
 
@@ -228,24 +228,24 @@ def test_interrupted_file_is_continued_and_a_finished_one_kept(answered, monkeyp
     monkeypatch.setattr(influence, "token_figures", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            influence.figures_file(output, job, 3, overwrite=False)
-    influence.figures_file(output, job, 3, overwrite=False)
+            influence_files.figures_file(output, job, 3, overwrite=False)
+    influence_files.figures_file(output, job, 3, overwrite=False)
     assert path.read_bytes() == whole and len(calls) == 5  # three rows, two interruptions
-    influence.figures_file(output, job, 3, overwrite=False)
+    influence_files.figures_file(output, job, 3, overwrite=False)
     assert len(calls) == 5
     with pytest.raises(KeyboardInterrupt):
-        influence.figures_file(output, job, 2, overwrite=False)
+        influence_files.figures_file(output, job, 2, overwrite=False)
 
 
 def test_figures_of_other_answers_or_a_damaged_file_are_not_read(answered):
     output, job = answered
-    path = influence.figures_path(output)
-    influence.figures_file(output, job, 2, overwrite=True)
-    assert influence.read_figures(output, replace(job, seed=1)) == {}
+    path = influence_files.figures_path(output)
+    influence_files.figures_file(output, job, 2, overwrite=True)
+    assert influence_files.read_figures(output, replace(job, seed=1)) == {}
     path.write_text(path.read_text()[:-20])
-    assert influence.read_figures(output, job) == {}
-    influence.figures_file(output, job, 2, overwrite=False)
-    assert list(influence.read_figures(output, job)) == [0, 4]
+    assert influence_files.read_figures(output, job) == {}
+    influence_files.figures_file(output, job, 2, overwrite=False)
+    assert list(influence_files.read_figures(output, job)) == [0, 4]
 
 
 def test_answers_without_token_ids_are_logged(answered, tmp_path, caplog):
@@ -257,6 +257,7 @@ def test_answers_without_token_ids_are_logged(answered, tmp_path, caplog):
     write_jsonl(answer_files.trace_path(output), answers)
     rows = json.loads(answered[0].read_text())
     write_marked(output, rows, job.made_from, answer_files.trace_path(output))
-    influence.figures_file(output, job, 2, overwrite=False)
+    influence_files.figures_file(output, job, 2, overwrite=False)
     assert "without their token ids; generate them again" in caplog.text
-    assert not influence.figures_path(output).exists() and influence.read_figures(output, job) == {}
+    assert not influence_files.figures_path(output).exists()
+    assert influence_files.read_figures(output, job) == {}

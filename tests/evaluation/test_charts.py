@@ -47,6 +47,30 @@ def test_flat_curve_and_single_point_have_an_axis():
         assert "nan" not in svg and svg.count('class="grid"') >= 4
 
 
+def test_axis_of_a_long_curve_is_logarithmic():
+    """Equal ratios have equal distances; a curve with a value of 0 or below keeps its linear axis."""
+    svg = charts.lines("t", "l", "u", "x", [Curve("a", [(0, 100.0), (1, 10.0), (2, 1.0)], 0, "heldout")])
+    places = [float(y) for y in re.findall(r'<circle [^>]*cy="([\d.]+)" r="2.5"><title>\d', svg)]
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=0.11) and "logarithmic" in svg
+    for points in ([(0, 100.0), (1, 0.0)], [(0, -1.0), (1, 100.0)], [(0, 9.0), (1, 1.0)]):
+        assert "logarithmic" not in charts.lines("t", "l", "u", "x", [Curve("a", points)])
+
+
+@pytest.mark.parametrize("low, high", [(0.9, 11), (1e-6, 40), (2, 21), (3e-9, 4e9)])
+def test_logarithmic_ticks_are_few_and_inside(low, high):
+    ticks = charts.log_ticks(low, high)
+    assert 2 <= len(ticks) <= 7 and low <= ticks[0] and ticks[-1] <= high
+    assert len({charts.short(tick) for tick in ticks}) == len(ticks)
+
+
+def test_stacks_have_parts_as_wide_as_their_shares():
+    svg = charts.stacks("t", [(1, "a", [0.25, 0.0, 0.75])], ["x", "y", "z"], "share")
+    bars = re.findall(r'class="part c(\d)" x="([\d.]+)" y="\d+" width="([\d.]+)" height="10"><title>', svg)
+    assert [part for part, *_ in bars] == ["0", "2"]
+    assert float(bars[1][1]) == pytest.approx(float(bars[0][1]) + float(bars[0][2]), abs=0.11)
+    assert float(bars[1][2]) == pytest.approx(3 * float(bars[0][2]), abs=0.3) and "z 0.750" in svg
+
+
 def test_intervals_and_boxes_are_drawn_at_their_values():
     point = Point("a", 0.0, 0.5, 0.25, 0.75)
     svg = charts.intervals("t", [point], "u", None, "mark")

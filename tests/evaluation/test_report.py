@@ -139,6 +139,21 @@ def test_systems_and_numbers_are_shown(render):
     assert all(header["title"] in page.text for header in page.find("th", scope="col"))
 
 
+def test_pair_whose_aligner_changes_next_to_nothing_stands_out(render):
+    rows = [BOARD[0] | {"changed_fraction": 0.009}, BOARD[1] | {"fallback_fraction": 0.4}]
+    page, raw = render(make_report(board=rows))
+    alerts = page.find("span", **{"class": "alert"})
+    assert [alert["title"] for alert in alerts] == [report_page.HARDLY_CHANGED] and ">0.009<" in raw
+
+
+def test_styles_of_all_systems_are_drawn(render):
+    styles = {"style_well_formed": 0.75, "style_rude": 0.25}
+    page, _ = render(make_report(board=[BOARD[0] | styles, *BOARD[1:]]))
+    labels = [a["aria-label"] for a in page.find("svg", role="img")]
+    assert "Styles of answers: ours: large + small well formed 0.750, rude 0.250" in labels
+    assert not [a for a in render(make_report())[0].find("svg", role="img") if "Styles" in a["aria-label"]]
+
+
 def test_columns_without_values_are_left_out(render):
     rows = [{"system": "a", "n": 2, "win_rate": 0.5}, {"system": "b", "win_rate": None}]
     page, _ = render(EMPTY | {"board": rows})
@@ -262,8 +277,8 @@ def luminance(colour):
 def test_text_has_enough_contrast_in_both_colour_schemes(scheme):
     """Every colour of text has a contrast of at least 4.5 on every background that it is used on."""
     blocks = re.findall(r":root \{(.*?)\}", report_page.STYLE, flags=re.DOTALL)
-    assert len(blocks) == 2
-    colours = dict(re.findall(r"--(\w+): #([0-9a-f]+)", blocks[scheme]))
+    assert len(blocks) == 4  # of the report and of the tokens, each for both schemes
+    colours = dict(re.findall(r"--(\w+): #([0-9a-f]+)", blocks[scheme] + blocks[scheme + 2]))
     shades = [f"{side}{depth}" for side in ("up", "down") for depth in range(1, 5)]
     pairs = [("ink", ground) for ground in ("page", "panel", *shades)]
     named = ("muted", "blue", "orange", "green", "red")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 # The only imports of project modules.
 import pipeline
 from preference_datasets import get_dataset, load_tokenized
-from ram.answers import answer_files, influence
+from ram.answers import answer_files, influence_files
 from ram.answers.jobs import AnswerJob
 from ram.data.toy_world import build_world
 from ram.evaluation import steps
@@ -264,7 +264,7 @@ def format_facts() -> Facts:
         "large weights": checkpoints.weights_fingerprint(str(folder)),
         "hub model": checkpoints.weights_fingerprint("owner/name"),
         "job": job.identity,
-        "influence": influence.made_from(job),
+        "influence": influence_files.made_from(job),
         "toy world": read_json("world/world.json"),
     }
 

@@ -248,14 +248,21 @@ def read_preference(answer: dict[str, Any]) -> float | RequestFailed:
 
 
 def average(order: list[tuple[str, bool]], known: dict[str, float], failed: dict[str, str]) -> Judgement:
-    """Return a row's judgement, averaged over its orders; `first` is the preference for the first text."""
+    """Return a row's judgement, averaged over its orders.
+
+    `first` is the preference for the text that was shown first; `agrees`, if there are two orders, says
+    whether the judge prefers the same text in both.
+    """
     if not order:
         return {"preference": 0.5, "identical": True}
     if reasons := [failed[key] for key, _ in order if key in failed]:
         return {"failed": reasons[0]}
     preferences = [known[key] if is_second else 1 - known[key] for key, is_second in order]
     first = [1 - known[key] for key, _ in order]
-    return {"preference": sum(preferences) / len(order), "first": sum(first) / len(order)}
+    judgement: Judgement = {"preference": sum(preferences) / len(order), "first": sum(first) / len(order)}
+    if len(preferences) == 2:
+        judgement["agrees"] = (preferences[0] > 0.5) == (preferences[1] > 0.5)
+    return judgement
 
 
 JUDGE = EndpointJudge

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 STYLE = (Path(__file__).parent / "assets" / "charts.css").read_text(encoding="utf-8")
+LOG_FROM = 10.0
 WIDTH = 340  # of every drawing, in pixels if the figure has its natural size
 # Visible replacements for control characters and for characters that change the direction of a line.
 VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n\r"} | {127: "\u2421"}
@@ -70,6 +71,16 @@ def ticks(low: float, high: float, at_most: int = 5) -> list[float]:
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round values between positive `low` and `high`, for a logarithmic axis."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        found = [factor * 10.0**power for power in powers for factor in factors]
+        if len(inside := [value for value in found if low <= value <= high]) <= 7:
+            return inside
+    return inside[:: math.ceil(len(inside) / 7)]
+
+
 def short(value: float) -> str:
     """12.5k for 12500, 2M for 2000000, with a true minus sign."""
     size, suffix = next((pair for pair in ((1e6, "M"), (1e3, "k")) if pair[0] <= abs(value) < 1e9), (1, ""))
@@ -115,6 +126,7 @@ class Frame:
     right: float = 330
     top: float = 22
     bottom: float = 176
+    y_log: bool = False  # y_low and y_high are positive; the axis has their logarithms
 
     def x(self, value: float) -> str:
         """The horizontal coordinate of a value."""
@@ -123,7 +135,10 @@ class Frame:
 
     def y(self, value: float) -> str:
         """The vertical coordinate of a value."""
-        share = (value - self.y_low) / (self.y_high - self.y_low)
+        low, high = self.y_low, self.y_high
+        if self.y_log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        share = (value - low) / (high - low)
         return f"{self.bottom - (self.bottom - self.top) * share:.1f}"
 
     def x_axis(self, unit: str = "", grid: bool = False, at_most: int = 5) -> str:
@@ -141,7 +156,7 @@ class Frame:
     def y_axis(self, unit: str) -> str:
         """Lines through the plot area, with their values, and the unit above."""
         shapes = f'<text x="0" y="11">{text(unit)}</text>'
-        for tick in ticks(self.y_low, self.y_high):
+        for tick in (log_ticks if self.y_log else ticks)(self.y_low, self.y_high):
             y = self.y(tick)
             shapes += f'<path class="grid" d="M{self.left:g} {y}H{self.right:g}"/>'
             shapes += f'<text x="{self.left - 6:g}" y="{y}" dy="4" text-anchor="end">{short(tick)}</text>'
@@ -152,10 +167,17 @@ class Frame:
 
 
 def lines(title: str, label: str, unit: str, x_unit: str, curves: Sequence[Curve]) -> Markup:
-    """Curves over one axis; those of style heldout show their points, and first and last in the legend."""
+    """Curves over one axis; those of style heldout show their points, and first and last in the legend.
+
+    The axis is logarithmic if all values are positive and the largest is LOG_FROM times the smallest or more.
+    """
     values = [y for curve in curves for _, y in curve.points]
     x_high = max(x for curve in curves for x, _ in curve.points) or 1.0
-    frame = Frame(0.0, x_high, *spread(values))
+    if min(values) > 0 and max(values) >= LOG_FROM * min(values):
+        frame = Frame(0.0, x_high, min(values) / 1.1, max(values) * 1.1, y_log=True)
+        unit += ", logarithmic"
+    else:
+        frame = Frame(0.0, x_high, *spread(values))
     shapes, legend = frame.y_axis(unit) + frame.x_axis(x_unit), ""
     for curve in curves:
         style, words, dots = f"c{curve.colour} {curve.style}", curve.label, ""
@@ -329,6 +351,42 @@ def boxes(title: str, rows: Sequence[tuple[int, str, Sequence[float]]], unit: st
         f"{label} {quantile(v, 0.5):,.0f}" for (_, label, _), v in zip(rows, ranked, strict=True)
     )
     return figure(title, f"{title}, medians: {medians}", frame.bottom + 36, shapes, legend)
+
+
+def stacks(
+    title: str, rows: Sequence[tuple[int, str, Sequence[float]]], names: Sequence[str], unit: str
+) -> Markup:
+    """Shares of a whole, one bar per row.
+
+    Args:
+        rows: number, label and shares of each row, in the order of `names`.
+        names: of the parts.
+    """
+    frame = Frame(0.0, 1.0, left=8, right=332, top=4, bottom=8 + 34 * len(rows))
+    shapes = frame.x_axis(unit)
+    for place, (number, label, shares) in enumerate(rows, start=1):
+        y, left = 34 * place - 10, 0.0
+        largest = max(range(len(names)), key=lambda part: shares[part])
+        shapes += row_label(number, y - 8, label, f"{names[largest]} {shares[largest]:.3f}")
+        for part, share in enumerate(shares):
+            x, width = float(frame.x(left)), float(frame.x(share)) - frame.left
+            left += share
+            if share:
+                words = f"{names[part]}: {share:.3f}"
+                shapes += (
+                    f'<rect class="part c{part}" x="{x:.1f}" y="{y - 1}" width="{width:.1f}" height="10">'
+                )
+                shapes += f"<title>{text(words)}</title></rect>"
+    legend = "".join(
+        f'<span><svg viewBox="0 0 26 12" aria-hidden="true"><rect class="part c{part}" x="4" y="1" '
+        f'width="18" height="10"/></svg>{text(name)}</span>'
+        for part, name in enumerate(names)
+    )
+    described = "; ".join(
+        f"{label} " + ", ".join(f"{name} {share:.3f}" for name, share in zip(names, shares, strict=True))
+        for _, label, shares in rows
+    )
+    return figure(title, f"{title}: {described}", frame.bottom + 36, shapes, legend)
 
 
 def histogram(

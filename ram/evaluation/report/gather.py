@@ -6,6 +6,7 @@ The page is always rendered from the saved file, so `python pipeline.py report=F
 again without models or answers.
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -15,12 +16,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ram.answers import answer_files, influence
+from ram.answers import answer_files, influence, influence_files
 from ram.decoding import rows as decoding_rows
 from ram.errors import UserError
-from ram.evaluation import statistics, tables
+from ram.evaluation import statistics, tables, trust
 from ram.evaluation.context import EvaluationContext
-from ram.evaluation.report import opening, page
+from ram.evaluation.report import neighbours, opening, page
 from ram.evaluation.report.charts import finite
 from ram.evaluation.systems import System
 from ram.log import log
@@ -29,7 +30,8 @@ from ram.settings import recipes
 from ram.storage.files import file_sha256, fingerprint, read_json, write_text
 from ram.storage.provenance import Manifest
 
-SAVED, FORMAT = "report.json", 1
+SAVED, PAGE, FORMAT = neighbours.SAVED, neighbours.PAGE, 1
+MOST_TOKENS = 100_000  # tokens whose figures a page holds, about 15 MB
 CODES = {decoding_rows.AGREED: "a", decoding_rows.CHANGED: "c", decoding_rows.FELL_BACK: "f"}
 CURVES = ("split", "examples", "loss", "target_logp_per_token", "sampled_logp_per_token")  # of metrics.csv
 SHARES = ("correct", "aligned", "both", "win_rate", "lc_win_rate", "lc_standard_error", "n", "average_length")
@@ -89,7 +91,8 @@ def results(context: EvaluationContext) -> dict[str, Any]:
         "fallback_fraction": (gated or pairs)[0]["fallback_fraction"] if pairs else None,
     }
     seconds = training_seconds(context.stages) + sum(figures["seconds"] for figures in speed.values())
-    return {"systems": table, "decoding": decoding, "seconds": seconds}
+    found = {"systems": table, "decoding": decoding, "seconds": seconds}
+    return found | ({"judge": trusted} if (trusted := trust.figures(context)) else {})
 
 
 # ---- gathering ---------------------------------------------------------------------------------------------
@@ -100,11 +103,11 @@ def gather(context: EvaluationContext) -> dict[str, Any]:
     config, systems, settings = context.config, context.systems, context.settings
     notes = context.notes + tables.warnings(context.board)
     notes += [warning for row in context.board if (warning := statistics.gate_warning(row))]
-    figures = {
-        name: influence.read_figures(system.output, context.job(name)) for name, system in systems.items()
-    }
+    read = influence_files.read_figures
+    figures = bounded({name: read(system.output, context.job(name)) for name, system in systems.items()})
     return {
         "title": f"{config.experiment_name}: {context.task}",
+        "root": os.path.relpath(config.output_dir, context.folder),
         "about": opening.about(context),
         "notes": notes,
         "board": context.board,
@@ -138,6 +141,19 @@ def gather(context: EvaluationContext) -> dict[str, Any]:
             for place, (row_id, record) in enumerate(context.rows)
         ],
     }
+
+
+def bounded(figures: dict[str, dict[int, dict]], most: int = MOST_TOKENS) -> dict[str, dict[int, dict]]:
+    """Return the figures, by system and row, of as many evenly spread rows as `most` tokens allow."""
+    rows = sorted({row for of_system in figures.values() for row in of_system})
+    sizes = {row: sum(len(f[row]["kl"]) for f in figures.values() if row in f) for row in rows}
+    count = len(rows)
+    kept = rows
+    while count > 1 and sum(sizes[row] for row in kept) > most:
+        count = min(count - 1, int(count * most / sum(sizes[row] for row in kept)) or 1)
+        kept = [rows[place] for place in influence_files.evenly_spread(count, len(rows))]
+    chosen = set(kept)
+    return {name: {row: f for row, f in found.items() if row in chosen} for name, found in figures.items()}
 
 
 def note_on(system: System, answers: list[dict], figures: dict[int, dict], n: int) -> str | None:
@@ -189,29 +205,8 @@ def answer_entry(answer: dict, judgement: dict, figures: dict | None) -> dict[st
     return entry | {
         "tokens": tokens,
         "codes": codes,
-        "influence": influences(figures),
-        "kl": [rounded(value) for value in figures["kl"]],
-        "candidates": [
-            [[word, *map(rounded, shares)] for word, *shares in kept] for kept in figures["candidates"]
-        ],
+        **influence.shown(figures),
     }
-
-
-def influences(figures: dict[str, Any]) -> list[float | str | None]:
-    """Return log p - log P_M of every token in nats.
-
-    "outside" if the proposal's own distribution excludes the token, None if there is no p.
-    """
-    logps = figures["logp"] or [None] * len(figures["kl"])
-    return [
-        None if p is None else "outside" if own is None else rounded(p - own)
-        for p, own in zip(logps, figures["logp_proposal"], strict=True)
-    ]
-
-
-def rounded(value: float | None) -> float | None:
-    """Return a number with the digits that the page shows."""
-    return None if value is None else float(f"{value:.3g}")
 
 
 # ---- saving and rendering ----------------------------------------------------------------------------------
@@ -232,10 +227,18 @@ def plain(value: Any) -> Any:
 
 
 def save(folder: Path, gathered: dict[str, Any]) -> dict[str, Any]:
-    """Write report.json and everything that is rendered from it; return the report."""
-    report = plain(gathered)
+    """Write report.json and everything that is rendered from it; return the report.
+
+    If it is new, the pages of the other reports are rendered again, so that they link this one.
+    """
+    report, is_new = plain(gathered), not (folder / SAVED).is_file()
     saved = {"format": FORMAT, "sha256": fingerprint(report), "report": report}
     write_text(folder / SAVED, json.dumps(saved, ensure_ascii=False, separators=(",", ":")) + "\n")
+    for other in neighbours.others(folder, report.get("root")) if is_new else ():
+        with contextlib.suppress(UserError):  # one of another version stays as it is
+            page.write_report(
+                other / PAGE, known := saved_report(other), neighbours.links(other, known.get("root"))
+            )
     return rebuild(folder)
 
 
@@ -249,9 +252,23 @@ def rebuild(path: Path) -> dict[str, Any]:
         UserError: if report.json is missing, damaged or of another version.
     """
     folder = path.parent if path.is_file() else path
+    report = saved_report(path)
+    page.write_report(folder / PAGE, report, neighbours.links(folder, report.get("root")))
+    tables.write_shown_tables(folder, report["board"], report.get("columns", ()))
+    log.info(f"report   {folder / PAGE}")
+    return report
+
+
+def saved_report(path: Path) -> dict[str, Any]:
+    """Return the report that is saved in a folder, or in the folder of a file.
+
+    Raises:
+        UserError: if report.json is missing, damaged or of another version.
+    """
+    folder = path.parent if path.is_file() else path
     if not (folder / SAVED).is_file():
         raise UserError(
-            f"report={path}: no {SAVED} there; give the folder that an evaluation wrote report.html into"
+            f"report={path}: no {SAVED} there; give the folder that an evaluation wrote {PAGE} into"
         )
     saved, remedy = read_json(folder / SAVED), "run pipeline.py again with the settings of that evaluation"
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or "report" not in saved:
@@ -260,7 +277,4 @@ def rebuild(path: Path) -> dict[str, Any]:
     report = saved["report"]
     if manifest.damaged({"report": fingerprint(plain(report))}.get):
         raise UserError(f"{folder / SAVED}: was changed after it was written; {remedy}")
-    page.write_report(folder / "report.html", report)
-    tables.write_shown_tables(folder, report["board"], report.get("columns", ()))
-    log.info(f"report   {folder / 'report.html'}")
     return report

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ram.evaluation import trust
 from ram.evaluation.context import EvaluationContext
 from ram.evaluation.systems import System
 from ram.models import run_folder
@@ -27,18 +28,50 @@ def about(context: EvaluationContext) -> dict[str, Any]:
     models = [f"{name_of(path, stages)} ({size_text(size)})" for path, size in sizes.items()]
     facts = [
         ("Data", f"{config.evaluation.dataset}, task {context.task}: {len(context.rows)} prompts"),
-        ("Judge", f"{config.judge.name}; every answer is compared with that of {reference_of(context)}"),
+        ("Judge", described_judge(context)),
+        ("Judge agrees", trust.in_words(trust.figures(context))),
         ("Models", ", ".join(models)),
         ("Seed", str(config.seed)),
         ("Made by", next((row["command"] for row in context.board if row.get("command")), "")),
     ]
     present = [name for name in FILES if (context.folder / name).is_file()]
     return {
-        "lead": outcome(context.board, reference_of(context)),
+        "lead": f"{who(context)} {outcome(context.board, reference_of(context))}".strip(),
         "facts": [[label, value] for label, value in facts if value],
         "systems": [described(system, stages, sizes) for system in context.systems.values()],
         "links": [[name, name] for name in present],
     }
+
+
+def who(context: EvaluationContext) -> str:
+    """Return two sentences: which systems answered what, and how they were judged."""
+    systems = list(context.systems.values())
+    correctors = sum(bool(system.corrects) for system in systems)
+    pairs = sum(system.is_pair for system in systems)
+    kinds = [
+        (pairs, "pair", "of a frozen proposal and a small aligner"),
+        (len(systems) - pairs - correctors, "model", "alone"),
+        (correctors, "model", "that corrects another's answers"),
+    ]
+    parts = [f"{n} {word}{'s' if n > 1 else ''} {rest}" for n, word, rest in kinds if n]
+    if correctors > 1:
+        parts[-1] = f"{correctors} models that correct another's answers"
+    listed = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
+    reference = context.config.evaluation.reference
+    against = "the test file's" if reference == "output" else f"that of {reference}"
+    return (
+        f"{listed} answered {len(context.rows):,} prompts of {context.config.evaluation.dataset} (task "
+        f"{context.task}). The judge {context.config.judge.name} compared every answer with {against}."
+    )
+
+
+def described_judge(context: EvaluationContext) -> str:
+    """Return the judge's name, its settings if it has any, and what it compares answers with."""
+    name, settings = context.config.judge.name, context.judge.describe()
+    return (
+        f"{name}{f' ({settings})' if settings else ''}; every answer is compared with that of "
+        f"{reference_of(context)}"
+    )
 
 
 def reference_of(context: EvaluationContext) -> str:

@@ -19,14 +19,17 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
+from ram.answers import influence
 from ram.evaluation.report import charts
 from ram.evaluation.report.charts import Curve, Point, finite, text, visible
 from ram.evaluation.tables import heading
 from ram.storage.files import write_text
 
 PAGE = Path(__file__).parent / "assets"
-STYLE = (PAGE / "report.css").read_text(encoding="utf-8") + charts.STYLE
-SCRIPT = "".join((PAGE / name).read_text(encoding="utf-8") for name in ("answers.js", "report.js"))
+STYLE = (PAGE / "report.css").read_text(encoding="utf-8") + influence.STYLE + charts.STYLE
+SCRIPT = influence.SCRIPT + "".join(
+    (PAGE / name).read_text(encoding="utf-8") for name in ("answers.js", "report.js")
+)
 
 SHARES = ("win_rate", "both")  # columns with an interval, which get a bar
 
@@ -126,6 +129,9 @@ LENGTH_CONTROLLED = (  # the second mark of a win rate: key, meaning
     ("lc_win_rate", "AlpacaEval's length-controlled"),
 )
 MOSTLY_FELL_BACK = "the pair fell back to the proposal for more than half of its tokens"
+HARDLY_CHANGED = (
+    "the aligner changed less than 1 % of the tokens: the pair answers almost as its proposal alone"
+)
 MAX_POINTS = 300  # of a train curve; more points only make the file larger at this width
 DASH = "–"
 
@@ -141,7 +147,7 @@ class Cell(NamedTuple):
     alert: str = ""  # the reason why a value stands out
 
 
-def write_report(path: Path, report: dict[str, Any]) -> None:
+def write_report(path: Path, report: dict[str, Any], others: Sequence[tuple[str, str]] = ()) -> None:
     """Write the page; the same report gives the same bytes.
 
     Values that are missing, empty or not finite are left out or shown as a dash.
@@ -158,6 +164,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
             curves: stage -> records of its metrics.csv;
             reference: "output", or the system that answers are compared with;
             systems, rows: the systems, and the answers of all systems to each prompt.
+        others: name and address of the other reports of the same output folder.
     """
     policy = f"default-src 'none'; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; "
     policy += "base-uri 'none'; form-action 'none'"
@@ -171,6 +178,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
             script=Markup(SCRIPT),
             notes=report["notes"],
             about=report.get("about"),
+            others=others,
             board=_leaderboard(report["board"], report.get("columns", ())),
             plots=_plots(report),
             stages=_stages(report["curves"]),
@@ -264,7 +272,11 @@ def _cell(number: int, row: dict[str, Any], key: str, column: Column) -> Cell:
         shown += f" ({low:{spec}} to {high:{spec}})"
     if key == "p_value" and value is not None and value <= row.get("p_floor", 0.0):
         shown = f"≤ {shown}"
-    alert = MOSTLY_FELL_BACK if key == "fallback_fraction" and (value or 0) > 0.5 else ""
+    alert = ""
+    if key == "fallback_fraction" and isinstance(value, float) and value > influence.MOST_FALLEN:
+        alert = MOSTLY_FELL_BACK
+    if key == "changed_fraction" and isinstance(value, float) and value < influence.LEAST_CHANGED:
+        alert = HARDLY_CHANGED
     return Cell(column.style, shown, alert=alert)
 
 
@@ -318,6 +330,15 @@ def _plots(report: dict[str, Any]) -> dict[str, Any] | None:
         charts.scatter("Win rate by length", points, units, (average, 0.5)),
         charts.boxes("Lengths of answers", lengths, "characters"),
     ]
+    styles = [
+        (at, row) for at, row in enumerate(report["board"], 1) if any(k in row for k in style_keys(row))
+    ]
+    if styles:
+        names = [heading(key) for key in style_keys(styles[0][1])]
+        parts = [
+            (at, row["system"], [finite(row.get(k)) or 0.0 for k in style_keys(row)]) for at, row in styles
+        ]
+        drawings.append(charts.stacks("Styles of answers", parts, names, "share of answers"))
     likely = [
         Point(row["system"], x, y, finite(row.get("nll_low")), finite(row.get("nll_high")))
         for row in report["board"]
@@ -327,6 +348,10 @@ def _plots(report: dict[str, Any]) -> dict[str, Any] | None:
         units = ("KL to the anchor, nats per token", "nats per token")
         drawings.append(charts.scatter("Held-out likelihood", likely, units, (None, likely[0].y)))
     return {"charts": drawings, "pairs": _histograms(report)}
+
+
+def style_keys(row: dict[str, Any]) -> list[str]:
+    return [key for key in row if key.startswith("style_")]
 
 
 # Figures of a pair's answers that get a histogram: key, title, unit.

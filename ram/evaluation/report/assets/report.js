@@ -1,7 +1,8 @@
 // The browser of answers: filters, order and pages of the rows, and moving between them.
 (() => {
   "use strict";
-  const { data, EVENTS, make, plural, outcome, written, rowElement, watch, hide } = drawing; // of answers.js
+  const { data, EVENTS, plural, outcome, written, rowElement, figuresOf } = drawing; // of answers.js
+  const { make, scale, watch, hide } = influence; // of influence.js
   const PAGE = 10;
   const systems = data.systems;
   const pairs = systems.some((system) => system.pair);
@@ -145,15 +146,10 @@
     }
     found.append(line);
     if (detailed) {
-      const scale = make("p", {}, "Aligner's influence, log p − log P_M in nats: ");
-      const steps = [["down4", "≤ −3"], ["down3", "−1.5"], ["down2", "−0.5"], ["down1", "−0.1"], ["", "0"]];
-      steps.push(["up1", "0.1"], ["up2", "0.5"], ["up3", "1.5"], ["up4", "≥ 3"]);
-      const swatches = steps.map(([mark, words]) => make("span", { class: `swatch ${mark}` }, words));
-      scale.append(make("span", { class: "swatches" }, ...swatches));
       const meant =
         `p is the pair's distribution, P_M the proposal's at its own settings. ${detailed} of ${plural(data.rows.length, "row")} ` +
         "have such figures: point at a token, tap it, or use ← and →.";
-      found.append(scale, make("p", {}, meant));
+      found.append(scale(), make("p", {}, meant));
     }
     for (const system of systems) {
       if (system.note) found.append(make("p", {}, `${system.name}: ${system.note}.`));
@@ -243,7 +239,7 @@
     if (position >= 0 && position < order.length) goTo(order[position]);
   }
 
-  watch(rows);
+  watch(rows, figuresOf);
   window.addEventListener("hashchange", followHash);
 
   document.addEventListener("keydown", (event) => {
