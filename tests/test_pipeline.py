@@ -123,6 +123,45 @@ def test_model_card_has_proposal_mode_settings_and_figures(finished):
         publish.main(["nothing"])
 
 
+class FakeHub:
+    """huggingface_hub.HfApi without a network: keeps what is uploaded, or refuses as the hub does."""
+
+    repositories: dict[str, dict[str, bytes]] = {}
+    refusal: Exception | None = None
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        if self.refusal is not None:
+            raise self.refusal
+        assert private and exist_ok
+        self.repositories.setdefault(repo_id, {})
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
+        kept = {str(path.relative_to(folder_path)): path.read_bytes() for path in files}
+        self.repositories[repo_id] = kept | {"message": commit_message.encode()}
+
+
+def test_push_uploads_weights_tokenizer_and_card(finished, monkeypatch, caplog):
+    """Into a private repository, and only if asked; a refusal is one line that says how to log in."""
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "repositories", {})
+    run_dir = next(finished.glob("model/ours_sft_*"))
+    publish.main([str(run_dir)])
+    assert FakeHub.repositories == {}
+    publish.main([str(run_dir), "--push", "org/aligner"])
+    ((name, files),) = FakeHub.repositories.items()
+    weights = run_dir / "LATEST"
+    assert name == "org/aligner" and files.pop("message") == f"Upload {run_dir.name}".encode()
+    assert files == {path.name: path.read_bytes() for path in weights.iterdir() if path.is_file()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(files)
+    card = files["README.md"].decode()
+    assert card.split("\n---\n")[1].startswith("# org/aligner") and "aligner=org/aligner" in card
+    assert "uploaded https://huggingface.co/org/aligner" in caplog.text
+    monkeypatch.setattr(FakeHub, "refusal", OSError("401 Client Error\nRequest ID: x"))
+    with pytest.raises(UserError, match=r"^org/b was not uploaded \(401 Client Error\): `hf auth login`\?$"):
+        publish.main([str(run_dir), "--push", "org/b"])
+
+
 def test_demo_leaves_results_leaderboard_and_report(finished):
     """results.json has every system and figure that others read; the leaderboard and the report show them."""
     found = json.loads((finished / "results.json").read_text())

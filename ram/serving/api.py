@@ -15,6 +15,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from ram.answers import influence
 from ram.data.text import text_of
 from ram.decoding.requests import EngineError, TooLong, UnknownAligner
 from ram.errors import UserError
@@ -207,16 +208,18 @@ def _add_reading(app: FastAPI, models: Models, metrics: Metrics) -> None:
     @app.get("/v1/models", responses={200: {"model": protocol.ModelList}, **protocol.FAILURES})
     async def list_models() -> Response:
         """The proposal alone, and each pair of it with an aligner, by the aligner's name."""
-        data = [description(served) for served in models.served.values()]
+        data = [description(served, models) for served in models.served.values()]
         return answer_json({"object": "list", "data": data})
 
     @app.get("/v1/models/{name}", responses={200: {"model": protocol.Model}, **protocol.FAILURES})
     async def one_model(name: str) -> Response:
-        return answer_json(description(models.find(name)))
+        return answer_json(description(models.find(name), models))
 
     def page_file(name: str) -> Callable[[], Awaitable[Response]]:
         path = PAGE / name
-        text, kind = path.read_text(encoding="utf-8"), MEDIA_TYPES[path.suffix]
+        kind = MEDIA_TYPES[path.suffix]
+        shared = {".css": influence.STYLE, ".js": influence.SCRIPT}.get(path.suffix, "")
+        text = shared + path.read_text(encoding="utf-8")
 
         async def page() -> Response:
             return Response(text, headers=PAGE_HEADERS, media_type=kind)
@@ -227,14 +230,15 @@ def _add_reading(app: FastAPI, models: Models, metrics: Metrics) -> None:
         app.add_api_route(path, page_file(name), methods=["GET", "HEAD"], include_in_schema=False)
 
 
-def description(served: Served) -> dict[str, Any]:
-    """A model as the protocol lists it."""
+def description(served: Served, models: Models) -> dict[str, Any]:
+    """A model as the protocol lists it, with the settings of a request that gives none."""
     return {
         "id": served.name,
         "object": "model",
         "created": served.created,
         "owned_by": "ram",
         "pair": served.aligner is not None,
+        "defaults": models.defaults(),
     }
 
 
@@ -304,7 +308,8 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
             lengths = [len(ids) for ids in plan.ids]
             reports = plan.logprobs is not None
             repeated = await echoes() if plan.prompts else []
-            answers = Answer(chat, served, seed, n, reports, models.tokenizer, lengths, repeated)
+            shown_ids = plan.ids[0] if isinstance(body, ChatRequest) and body.return_token_ids else None
+            answers = Answer(chat, served, seed, n, reports, models.tokenizer, lengths, repeated, shown_ids)
             return answers, Running(engine, requests if plan.new_tokens != 0 else [], bool(body.stream))
 
         async def whole() -> Response:
@@ -394,7 +399,7 @@ def _add_admin(app: FastAPI, models: Models) -> None:
         async with changing:
             try:
                 served = await asyncio.to_thread(models.add_aligner, body.name, body.path)
-                return answer_json(description(served))
+                return answer_json(description(served, models))
             except (UserError, OSError, MemoryError) as error:
                 text = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
                 raise ApiError(400, text, "not_loaded", "path") from None

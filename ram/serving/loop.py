@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ram.decoding.cache import Limits, ServedModel, open_model
 from ram.decoding.drafting import Clocked
@@ -33,6 +33,7 @@ from ram.models.vocabulary import vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 SPAN = 10  # seconds over which `tokens_per_second` is measured
 
 
@@ -77,26 +78,23 @@ class Done(NamedTuple):
     error: str | None = None
 
 
-class _Scoring:
-    """A prompt to score, and the place of its result."""
+# A computation on the models of a request, by role, and the tokenizer; see `EngineThread.measure`.
+Measure = Callable[["dict[str, PreTrainedModel]", "PreTrainedTokenizerBase"], T]
 
-    def __init__(self, request: Request, models: "dict[str, PreTrainedModel]", scheme: Scheme) -> None:
-        self.request, self.models, self.scheme = request, models, scheme
-        self.result: Future[list[TokenLogprobs]] = Future()
+
+class _Measurement:
+    """A computation that waits for its turn, and the place of its result."""
+
+    def __init__(self, request: Request, models: "dict[str, PreTrainedModel]", measure: Measure[Any]) -> None:
+        self.request, self.models, self.measure = request, models, measure
+        self.result: Future[Any] = Future()
 
     def run(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Compute the log-probabilities, unless nobody waits for them any more."""
+        """Compute the result, unless nobody waits for it any more."""
         if not self.result.set_running_or_notify_cancel():
             return
-        prompt, count = self.request.prompt_ids, max(self.request.logprobs or 0, 1)
         try:
-            rows = [Row(prompt[:1], prompt[1:])]
-            ((scores,),) = score(self.models, tokenizer, rows, [self.scheme], top=count)
-            ids, values = scores.top_ids, scores.top_logprobs
-            if ids is None or values is None:  # a prompt of one token
-                self.result.set_result([])
-            else:
-                self.result.set_result(TokenLogprobs.listed(scores.logprobs, ids, values))
+            self.result.set_result(self.measure(self.models, tokenizer))
         except Exception as error:
             log.exception("a prompt could not be scored")
             self.result.set_exception(EngineError(f"scoring failed: {error}".split("\n")[0]))
@@ -172,7 +170,7 @@ class EngineThread:
         self.engine = Engine(verifier, tokenizer, Clocked(), max_read=max_read)
         self.lock = threading.Condition()
         self.inbox: list[Ticket] = []
-        self.scorings: Queue[_Scoring] = Queue()
+        self.scorings: Queue[_Measurement] = Queue()
         self.streams: dict[Ticket, _Stream] = {}  # of all requests that have not ended
         self.closing = self.broken = False
         self.counts: Counter[str] = Counter()
@@ -221,19 +219,42 @@ class EngineThread:
         Raises:
             EngineError: as `submit`; BadRequest if the law has no probabilities.
         """
+        try:
+            scheme = Scheme(request.params, "proposal", None if request.aligner is None else "aligner")
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
+        prompt, count = request.prompt_ids, max(request.logprobs or 0, 1)
+
+        def logprobs(
+            models: "dict[str, PreTrainedModel]", tokenizer: "PreTrainedTokenizerBase"
+        ) -> list[TokenLogprobs]:
+            ((scores,),) = score(models, tokenizer, [Row(prompt[:1], prompt[1:])], [scheme], top=count)
+            ids, values = scores.top_ids, scores.top_logprobs
+            if ids is None or values is None:  # a prompt of one token
+                return []
+            return TokenLogprobs.listed(scores.logprobs, ids, values)
+
+        return self.measure(request, logprobs)
+
+    def measure(self, request: Request, measure: "Measure[T]") -> "Future[T]":
+        """Compute something with the models of a request, between two rounds.
+
+        Args:
+            request: its prompt and its model are checked.
+            measure: takes the models by role (proposal, aligner) and the tokenizer.
+
+        Raises:
+            EngineError: as `submit`.
+        """
         with self.lock:
             if self.closing:
                 raise Closed("the server is shutting down")
             self.engine.check_prompt(request)
             models = self.engine.members(request)
-            try:
-                scheme = Scheme(request.params, "proposal", "aligner" if "aligner" in models else None)
-            except ValueError as error:
-                raise BadRequest(str(error)) from None
             own = sum(other.request.client == request.client for other in self.scorings)
             if len(self.scorings) >= self.max_open or (request.client and own >= self.max_open // 2):
                 raise Busy(f"{len(self.scorings)} prompts wait to be scored; try again later")
-            scoring = _Scoring(request, models, scheme)
+            scoring = _Measurement(request, models, measure)
             self.scorings.append(scoring)
             self.lock.notify_all()
         return scoring.result

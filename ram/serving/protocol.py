@@ -144,6 +144,7 @@ class ChatRequest(Common):
     prediction: Nothing = None
     web_search_options: Nothing = None
     moderation: Nothing = None
+    return_token_ids: bool | None = None  # as vLLM has it
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
@@ -176,6 +177,14 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     model: Annotated[str, Field(max_length=256)] | None = None
     tokens: list[Token]
+
+
+class InfluenceRequest(LawKeys):
+    """The ids of a prompt and of a pair's answer, as `return_token_ids` of a chat request gives them."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    prompt: Annotated[list[Token], Field(min_length=1)]
+    tokens: Annotated[list[Token], Field(min_length=1)]
 
 
 class AlignerRequest(Strict):
@@ -287,6 +296,7 @@ class Model(Output):
     created: int
     owned_by: str
     pair: bool
+    defaults: dict[str, str | float | int | bool | None]
 
 
 class ModelList(Output):
@@ -338,6 +348,7 @@ class AnswerMessage(Output):
 class ChatChoice(BaseChoice):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
+    token_ids: list[int] = []
 
 
 class CompletionChoice(BaseChoice):
@@ -357,6 +368,7 @@ class BaseAnswer(Output):
 class ChatAnswer(BaseAnswer):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_token_ids: list[int] = []
 
 
 class CompletionAnswer(BaseAnswer):
@@ -369,6 +381,13 @@ class TokenList(Output):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
+
+
+class Influence(Output):
+    tokens: list[str]
+    influence: list[float | Literal["outside"] | None]
+    kl: list[float | None]
+    candidates: list[list[list[str | float | None]]]
 
 
 class TokenText(Output):

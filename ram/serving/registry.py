@@ -185,6 +185,11 @@ class Models:
         except ValueError as error:
             raise BadRequest(str(error)) from None
 
+    def defaults(self) -> dict[str, Any]:
+        """Return the settings of a request that gives none, by their names in `/v1/chat/completions`."""
+        law = {key: getattr(self.settings.params, key) for key in PARParams.field_names()}
+        return {"max_tokens": self.usual, "seed": self.settings.config.seed} | law
+
     def scoring_law(self, request: dict[str, Any]) -> PARParams:
         """Return the settings under which a request's prompt is scored.
 

@@ -166,6 +166,7 @@ class Choice:
         self.done: Done | None = None
         self.spelling = spelling(tokenizer)
         self.spelt = Text(self.spelling, continued=continued)  # knows no stop strings: `text` is cut already
+        self.token_ids: list[int] = []
         self.begin = 0  # where the text that `spelt` spells begins
         self.logprobs: list[Placed] = []
 
@@ -184,6 +185,7 @@ class Choice:
             return []
         start, known = len(self.text), len(self.logprobs)
         self.text += event.text
+        self.token_ids += event.token_ids
         if event.logprobs is not None:
             self.logprobs += self.place(event.token_ids, event.logprobs, event.text, start)
         return self.logprobs[known:]
@@ -256,6 +258,7 @@ class Answer:
         logprobs: report log-probabilities.
         prompts: the lengths of the prompts, in tokens.
         echoes: the prompts, if they are repeated.
+        prompt_ids: of the prompt of a chat, if the response reports token ids.
     """
 
     def __init__(
@@ -268,7 +271,9 @@ class Answer:
         tokenizer: "PreTrainedTokenizerBase",
         prompts: Sequence[int],
         echoes: Sequence[Echo] = (),
+        prompt_ids: Sequence[int] | None = None,
     ) -> None:
+        self.ids = None if prompt_ids is None else {"prompt_token_ids": list(prompt_ids)}
         self.chat, self.logprobs, self.n, self.tokenizer = chat, logprobs, n, tokenizer
         self.prompts, self.echoes = prompts, echoes
         self.common = {
@@ -318,7 +323,8 @@ class Answer:
         self.end_empty(choices)
         kind = "chat.completion" if self.chat else "text_completion"
         bodies = [self._whole(choice) for choice in choices]
-        return self.common | {"object": kind, "choices": bodies, "usage": self.usage(choices)}
+        answer = self.common | (self.ids or {}) | {"object": kind}
+        return answer | {"choices": bodies, "usage": self.usage(choices)}
 
     def _whole(self, choice: Choice) -> dict[str, Any]:
         body = {
@@ -326,6 +332,8 @@ class Answer:
             "finish_reason": choice.finished.finish_reason,
             "stats": finite(choice.finished.stats),
         }
+        if self.ids is not None:
+            body["token_ids"] = choice.token_ids
         logprobs = self._format_logprobs(choice.logprobs)
         if self.chat:
             message = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -347,13 +355,16 @@ class Answer:
             yield common | {"choices": [self._part(choice, choice.text, logprobs)]}
         if self.chat:
             for choice in choices:
-                yield common | {"choices": [self._part(choice, "", None, {"role": "assistant"})]}
+                part = self._part(choice, "", None, {"role": "assistant"})
+                yield common | (self.ids or {}) | {"choices": [part]}
         async for index, event in running:
             entries = choices[index].add(event)
             text = event.text if isinstance(event, Piece) else ""
-            if text or entries or isinstance(event, Done):
+            new_ids = list(event.token_ids) if isinstance(event, Piece) and self.ids is not None else []
+            if text or entries or new_ids or isinstance(event, Done):
                 logprobs = self._format_logprobs(entries) if entries else None
-                yield common | {"choices": [self._part(choices[index], text, logprobs)]}
+                part = self._part(choices[index], text, logprobs)
+                yield common | {"choices": [part | {"token_ids": new_ids} if new_ids else part]}
         for choice in self.end_empty(choices):
             yield common | {"choices": [self._part(choice, "", None)]}
         if include_usage:

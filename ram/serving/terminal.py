@@ -1,6 +1,7 @@
 """A chat with a proposal and its aligners in a terminal, or over a pipe.
 
 /aligner [NAME]     continues with another model    /compare [QUESTION]   the proposal's answer and a pair's
+/set [KEY=VALUE]    changes a setting; alone: shows them; /set KEY= takes the default again
 /reset              forgets the dialogue            /quit, Ctrl-D         ends the chat
 /help               prints these lines              Ctrl-C                stops an answer, keeps its text
 """
@@ -8,21 +9,25 @@
 import contextlib
 import difflib
 import io
+import json
 import queue
 import secrets
 import signal
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ram.answers.influence import remark
 from ram.data.text import token_texts
-from ram.decoding.requests import EngineError, UnknownAligner
+from ram.decoding.par import MODEL_KEYS
+from ram.decoding.requests import BadRequest, EngineError, UnknownAligner
 from ram.errors import UserError, nearest
 from ram.serving.loop import Done, Piece
 from ram.serving.registry import Models
@@ -31,7 +36,8 @@ from ram.settings.serving import PROPOSAL
 Turns = Sequence[tuple[bool, str]]  # each: whether it is the user's, text
 Marked = list[tuple[str, bool]]  # pieces of a text, each with whether it differs from the other answer
 KEPT = "\n\t\u200c\u200d"  # not printable to Python, but part of texts: the joiners of Persian and of emoji
-COMMANDS = ("/aligner", "/compare", "/reset", "/quit", "/help")
+COMMANDS = ("/aligner", "/compare", "/set", "/reset", "/quit", "/help")
+OWN_KEYS = ("max_new_tokens", "seed")  # of /set, beside those of the next-token distribution
 MIN_WIDTH = 28  # columns of an answer; in a narrower terminal the answers are shown one below the other
 
 
@@ -48,6 +54,8 @@ class Chat:
         self.models, self.output, self.fancy = models, output, fancy
         self.name = next((name for name in models.served if name != PROPOSAL), PROPOSAL)
         self.turns: list[tuple[bool, str]] = []
+        self.given: dict[str, Any] = {}  # the keys that /set has changed
+        self.ended: dict[str, Done] = {}  # the end of each model's latest answer
 
     def write(self, text: str) -> None:
         """Write a text at once."""
@@ -64,10 +72,10 @@ class Chat:
             EngineError: If the request is refused, or decoding fails.
         """
         models, served = self.models, self.models.find(name)
-        new = models.new_tokens(None)
+        new = models.new_tokens(self.given.get("max_new_tokens"))
         ids = models.encode_dialogue(turns, None, new, served.add_bos)
         stops = {"stop": models.template_stops, "stop_token_ids": models.template_stop_ids}
-        (request,) = models.requests(served, [ids], models.law({}), new, seed, **stops)
+        (request,) = models.requests(served, [ids], models.law(self.law(name)), new, seed, **stops)
         events: queue.SimpleQueue[Piece | Done] = queue.SimpleQueue()
 
         def pieces() -> Iterator[Piece]:
@@ -75,6 +83,7 @@ class Chat:
                 yield event
             if event.finish_reason == "error":
                 raise EngineError(event.error or "decoding failed")
+            self.ended[name] = event
 
         ticket = models.engine.submit(request, events.put)
         try:
@@ -82,9 +91,14 @@ class Chat:
         finally:
             models.engine.cancel(ticket)
 
+    def law(self, name: str) -> dict[str, Any]:
+        """The keys of the next-token distribution that /set has changed and that a model has."""
+        skipped = {*OWN_KEYS, *(("sample_mode", *MODEL_KEYS) if name == PROPOSAL else ())}
+        return {key: value for key, value in self.given.items() if key not in skipped}
+
     def seed(self) -> int:
-        """The seed of the settings, or a new one."""
-        seed = self.models.settings.config.seed
+        """The seed that was set, or a new one."""
+        seed = self.given.get("seed", self.models.settings.config.seed)
         return secrets.randbits(32) if seed is None else seed
 
     def say(self, text: str) -> None:
@@ -109,6 +123,14 @@ class Chat:
             end = " (stopped)\n"
         self.turns = [*turns, (False, answer)]
         self.write(end)
+        if end == "\n":
+            self.write_remark(self.name)
+
+    def write_remark(self, name: str) -> None:
+        """Write a line if the aligner of a pair changed next to nothing of its latest answer."""
+        ended = self.ended[name]
+        if name != PROPOSAL and (line := remark(ended.n_completion, ended.stats)):
+            self.write(f"({line})\n")
 
     def compare(self, question: str) -> None:
         """Write the proposal's and a pair's answer to a question, or to the last one if it is empty.
@@ -137,6 +159,7 @@ class Chat:
         texts = ["".join(piece.text for piece in pieces) for pieces in answers]
         if ids[0] == ids[1]:
             self.write(f"{printable(texts[0])}\n(both answers are the same, token by token)\n")
+            self.write_remark(other)
             return
         marked: list[Marked] = []
         for token_ids, text, changed in zip(ids, texts, differing(ids[0], ids[1]), strict=True):
@@ -147,6 +170,7 @@ class Chat:
         else:
             for name, pieces in zip(names, marked, strict=True):
                 self.write(f"{name}: {bracketed(pieces)}\n")
+        self.write_remark(other)
 
     def show_columns(self, names: Sequence[str], answers: Sequence[Marked]) -> None:
         """Write two answers side by side, or one below the other if the terminal is narrow."""
@@ -164,6 +188,47 @@ class Chat:
 
     # ---- commands ------------------------------------------------------------------------------------------
 
+    def defaults(self) -> dict[str, Any]:
+        """The value of every key of /set unless it is changed."""
+        known = self.models.defaults()
+        return {"max_new_tokens": known.pop("max_tokens")} | known
+
+    def set(self, argument: str) -> None:
+        """Change a setting, `key=value`; take its default again, `key=`; or show all, an empty argument."""
+        defaults = self.defaults()
+        key, equals, value = (part.strip() for part in argument.partition("="))
+        if not argument:
+            shown = [shown_setting(key, self.given.get(key, default)) for key, default in defaults.items()]
+            self.write(textwrap.fill("  ".join(shown), 100, break_on_hyphens=False) + "\n")
+            return
+        if key not in defaults:
+            self.write(f"unknown setting {key!r}: {nearest(key, list(defaults))}\n")
+            return
+        if not equals:
+            self.write(f"{shown_setting(key, self.given.get(key, defaults[key]))}\n")
+            return
+        given = {other: known for other, known in self.given.items() if other != key}
+        if value:
+            given[key] = parsed(value)
+        before, self.given = self.given, given
+        try:
+            self.check_settings()
+        except EngineError as error:
+            self.given = before
+            self.write(f"not set: {error}\n")
+            return
+        now = shown_setting(key, given.get(key, defaults[key]))
+        self.write(f"({now}; default {shown_setting(key, defaults[key]).partition('=')[2]})\n")
+
+    def check_settings(self) -> None:
+        """Raise EngineError if a setting is out of bounds."""
+        self.models.law({key: value for key, value in self.given.items() if key not in OWN_KEYS})
+        for key, least in (("max_new_tokens", 1), ("seed", 0)):
+            value = self.given.get(key, least)
+            if type(value) is not int or not least <= value < 1 << 63:
+                raise BadRequest(f"{key}={value}: expected a whole number of at least {least}")
+        self.models.new_tokens(self.given.get("max_new_tokens"))
+
     def command(self, line: str) -> bool:
         """Run a command; returns whether the chat continues."""
         word, _, rest = line.partition(" ")
@@ -176,6 +241,8 @@ class Chat:
             self.write("(forgotten)\n")
         elif word == "/compare":
             self.compare(rest.strip())
+        elif word == "/set":
+            self.set(rest.strip())
         elif word == "/aligner":
             try:
                 self.name = self.models.find(rest.strip() or self.name).name
@@ -238,7 +305,20 @@ def run(models: Models) -> None:
         models.engine.close(wait=False)
 
 
-# ---- showing answers ---------------------------------------------------------------------------------------
+# ---- showing answers and settings --------------------------------------------------------------------------
+
+
+def parsed(value: str) -> Any:
+    """A value as JSON has it; any other text is itself."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def shown_setting(key: str, value: Any) -> str:
+    """A setting as /set takes it."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def printable(text: str) -> str:

@@ -1,11 +1,16 @@
-"""The endpoints that convert texts and token ids into each other, as vLLM has them."""
+"""The endpoints about tokens: texts to ids and back, as vLLM has them, and the aligner's influence."""
 
 import asyncio
+from typing import Any
 
+import fastapi
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from ram.data.text import spelling, text_of
+from ram.answers.influence import shown, token_figures
+from ram.data.text import spelling, text_of, token_texts
+from ram.decoding.par import PARParams
+from ram.decoding.requests import Request
 from ram.models.vocabulary import id_range
 from ram.serving import protocol
 from ram.serving.registry import Models
@@ -39,3 +44,25 @@ def add_tokens(app: FastAPI, models: Models) -> None:
         if max(body.tokens, default=0) >= (size := id_range(models.tokenizer)):
             raise protocol.ApiError(400, f"tokens: expected ids below {size}", "invalid_value", "tokens")
         return answer_json({"prompt": text_of(models.tokenizer, body.tokens, marks=True)})
+
+    @app.post("/influence", responses={200: {"model": protocol.Influence}, **protocol.FAILURES})
+    async def influence(request: fastapi.Request, body: protocol.InfluenceRequest) -> Response:
+        """How the aligner changed each token of a pair's answer, from one forward pass of each model.
+
+        `influence` is log p - log P_M in nats; `candidates` are the most likely tokens with their
+        probabilities under the proposal, the aligner and the pair.
+        """
+        served = models.find(body.model)
+        if served.aligner is None:
+            raise protocol.ApiError(400, f"model={served.name}: expected a pair", "invalid_value", "model")
+        keys = {key: getattr(body, key) for key in PARParams.field_names()}
+        params = models.law({key: value for key, value in keys.items() if value is not None})
+        client = request.scope.get("ram.client", "")
+        whole = Request((*body.prompt, *body.tokens), served.aligner, params, 1, client=client)
+
+        def measure(members: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+            proposal, aligner = members["proposal"], members["aligner"]
+            return token_figures(proposal, aligner, tokenizer, body.prompt, body.tokens, params)
+
+        figures = await asyncio.wrap_future(models.engine.measure(whole, measure))
+        return answer_json({"tokens": token_texts(models.tokenizer, body.tokens)} | shown(figures))

@@ -27,6 +27,7 @@ def test_document_describes_every_endpoint(server):
         "/v1/completions",
         "/tokenize",
         "/detokenize",
+        "/influence",
         "/admin/aligners",
         "/admin/aligners/{name}",
     }

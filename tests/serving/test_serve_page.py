@@ -85,11 +85,11 @@ def send(page, scripted, text, answers=1):
 
 
 def shown(page, place=0):
-    return page.run(f"{LAST}.querySelectorAll('.answer p:not(.facts)')[{place}].textContent")
+    return page.run(f"{LAST}.querySelectorAll('.answer > p:not(.facts)')[{place}].textContent")
 
 
 def fact(page, place=0):
-    text = page.run(f"{LAST}.querySelectorAll('.facts')[{place}].textContent")
+    text = page.run(f"{LAST}.querySelectorAll('.facts:not(.remark)')[{place}].textContent")
     return text.replace("\u00a0", " ")
 
 
@@ -267,6 +267,87 @@ def test_two_answers_side_by_side(server, scripted, visit):
     scripted.end("alone")
     page.until(IDLE)
     assert "not compared with itself" in page.run(STATUS)
+
+
+PEEK = "document.getElementById('peek')"
+
+
+def test_tokens_of_a_pair_show_the_aligners_influence(server, visit):
+    """They are coloured once the answer has ended; pointer, finger and keys show figures; Esc hides them."""
+    page = visit(server[1], width=400)
+    page.run("document.getElementById('seed').value = '3'")
+    page.type("hello")
+    page.key("Enter")
+    page.until(f"{IDLE} && {LAST}.querySelectorAll('.token').length > 5")
+    answer = ask(server[1], {"model": "a", "messages": [{"role": "user", "content": "hello"}], "seed": 3})
+    assert shown(page) == answer.json()["choices"][0]["message"]["content"]
+    assert page.run(f"{LAST}.querySelectorAll('.up1, .up2, .up3, .up4, .down1, .down2').length") > 3
+    assert page.run("!document.getElementById('scale').hidden")
+    token = f"{LAST}.querySelectorAll('.token')[2]"
+    x, y = page.run(
+        f"(() => {{ const box = {token}.getClientRects()[0];"
+        " return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+    )
+    page.page.mouse.move(x, y)
+    assert page.run(f"{PEEK}.hidden") is False
+    text = page.run(f"{PEEK}.textContent")
+    assert "nats" in text and "KL(P_M‖Q)" in text and "candidateP_MQp" in text
+    page.page.mouse.move(x, 2)
+    assert page.run(f"{PEEK}.hidden")
+    for kind in ("touchStart", "touchEnd"):
+        points = [{"x": x, "y": y}] if kind == "touchStart" else []
+        page.send("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+    page.until(f"{PEEK}.hidden === false")
+    left, right = page.run(
+        f"(() => {{ const box = {PEEK}.getBoundingClientRect(); return [box.left, box.right]; }})()"
+    )
+    assert left >= 0 and right <= 400
+    page.run(f"{LAST}.querySelector('.token').focus()")
+    page.key("ArrowRight")
+    assert page.run(f"document.activeElement === {LAST}.querySelectorAll('.token')[1] && !{PEEK}.hidden")
+    page.key("Escape")
+    assert page.run(f"{PEEK}.hidden")
+    page.run("document.getElementById('reset').click()")
+    assert page.run("document.getElementById('scale').hidden")
+
+
+def test_compared_answer_keeps_its_marks_when_it_is_coloured(server, scripted, visit):
+    page = visit(server[1])
+    page.run("document.getElementById('compare').click()")
+    send(page, scripted, "1", 2)
+    for place in (0, 1):
+        scripted.end("It's teal!" if scripted.prompt(place)[0] else "It is teal.", place)
+    page.until(f"{IDLE} && {LAST}.querySelectorAll('.token').length > 0")
+    marks = "Array.from({}.querySelectorAll('mark'), (mark) => mark.textContent).join('|')"
+    assert page.run(marks.format(LAST)) == "i|.|'|!" and shown(page, 1) == "It's teal!"
+    assert page.run(f"[...{LAST}.querySelectorAll('mark.token')].length") == 2
+    assert page.run(f"{LAST}.children[0].querySelectorAll('.token').length") == 0  # the proposal alone
+
+
+def test_settings_show_the_servers_defaults(server, visit):
+    page = visit(server[1])
+    hints = {id: page.run(f"document.getElementById('{id}').placeholder") for id in ("tokens", "seed")}
+    assert hints == {"tokens": "30", "seed": "a new one"}
+    assert page.run("document.getElementById('temperature').placeholder") == "1"
+    assert page.run("document.getElementById('mode').options[0].textContent") == "par (default)"
+
+
+def test_answer_that_the_aligner_hardly_changed_says_so(server, visit):
+    page = visit(server[1])
+    page.run("document.getElementById('mode').value = 'par_kl'")
+    page.run(
+        "document.getElementById('div_threshold').value = '0'; document.getElementById('seed').value = '3'"
+    )
+    page.type("hello")
+    page.key("Enter")
+    page.until(f"Boolean({LAST}?.querySelector('.remark'))")
+    line = page.run(f"{LAST}.querySelector('.remark').textContent")
+    assert line.startswith("The aligner changed none of the ") and "100 % of them fell back" in line
+    page.run("document.getElementById('mode').value = 'par'")
+    page.type("more")
+    page.key("Enter")
+    page.until(f"document.querySelectorAll('.answers').length === 2 && {IDLE}")
+    assert page.run(f"{LAST}.querySelector('.remark')") is None
 
 
 def test_hostile_text_is_shown_as_text(server, scripted, visit):

@@ -16,6 +16,7 @@ from rich.cells import cell_len
 from served import SAMPLING, chat_text, expected, save_models, settings
 
 import serve
+from ram.answers.influence import remark
 from ram.serving import terminal
 from ram.serving.loop import Piece
 from ram.serving.registry import Models
@@ -93,7 +94,12 @@ def test_equal_answers_are_shown_once(models, monkeypatch):
     output = chat(models, "/compare hello", fancy=True)[1]
     alone = expected(models, None, chat_text("hello"), 1, 20).text
     shown = terminal.printable(alone).split("\n")
-    assert output.splitlines()[1:] == [*shown, "(both answers are the same, token by token)"]
+    assert output.splitlines()[1:] == [
+        *shown,
+        "(both answers are the same, token by token)",
+        "(the aligner changed none of the 20 tokens, and 100% of them fell back to the proposal: try "
+        "sample_mode=par)",
+    ]
 
 
 def test_commands(models):
@@ -103,6 +109,75 @@ def test_commands(models):
     )
     assert dialogue.turns == [] and "ask something first" in output and "no model 'x'" in output
     assert "did you mean '/compare'" in output and "Ctrl-C" in output
+
+
+def test_set_changes_the_settings_of_later_answers(models):
+    """It shows the defaults, keeps a bad value out, and leaves a model's missing keys alone."""
+    lines = ("/set max_new_tokens=7", "/set sample_mode=product", "hello", "/set seed=5", "hello")
+    dialogue, output = chat(models, *lines)
+    first = expected(models, "a", chat_text("hello"), 1, 7, sample_mode="product").text
+    second = chat_text("hello", first, "hello")
+    assert dialogue.turns[1] == (False, first)
+    assert dialogue.turns[3] == (False, expected(models, "a", second, 5, 7, sample_mode="product").text)
+    assert "(max_new_tokens=7; default 20)\n(sample_mode=product; default par)\n" in output
+    dialogue, output = chat(
+        models,
+        "/set temperature=-1",
+        "/set temprature=1",
+        "/set max_new_tokens=0",
+        "/set seed=x",
+        "/set top_p",
+        "/set top_p=0.5",
+        "/set top_p=",
+        "/set",
+    )
+    assert output.splitlines()[:7] == [
+        "not set: temperature=-1: Input should be greater than or equal to 0",
+        output.splitlines()[1],
+        "not set: max_new_tokens=0: expected a whole number of at least 1",
+        "not set: seed=x: expected a whole number of at least 0",
+        "top_p=0.9",
+        "(top_p=0.5; default 0.9)",
+        "(top_p=0.9; default 0.9)",
+    ]
+    assert output.splitlines()[1].startswith("unknown setting 'temprature': did you mean 'temperature'")
+    assert "max_new_tokens=20  seed=1  sample_mode=par  temperature=1.0" in output and dialogue.given == {}
+
+
+def test_proposal_alone_has_no_settings_of_the_aligner(models):
+    """So that two answers of /compare differ only because of the aligner."""
+    dialogue, _ = chat(models, "/set temperature=0.1", "/set base_top_p=0.5", "/set sample_mode=product")
+    assert dialogue.law("proposal") == {"base_top_p": 0.5}
+    assert dialogue.law("a") == {"temperature": 0.1, "base_top_p": 0.5, "sample_mode": "product"}
+
+
+def test_answer_that_the_aligner_hardly_changed_says_so(models):
+    """The gate falls back everywhere, so nothing is changed; the proposal alone gets no such line."""
+    lines = ("/set sample_mode=par_kl", "/set div_threshold=0", "hello", "/aligner proposal", "hello")
+    _, output = chat(models, *lines)
+    line = "(the aligner changed none of the 20 tokens, and 100% of them fell back to the proposal: try "
+    assert output.count("the aligner changed") == 1 and line in output
+    assert "the aligner changed" not in chat(models, "hello")[1]
+
+
+@pytest.mark.parametrize(
+    ("n", "fallen", "changed", "line"),
+    [
+        (200, 0.0, 0.005, "the aligner changed 1 of the 200 tokens"),
+        (200, 0.0, 0.0, "the aligner changed none of the 200 tokens"),
+        (200, 0.5, 0.01, None),
+        (
+            10,
+            0.6,
+            0.4,
+            "the aligner changed 4 of the 10 tokens, and 60% of them fell back to the proposal: try",
+        ),
+        (0, 0.0, 0.0, None),
+    ],
+)
+def test_remark_is_made_below_one_percent_or_above_half(n, fallen, changed, line):
+    found = remark(n, {"fallback_fraction": fallen, "changed_fraction": changed})
+    assert found is None if line is None else str(found).startswith(line)
 
 
 def test_refused_question_is_not_remembered(models):
@@ -183,7 +258,7 @@ def test_chat_over_a_pipe(models, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(
         "(talking to b; there are: proposal, a, b)\n"
         "unknown command '/compre': did you mean '/compare'? "
-        "Known: /aligner, /compare, /help, /quit, /reset\n"
+        "Known: /aligner, /compare, /help, /quit, /reset, /set\n"
         "b> "
     )
 

@@ -2,11 +2,14 @@
 "use strict";
 
 const PROPOSAL = "proposal";
+// An aligner changes next to nothing if fewer of its tokens were changed, or more fell back.
+const LEAST_CHANGED = 0.01, MOST_FALLEN = 0.5;
 const MOST_TOKENS = 3000; // longer answers are not compared: the time grows with the product of both lengths
 const $ = (id) => document.getElementById(id);
 let key = ""; // kept only in this page's memory
 let turns = []; // messages of the next request: {role, content}
 let running = null; // AbortController of the running answer
+const figures = new WeakMap(); // token's element -> its figures, see influence.js
 
 function element(tag, className, text) {
   const node = document.createElement(tag);
@@ -73,9 +76,16 @@ async function loadModels() {
     select.value = (kept || listed.find(first) || listed[0]).id;
     select.disabled = false;
   }
+  showDefaults(listed[0].defaults);
   $("text").disabled = false;
   $("send").disabled = running !== null;
   say(gone.length ? `${gone[0]} is not served any more` : "");
+}
+
+function showDefaults(defaults) {
+  for (const [id, name] of Object.entries(FIELDS)) $(id).placeholder = String(defaults[name]);
+  $("seed").placeholder = defaults.seed ?? "a new one";
+  $("mode").options[0].textContent = `${defaults.sample_mode} (default)`;
 }
 
 // Aligners can be added and removed at any time: update the lists when they get the focus.
@@ -90,14 +100,17 @@ async function loadAgain() {
   }
 }
 
+const FIELDS = {
+  tokens: "max_tokens", base_temperature: "base_temperature", temperature: "temperature", div_threshold: "div_threshold",
+};
+const OF_PAIRS = ["temperature", "div_threshold"];
+
 // The settings of a request. The proposal alone gets none of the aligner's, so that two answers differ only
 // because of the aligner.
 function settings(model) {
   const values = {}, pair = model !== PROPOSAL;
-  const fields = { tokens: "max_tokens", base_temperature: "base_temperature" };
-  if (pair) Object.assign(fields, { temperature: "temperature", div_threshold: "div_threshold" });
-  for (const [id, name] of Object.entries(fields)) {
-    if ($(id).value !== "") values[name] = Number($(id).value);
+  for (const [id, name] of Object.entries(FIELDS)) {
+    if ($(id).value !== "" && (pair || !OF_PAIRS.includes(id))) values[name] = Number($(id).value);
   }
   if (pair && $("mode").value) values.sample_mode = $("mode").value;
   return values;
@@ -143,6 +156,16 @@ function facts(answer) {
   return parts.map((part) => part.replaceAll(" ", "\u00a0")).join(" · "); // lines break only between parts
 }
 
+// A line about a pair's answer if its aligner changed next to nothing of it.
+function remark({ pair, stats, usage }) {
+  if (!pair || !stats || !usage?.completion_tokens) return "";
+  const { changed_fraction: changed, fallback_fraction: fallen } = stats, n = usage.completion_tokens;
+  if (changed >= LEAST_CHANGED && fallen <= MOST_FALLEN) return "";
+  const text = `The aligner changed ${Math.round(changed * n) || "none"} of the ${n} tokens`;
+  if (!fallen) return `${text}.`;
+  return `${text}, and ${Math.round(100 * fallen)} % of them fell back to the proposal: try the mode par.`;
+}
+
 // Shows one answer while it arrives. If it will be compared, the offsets of its tokens are requested too.
 async function answer(model, seed, box, signal, compared) {
   const card = element("section", "answer"), shown = element("p"), below = element("p", "facts");
@@ -151,20 +174,27 @@ async function answer(model, seed, box, signal, compared) {
   shown.dir = "auto";
   card.append(element("h2", "", model), shown, below);
   atEnd(() => box.append(card));
-  const result = { text: "", starts: new Set(), shown, pair: model !== PROPOSAL };
+  const result = { text: "", starts: new Set(), ids: [], shown, pair: model !== PROPOSAL };
+  const law = settings(model), body = { model, messages: turns, seed, logprobs: compared, ...law };
   try {
-    await stream({ model, messages: turns, seed, logprobs: compared, ...settings(model) }, signal, (chunk) => {
+    await stream({ ...body, return_token_ids: result.pair }, signal, (chunk) => {
       result.seed = chunk.seed;
+      if (chunk.prompt_token_ids) result.prompt = chunk.prompt_token_ids;
       if (chunk.usage) result.usage = chunk.usage;
       for (const choice of chunk.choices) {
         const more = choice.delta.content || "";
         result.text += more;
+        result.ids.push(...(choice.token_ids || []));
         for (const token of choice.logprobs ? choice.logprobs.content : []) result.starts.add(token.text_offset);
         atEnd(() => arrived.appendData(more));
         if (choice.finish_reason) [result.finish, result.stats] = [choice.finish_reason, choice.stats];
       }
     });
-    atEnd(() => below.textContent = facts(result));
+    atEnd(() => {
+      below.textContent = facts(result);
+      if (remark(result)) card.append(element("p", "facts remark", remark(result)));
+    });
+    if (result.pair && result.ids.length) colour(result, model, law);
   } catch (error) {
     result.failed = true;
     const stopped = error.name === "AbortError";
@@ -172,6 +202,55 @@ async function answer(model, seed, box, signal, compared) {
     atEnd(() => below.textContent = stopped ? "stopped" : error.message);
   }
   return result;
+}
+
+// Requests the aligner's influence on each token of a finished answer, and colours it.
+async function colour(answer, model, { max_tokens, ...law }) {
+  const body = JSON.stringify({ model, prompt: answer.prompt, tokens: answer.ids, ...law });
+  try {
+    const headers = { "Content-Type": "application/json" };
+    answer.influence = await (await request("influence", { method: "POST", headers, body })).json();
+  } catch {
+    return; // the answer stays as it is
+  }
+  if (!answer.influence.tokens.join("").startsWith(answer.text)) return;
+  paint(answer);
+  if (!$("scale").childElementCount) {
+    $("scale").append(influence.scale());
+    $("scale").append(element("p", "", "Point at a token, tap it, or use ← and → to see both models' candidates."));
+  }
+  atEnd(() => $("scale").hidden = false);
+}
+
+// Shows a finished answer token by token, with marks on those that the other answer does not have.
+function paint(answer) {
+  const pieces = answer.pieces || [[answer.text, false]];
+  if (!answer.influence) {
+    answer.shown.replaceChildren(...pieces.map(([token, differs]) =>
+      differs && token.trim() ? element("mark", "", token) : document.createTextNode(token)));
+    return;
+  }
+  const marked = new Set();
+  let at = 0;
+  for (const [token, differs] of pieces) {
+    if (differs && token.trim()) marked.add(at);
+    at += token.length;
+  }
+  const { tokens, influence: values, kl, candidates } = answer.influence;
+  at = 0;
+  const shown = [];
+  tokens.forEach((token, step) => {
+    const text = token.slice(0, Math.max(answer.text.length - at, 0)); // without the string that ended the answer
+    if (text) {
+      const look = ["token", influence.shade(values[step]), influence.blank(text)].filter(Boolean).join(" ");
+      const node = element(marked.has(at) ? "mark" : "span", look, text);
+      node.tabIndex = shown.length ? -1 : 0;
+      figures.set(node, { token, influence: values[step], kl: kl[step], candidates: candidates[step] });
+      shown.push(node);
+    }
+    at += token.length;
+  });
+  answer.shown.replaceChildren(...shown);
 }
 
 // Runs a change that makes the dialogue longer, and keeps its end in view unless the user has scrolled up.
@@ -210,8 +289,10 @@ function markChanges(answers) {
   if (answers[0].text === answers[1].text) return "both answers are the same";
   const sides = differences(...answers.map(tokens));
   if (!sides) return "these answers are too long to be compared token by token";
-  answers.forEach((answer, side) => answer.shown.replaceChildren(...sides[side].map(([token, differs]) =>
-    differs && token.trim() ? element("mark", "", token) : document.createTextNode(token))));
+  answers.forEach((answer, side) => {
+    answer.pieces = sides[side];
+    paint(answer);
+  });
   return "marked: tokens that the other answer does not have";
 }
 
@@ -280,7 +361,8 @@ $("text").addEventListener("keydown", (event) => {
   if (!event.repeat) $("ask").requestSubmit();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !event.isComposing && running) running.abort();
+  if (event.key !== "Escape" || event.isComposing) return;
+  if (!influence.hide() && running) running.abort();
 });
 $("stop").addEventListener("click", () => running && running.abort());
 $("reset").addEventListener("click", () => {
@@ -289,6 +371,7 @@ $("reset").addEventListener("click", () => {
     setRunning(null);
   }
   turns = [];
+  $("scale").hidden = true;
   $("hint").hidden = false;
   $("dialogue").replaceChildren($("hint"));
   say("the dialogue is forgotten");
@@ -301,5 +384,6 @@ $("key-form").addEventListener("submit", (event) => {
   $("key").value = "";
   loadModels().then(() => $("text").focus()).catch(showError);
 });
+influence.watch($("dialogue"), (node) => figures.get(node));
 for (const id of ["model", "other"]) $(id).addEventListener("focus", loadAgain);
 loadModels().then(() => $("text").focus()).catch(showError);
