@@ -37,6 +37,7 @@ Turns = Sequence[tuple[bool, str]]  # each: whether it is the user's, text
 Marked = list[tuple[str, bool]]  # pieces of a text, each with whether it differs from the other answer
 KEPT = "\n\t\u200c\u200d"  # not printable to Python, but part of texts: the joiners of Persian and of emoji
 COMMANDS = ("/aligner", "/compare", "/set", "/reset", "/quit", "/help")
+OF_PAIRS = ("sample_mode", *MODEL_KEYS)  # keys that the proposal alone does not have
 OWN_KEYS = ("max_new_tokens", "seed")  # of /set, beside those of the next-token distribution
 MIN_WIDTH = 28  # columns of an answer; in a narrower terminal the answers are shown one below the other
 
@@ -93,7 +94,7 @@ class Chat:
 
     def law(self, name: str) -> dict[str, Any]:
         """The keys of the next-token distribution that /set has changed and that a model has."""
-        skipped = {*OWN_KEYS, *(("sample_mode", *MODEL_KEYS) if name == PROPOSAL else ())}
+        skipped = {*OWN_KEYS, *(OF_PAIRS if name == PROPOSAL else ())}
         return {key: value for key, value in self.given.items() if key not in skipped}
 
     def seed(self) -> int:
@@ -218,7 +219,9 @@ class Chat:
             self.write(f"not set: {error}\n")
             return
         now = shown_setting(key, given.get(key, defaults[key]))
-        self.write(f"({now}; default {shown_setting(key, defaults[key]).partition('=')[2]})\n")
+        default = shown_setting(key, defaults[key]).partition("=")[2]
+        unused = "; the proposal alone does not use it" if self.name == PROPOSAL and key in OF_PAIRS else ""
+        self.write(f"({now}; default {default}{unused})\n")
 
     def check_settings(self) -> None:
         """Raise EngineError if a setting is out of bounds."""

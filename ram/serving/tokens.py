@@ -63,7 +63,7 @@ def add_tokens(app: FastAPI, models: Models) -> None:
         keys = {key: getattr(body, key) for key in PARParams.field_names()}
         params = models.law({key: value for key, value in keys.items() if value is not None})
         client = request.scope.get("ram.client", "")
-        whole = Request((*body.prompt, *body.tokens), served.aligner, params, 1, client=client)
+        whole = Request((*body.prompt, *body.tokens), served.aligner, params, 0, client=client)
 
         def measure(members: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
             proposal, aligner = members["proposal"], members["aligner"]

@@ -148,6 +148,8 @@ def test_proposal_alone_has_no_settings_of_the_aligner(models):
     """So that two answers of /compare differ only because of the aligner."""
     dialogue, _ = chat(models, "/set temperature=0.1", "/set base_top_p=0.5", "/set sample_mode=product")
     assert dialogue.law("proposal") == {"base_top_p": 0.5}
+    _, output = chat(models, "/aligner proposal", "/set temperature=0.1", "/set base_temperature=0.1")
+    assert output.count("; the proposal alone does not use it)") == 1
     assert dialogue.law("a") == {"temperature": 0.1, "base_top_p": 0.5, "sample_mode": "product"}
 
 
