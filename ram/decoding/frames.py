@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ram.decoding import columns
 from ram.decoding.cache import ServedModel
 from ram.decoding.par import (
     ALL,
@@ -62,7 +63,8 @@ class RowState:
         self.tokens[lines.unsqueeze(1), columns] = tokens  # the next round overwrites what is not kept
         self.numbers[LENGTH, lines] = torch.minimum(length + kept, end)
         if seen is not None and self.seen is not None:
-            new = torch.where(ahead < kept.unsqueeze(1), tokens, tokens[:, :1]).clamp(min=0)
+            last = self.tokens[lines, length - 1].unsqueeze(1)  # it has been seen
+            new = torch.where(ahead < kept.unsqueeze(1), tokens, last).clamp(min=0)
             self.seen[lines] = seen.scatter(1, new, True)
 
 
@@ -149,8 +151,7 @@ class Frame:
         column, drawn = len(self.drafts), []
         for group, seens in zip(self.rows.groups, self.seens, strict=True):
             seen = seens[-1] if seens else None
-            law = draft_law(logits[group.at], group.role, group.params, seen, group.eos)
-            drawn.append(own := self.noise.draw(law, group.at, column))
+            drawn.append(own := self.draw_draft(group, logits[group.at], seen, column))
             if seen is not None:
                 seens.append(seen.scatter(1, own.unsqueeze(1), True))
         drafts = drawn[0]
@@ -161,6 +162,18 @@ class Frame:
         self.drafts.append(drafts.unsqueeze(1))
         self.draft_logits.append(logits)
         return drafts
+
+    def draw_draft(
+        self, group: Group, logits: torch.Tensor, seen: torch.Tensor | None, column: int
+    ) -> torch.Tensor:
+        """Draw a group's drafts (R,) from logits (R, V)."""
+        own = None
+        if group.role.z_q is not None:
+            own = columns.draw_draft(logits, group.params, seen, self.noise, group.at, column)
+        if own is None:
+            law = draft_law(logits, group.role, group.params, seen, group.eos)
+            own = self.noise.draw(law, group.at, column)
+        return own
 
     def draw(
         self, group: Group, seens: list[torch.Tensor], logits: torch.Tensor
@@ -180,14 +193,19 @@ class Frame:
             seen = torch.stack(seens[:width], dim=1).flatten(0, 1)
         sources = {"verifier": logits[group.at].flatten(0, 1), None: None}
         if group.role.is_pair:
-            columns = [column[group.at] for column in self.draft_logits]
-            sources["drafter"] = torch.stack(columns, dim=1).flatten(0, 1)
+            own_logits = [column[group.at] for column in self.draft_logits]
+            sources["drafter"] = torch.stack(own_logits, dim=1).flatten(0, 1)
         z_p, z_q = sources[group.role.z_p], sources[group.role.z_q]
         is_joint = group.role.decodes_pair and not group.role.is_pair
         if is_joint:
             z_p, z_q = logits[group.at].flatten(0, 1).chunk(2, dim=-1)
-        laws, flat = draw_laws(z_p, z_q, group.params, seen, group.eos, self.noise, group.at)
-        if any(ticket.request.logprobs is not None for ticket in group.tickets):
+        shows = any(ticket.request.logprobs is not None for ticket in group.tickets)
+        laws = flat = None
+        if not (shows or is_joint or any(ticket.uncovered for ticket in group.tickets)):
+            flat = columns.draw_laws(z_p, z_q, group.params, seen, self.noise, group.at)
+        if flat is None:
+            laws, flat = draw_laws(z_p, z_q, group.params, seen, group.eos, self.noise, group.at)
+        if shows and laws is not None:
             laws = shown_laws(z_p, z_q, group.params, seen, group.eos, laws)
         report = {key: values.view(-1, width) for key, values in flat.items()}
         as_draft = report["token"][:, : drafted.shape[1]] == drafted
@@ -196,10 +214,15 @@ class Frame:
             law = align(z_q, group.params, seen)
             own = report["token"] == self.noise.draw(law, group.at).view(-1, width)
         kept = as_draft[:, : width - 1].long().cumprod(dim=1).sum(dim=1, keepdim=True) + 1
-        logprobs, laws = [], laws.view(-1, width, laws.shape[-1])
+        if laws is None:
+            stopped = report["token"].gather(1, kept - 1) == columns.UNCOVERED
+            kept = kept - stopped.long()
+        logprobs = [[] for _ in group.tickets]
         for index, ticket in enumerate(group.tickets):
             count = ticket.request.logprobs
-            logprobs.append([] if count is None else _logprobs(laws[index], report["token"][index], count))
+            if count is not None and laws is not None:
+                own_laws = laws.view(-1, width, laws.shape[-1])[index]
+                logprobs[index] = _logprobs(own_laws, report["token"][index], count)
         return report | {"as_draft": own, "compared": as_draft, "kept": kept}, logprobs
 
 

@@ -44,12 +44,22 @@ def gumbel_noise(
         stream: 0 draws the token; 1..n draw the candidates of snis.
         tokens: (..., S) ids; if set, only their noise is returned: (..., S).
     """
-    device = row_ids.device
+    if tokens is None:
+        tokens = torch.arange(vocab_size, device=row_ids.device, dtype=torch.int64)
+    return _noise_of(_key(seed, row_ids, positions, stream), tokens)
+
+
+def _key(
+    seed: int | torch.Tensor, row_ids: torch.Tensor, positions: torch.Tensor, stream: int
+) -> torch.Tensor:
     key = seed if isinstance(seed, torch.Tensor) else torch.full_like(row_ids, signed(seed))
     for part in (row_ids, positions, torch.full_like(row_ids, stream)):
         key = _mix64(key + _GOLDEN) ^ _mix64(part * _GOLDEN + _MIX_1)
-    if tokens is None:
-        tokens = torch.arange(vocab_size, device=device, dtype=torch.int64)
+    return key
+
+
+def _noise_of(key: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise (..., S) of tokens (..., S) from keys (...)."""
     bits = _mix64(_mix64(key.unsqueeze(-1) + (tokens + 1) * _GOLDEN))
     # 53 bits in [1, 2^53 - 1]: u is neither 0 nor 1, so the noise is finite. float32 would round some u to 1.
     uniform = ((bits >> 11) & ((1 << 53) - 1)).clamp(min=1).double() * 2.0**-53
@@ -64,7 +74,8 @@ def gumbel_argmax(logprobs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 class Noise:
     """The Gumbel noise of positions (R, W), for draws as by `gumbel_argmax`.
 
-    It is computed once, or, on a CPU with a large vocabulary, only for the tokens in a law's support.
+    It is computed once, when it is needed; or, on a CPU with a large vocabulary, only for the tokens in a
+    law's support.
     """
 
     def __init__(
@@ -77,9 +88,10 @@ class Noise:
     ) -> None:
         if not isinstance(seed, torch.Tensor):
             seed = torch.full_like(row_ids, signed(seed))
-        self.keys, self.vocab_size, self.stream = (seed, row_ids, positions), vocab_size, stream
+        self.keys, self.vocab_size = (seed, row_ids, positions), vocab_size
         self.sparse = row_ids.device.type == "cpu" and vocab_size >= LARGE_VOCABULARY
-        self.whole = None if self.sparse else gumbel_noise(*self.keys, vocab_size, stream)
+        self.key = _key(seed, row_ids, positions, stream)
+        self.whole: torch.Tensor | None = None
 
     def draw(
         self, logprobs: torch.Tensor, rows: torch.Tensor | slice = ALL, columns: int | slice = ALL
@@ -88,14 +100,20 @@ class Noise:
         support = int((logprobs != NEG_INF).sum(dim=-1).max()) if self.sparse else self.vocab_size
         if 4 * support <= self.vocab_size:
             ranked, tokens = torch.topk(logprobs, support, dim=-1)
-            seed, row_ids, positions = (key[rows, columns].flatten() for key in self.keys)
-            noise = gumbel_noise(seed, row_ids, positions, 0, self.stream, tokens)
+            noise = self.at(tokens, rows, columns)
             return tokens.gather(-1, gumbel_argmax(ranked, noise).unsqueeze(-1)).squeeze(-1)
         if self.whole is None:
-            self.whole = gumbel_noise(*self.keys, self.vocab_size, self.stream)
+            tokens = torch.arange(self.vocab_size, device=self.key.device, dtype=torch.int64)
+            self.whole = _noise_of(self.key, tokens)
         whole = self.whole if rows is ALL else self.whole[rows]
         whole = whole.flatten(0, 1) if columns is ALL else whole[:, columns]
         return gumbel_argmax(logprobs, whole)
+
+    def at(
+        self, tokens: torch.Tensor, rows: torch.Tensor | slice = ALL, columns: int | slice = ALL
+    ) -> torch.Tensor:
+        """Return the noise (N, S) of some tokens (N, S) alone."""
+        return _noise_of(self.key[rows, columns].flatten(), tokens)
 
     def stream_of(self, stream: int, rows: torch.Tensor | slice = ALL) -> "Noise":
         """Return another stream's noise at some rows."""

@@ -128,18 +128,22 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     return logits.masked_fill(logits < kth, NEG_INF)
 
 
-def keep_top_p(logits: torch.Tensor, top_p: float, inclusive: bool = False) -> torch.Tensor:
+def keep_top_p(
+    logits: torch.Tensor, top_p: float, inclusive: bool = False, total: torch.Tensor | None = None
+) -> torch.Tensor:
     """Keep a token if the probability mass of the tokens ranked before it is below `top_p`.
 
     The first rank is always kept. Ties are ranked by token id, so the result does not depend on the sort's
     implementation. inclusive: also keep a token if that mass equals top_p, as for the proposal's nucleus.
+    total: (B, 1) log-sum of the whole vocabulary, if the logits are some columns of it.
     """
     if top_p >= 1.0:
         return logits
-    if logits.device.type == "cpu" and logits.shape[-1] >= LARGE_VOCABULARY:
+    if total is None and logits.device.type == "cpu" and logits.shape[-1] >= LARGE_VOCABULARY:
         return keep_top_p_by_threshold(logits, top_p, inclusive)
     ranked, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    inside = _inside_top_p(torch.softmax(logits, dim=-1).gather(-1, order), top_p, inclusive)
+    probs = torch.softmax(logits, dim=-1) if total is None else (logits - total).exp()
+    inside = _inside_top_p(probs.gather(-1, order), top_p, inclusive)
     return logits.masked_fill(~torch.zeros_like(inside).scatter(-1, order, inside), NEG_INF)
 
 
@@ -188,35 +192,44 @@ def untempered(params: PARParams) -> PARParams:
     return replace(params, greedy=False, **{key: 1.0 for key in keys if getattr(params, key) == 0})
 
 
-def warp(logits: torch.Tensor, params: PARParams, seen: torch.Tensor | None) -> torch.Tensor:
+def warp(
+    logits: torch.Tensor, params: PARParams, seen: torch.Tensor | None, total: torch.Tensor | None = None
+) -> torch.Tensor:
     """Apply temperature, penalty, top-p, top-k and log-softmax with the aligner's settings, (B, V)."""
     if params.temperature == 0:
         # The penalty commutes with a positive scale, so the limit of small temperatures needs none.
         return point_mass(penalise_repetition(logits, seen, params.repetition_penalty))
     logits = penalise_repetition(logits / params.temperature, seen, params.repetition_penalty)
-    return torch.log_softmax(keep_top_k(keep_top_p(logits, params.top_p), params.top_k), dim=-1)
+    logits = keep_top_p(logits, params.top_p, total=total)
+    return torch.log_softmax(keep_top_k(logits, params.top_k), dim=-1)
 
 
 def align(
-    aligner_logits_BV: torch.Tensor, params: PARParams, seen: torch.Tensor | None = None
+    aligner_logits_BV: torch.Tensor,
+    params: PARParams,
+    seen: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return log Q (B, V) under the aligner's own settings, from which it drafts; greedy if the pair is."""
-    law = warp(wide(aligner_logits_BV), params, seen)
+    law = warp(wide(aligner_logits_BV), params, seen, total)
     return greedy(law) if params.greedy else law
 
 
 def propose(
-    proposal_logits_BV: torch.Tensor, params: PARParams, seen: torch.Tensor | None = None
+    proposal_logits_BV: torch.Tensor,
+    params: PARParams,
+    seen: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return log P~ (B, V): the proposal's nucleus, renormalised; -inf outside it.
 
-    seen: only if the proposal decodes alone, for `base_repetition_penalty`.
+    seen: only if the proposal decodes alone, for `base_repetition_penalty`. total: as in `keep_top_p`.
     """
     logits = keep_top_k(proposal_logits_BV, params.base_top_k)
     if params.base_temperature == 0:
         return point_mass(penalise_repetition(logits, seen, params.base_repetition_penalty))
     logits = penalise_repetition(logits / params.base_temperature, seen, params.base_repetition_penalty)
-    return torch.log_softmax(keep_top_p(logits, params.base_top_p, inclusive=True), dim=-1)
+    return torch.log_softmax(keep_top_p(logits, params.base_top_p, inclusive=True, total=total), dim=-1)
 
 
 def kl_divergence(proposal_logits_BV: torch.Tensor, aligner_logits_BV: torch.Tensor) -> torch.Tensor:
@@ -306,6 +319,8 @@ def next_token_law(
     seen: torch.Tensor | None = None,
     eos_token_ids: Sequence[int] = (),
     candidates: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
+    kl: torch.Tensor | None = None,
 ) -> Law:
     """Return the law of the next token, with the fall-back mask and the divergence that decided it.
 
@@ -314,6 +329,8 @@ def next_token_law(
             float64. If one is None, the other model decodes alone, by its own settings.
         seen: (B, V) bool for the repetition penalties.
         candidates: (B, N) ids for snis.
+        total, kl: of the whole vocabulary, if the logits are some columns of it (`ram.decoding.columns`): the
+            log-sum (B, 1) of the proposal at its temperature, and the divergence (B,).
 
     Raises:
         ValueError: if both logits are None, their shapes differ, or snis lacks candidates.
@@ -326,15 +343,15 @@ def next_token_law(
     if z_p is None:
         return Law(warp(logits, params, seen), never, zero, None)
     if z_q is None:
-        log_nucleus = propose(z_p, params, seen)
+        log_nucleus = propose(z_p, params, seen, total)
         return Law(log_nucleus, never, zero, log_nucleus)
     if z_p.shape != z_q.shape:
         shapes = f"{tuple(z_p.shape)} and {tuple(z_q.shape)}"
         raise ValueError(f"logits of shapes {shapes}: cut both models' to the tokenizer's length")
 
-    log_nucleus = propose(z_p, params)
+    log_nucleus = propose(z_p, params, None, total)
     law = SAMPLE_MODES[params.sample_mode](z_p, z_q, log_nucleus, params, seen, candidates)
-    kl, fell_back = kl_divergence(z_p, z_q), never
+    kl, fell_back = kl_divergence(z_p, z_q) if kl is None else kl, never
     if params.sample_mode == "par_kl":
         fell_back = ~(kl <= params.div_threshold)
         fallback = KL_FALLBACKS[params.kl_fallback](z_p, log_nucleus, params, seen)

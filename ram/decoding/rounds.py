@@ -302,6 +302,7 @@ class Rounds:
         """
         row, length, role = ticket.row, len(ticket.tokens), ticket.role
         (count,), before = report["kept"], len(row.ids)
+        ticket.uncovered = count == 0
         row.proposal_forwards += role.z_p == "verifier"
         row.aligner_forwards += frame.width if role.is_pair else role.z_q == "verifier"
         for position in range(count):

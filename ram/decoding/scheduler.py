@@ -59,6 +59,7 @@ class Ticket:
         role: without its drafter once the row has ended, so that a kept ticket keeps no removed aligner.
         eos: token ids for which the law may force an end (`eos_priority`).
         cancelled: if set, the engine ends the row before its next step.
+        uncovered: whether the next law needs whole rows, see `ram.decoding.columns`.
     """
 
     request: Request
@@ -66,6 +67,7 @@ class Ticket:
     eos: tuple[int, ...]
     text: Text
     cancelled: bool = False
+    uncovered: bool = False
     line: int = -1
     allocations: dict[ServedModel, Allocation] = field(default_factory=dict)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the latest round

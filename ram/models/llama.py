@@ -63,6 +63,8 @@ class LlamaForward:
         self.columns, self.vocab_size = columns, vocab_size
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_size = base.layers[0].self_attn.head_dim
+        # GPUs compute grouped queries with a mask by their slowest kernel.
+        self.folds = self.heads > self.kv_heads and model.device.type != "cpu"
         self.eps, self.hidden = config.rms_norm_eps, (config.hidden_size,)
         self.embedding, self.norm = base.embed_tokens.weight, base.norm.weight
         head_bias = model.lm_head.bias
@@ -153,17 +155,23 @@ class LlamaForward:
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
         """Attention of R rows: queries (R, T, H, D), keys and values (R, S, K, D) -> (R * T, H * D)."""
-        output = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=bias,
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        return output.transpose(1, 2).reshape(-1, self.heads * self.head_size)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        group, count = self.heads // self.kv_heads, queries.shape[1]
+        if self.folds:
+            # (R, K, H / K * T, D): the heads that share a key-value head become more queries of it.
+            queries = queries.unflatten(2, (self.kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
+            output = output.unflatten(2, (group, count)).permute(0, 3, 1, 2, 4)
+        else:
+            output = F.scaled_dot_product_attention(
+                queries.transpose(1, 2), keys, values, attn_mask=bias, enable_gqa=group > 1
+            ).transpose(1, 2)
+        return output.reshape(-1, self.heads * self.head_size)
 
     def bias(self, mask: torch.Tensor) -> torch.Tensor:
-        """The additive attention bias of a bool mask: 0 if visible, -inf if not."""
+        """The additive attention bias of a bool mask (..., T, S): 0 if visible, -inf if not."""
+        if self.folds and mask.shape[-2] > 1:
+            mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
         return torch.zeros_like(mask, dtype=self.embedding.dtype).masked_fill_(~mask, float("-inf"))
 
 
@@ -181,7 +189,8 @@ class JointForward(LlamaForward):
         self, members: Sequence[LlamaForward], counts: Sequence[int], selected: Sequence[int] | None = None
     ) -> None:
         self.counts, self.selected = list(counts), list(selected or counts)
-        for name in ("columns", "heads", "kv_heads", "head_size", "eps", "hidden", "cos", "sin", "embedding"):
+        shared = "columns heads kv_heads head_size folds eps hidden cos sin embedding"
+        for name in shared.split():
             setattr(self, name, getattr(members[0], name))
         self.embeddings = [member.embedding for member in members]
         self.heads_out = [member.head for member in members]

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from llamas import SIZES, kin
 from torch import nn
@@ -21,6 +22,27 @@ def test_large_products_equal_small_ones():
         torch.testing.assert_close(llama.linear(x[:rows], weight, b).double(), expected, rtol=1e-4, atol=1e-4)
         added = llama.add_linear(y[:rows], x[:rows], weight, b)
         torch.testing.assert_close(added.double(), expected + y[:rows], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@torch.inference_mode()
+def test_folded_attention_equals_grouped_attention(count, monkeypatch):
+    """Off the CPU, heads that share a key-value head are further queries of it: no call groups queries."""
+    forward = LlamaForward(kin("llama").double(), 20, 12)
+    queries, states = torch.randn(2, count, 4, 8).double(), torch.randn(2, 5, 4, 8).double()
+    mask = torch.arange(5) <= torch.tensor([[2, 3, 4], [0, 1, 5]])[:, None, :count, None]
+    real, groups = nn.functional.scaled_dot_product_attention, []
+
+    def attention(*args, **settings):
+        groups.append(settings.get("enable_gqa", False))
+        return real(*args, **settings)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attention)
+    outputs = []
+    for forward.folds in (False, True):
+        outputs.append(forward.attention(queries, *states.chunk(2, dim=2), forward.bias(mask)))
+    torch.testing.assert_close(*outputs)
+    assert groups == [True, False] and outputs[0].shape == (2 * count, 32)
 
 
 def test_joined_weights_are_views_of_one_tensor():
