@@ -1,4 +1,4 @@
-"""What a judge is not asked again: kept answers, their checks, and two evaluations at once."""
+"""What a judge is not asked again: kept answers, their checks, two evaluations at once; a judge's warning."""
 
 import json
 import threading
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from tiny import byte_tokenizer, save_model_folder, tiny_model
 
 from ram.evaluation import steps
-from ram.evaluation.judges.base import Cache, Judge
+from ram.evaluation.judges.base import Cache, Judge, load_judges
 from ram.evaluation.judges.reward_model import RewardModelJudge
 from ram.models import checkpoints
 
@@ -67,6 +67,13 @@ def test_two_evaluations_at_once_ask_once(tmp_path, caplog):
     for thread in threads:
         thread.join(30)
     assert sorted(asked) == ["one", "two"]
+
+
+def test_judge_that_measures_nothing_warns(caplog):
+    """In the log, where a run begins to judge; tables and report have the line, too."""
+    judge = load_judges()["dummy"]("dummy")
+    steps.judge(SimpleNamespace(judge=judge, systems={}, judgements={}))
+    assert "judge=dummy prefers the longer answer" in caplog.text
 
 
 def test_chat_template_of_a_reward_model_is_part_of_its_identity(tmp_path, monkeypatch):
