@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from ram.decoding.cache import Part, Pool, ServedModel
+from ram.decoding.cache import Pool, ServedModel
 from ram.decoding.positions import Allocation
+from ram.decoding.steps import Part
 
 
 class JointPool:

@@ -20,11 +20,12 @@ from typing import NamedTuple
 
 import torch
 
-from ram.decoding.cache import Part, ServedModel, cat
+from ram.decoding.cache import ServedModel
 from ram.decoding.frames import Drafters, Frame, RowSet, RowState, fetch
 from ram.decoding.par import ALL
 from ram.decoding.rows import append_token
 from ram.decoding.scheduler import Ticket
+from ram.decoding.steps import Part, cat
 
 Chunks = Sequence[tuple[Ticket, int]]  # rows of whose prompts a round only reads some tokens
 
