@@ -131,7 +131,7 @@ def run(composed: DictConfig, overrides: list[str]) -> None:
                 contexts.append(context)
     finally:
         endpoint.log_spending()
-    if processes.is_rank0():
+    if processes.is_rank0() and not config.dry_run:
         tables.merge_leaderboards(Path(config.output_dir))
         boards = [context for context in contexts if context.board]
         if boards:

@@ -253,6 +253,14 @@ def test_second_run_reuses_everything(finished):
     assert snapshot(finished) == before
 
 
+def test_dry_run_of_a_finished_evaluation_writes_nothing(finished, monkeypatch):
+    """It wrote the table of all systems anew, and so failed on a read-only mount."""
+    monkeypatch.setattr(pipeline.tables, "merge_leaderboards", pytest.fail)
+    before = snapshot(finished)
+    run(pipeline, "experiment=demo", f"output_dir={finished}", *SMALL, "dry_run=true")
+    assert snapshot(finished) == before
+
+
 def test_changed_setting_remakes_dependent_outputs(finished, tmp_path, caplog):
     """A changed setting has its stage and all that read it made again; what was there is kept aside."""
     folder = copy_of(finished, tmp_path)
