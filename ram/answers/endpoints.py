@@ -16,9 +16,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeGuard
-
-import httpx
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from ram.answers.jobs import AnswerJob
 from ram.data.text import text_of
@@ -26,6 +24,9 @@ from ram.errors import UserError
 from ram.log import log, printable, redacted
 from ram.storage.files import fingerprint
 from ram.vllm import laws
+
+if TYPE_CHECKING:
+    import httpx  # elsewhere in functions: every command imports this module, few ask a server
 
 Read = Callable[[dict[str, Any]], Any]  # extracts the result from the JSON of one answer
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # status codes after which a retry may succeed
@@ -126,6 +127,8 @@ class Endpoints:
     """
 
     def __init__(self, settings: ServerSettings, tally: Tally | None = None) -> None:
+        import httpx
+
         self.settings = settings
         self.urls: list[str] = [url.rstrip("/") for url in settings.urls]
         self.names = [redacted(url) for url in self.urls]  # for people: without passwords
@@ -186,6 +189,8 @@ class Endpoints:
         return self._run(self._send(method, path, body, read)).result()
 
     async def _send(self, method: str, path: str, body: dict[str, Any] | None, read: Read) -> Any:
+        import httpx
+
         pause = FIRST_PAUSE
         attempt = 0
         while True:
@@ -233,7 +238,7 @@ class Endpoints:
 
     async def _receive(
         self, method: str, url: str, body: dict[str, Any] | None
-    ) -> tuple[int, httpx.Headers, bytes]:
+    ) -> "tuple[int, httpx.Headers, bytes]":
         """Return status, headers and content of an answer; ValueError if it is too large or compressed."""
         content = bytearray()
         async with self.client.stream(method, url, json=body) as response:
@@ -308,11 +313,13 @@ def _refuse(constant: str) -> None:
 
 def _reason(status: int, content: bytes) -> str:
     """Return the first line of an error's text, safe to show."""
+    import httpx
+
     line = content[:2000].decode(errors="replace").strip().split("\n")[0]
     return printable(line)[:200] or httpx.codes.get_reason_phrase(status)
 
 
-def _retry_after(headers: httpx.Headers) -> float | None:
+def _retry_after(headers: "httpx.Headers") -> float | None:
     """Return the header Retry-After in seconds; None if it is missing or gives a date."""
     try:
         seconds = float(headers["Retry-After"])
