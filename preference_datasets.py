@@ -6,9 +6,8 @@ A data set's name is BASE[_PROPOSAL][_aligner_warmup|_aligner_common]. `uc` is t
 the second answer is a sample of the proposal llama8b. The last part selects the Aligner baseline's task.
 """
 
-import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ram.data.catalogue import (
     source_of,
 )
 from ram.data.chat import ChatTemplate
+from ram.data.split import heldout_prompts
 from ram.data.tokenization import Example, TokenizedDataset, tokenize_cached
 from ram.errors import UserError
 from ram.log import log, progress
@@ -304,18 +304,6 @@ def question(example: Example) -> str:
     A part of a text, which has no question, is its own.
     """
     return (example.record or {}).get("instruction", example.prompt) or example.target
-
-
-def heldout_prompts(all_prompts: Iterable[str], fraction: float) -> set[str]:
-    """Select a fraction of the distinct prompts, those with the smallest hashes.
-
-    If the fraction is above 0, at least one prompt is held out and at least one is left for training.
-    """
-    if fraction <= 0:
-        return set()
-    ranked = sorted({(hashlib.sha256(prompt.encode()).digest(), prompt) for prompt in all_prompts})
-    count = min(len(ranked) - 1, max(1, round(fraction * len(ranked))))
-    return {prompt for _, prompt in ranked[:count]}
 
 
 def _as_correction(example: Example, variant: str, name: str, request: str) -> Example:

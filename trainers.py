@@ -418,10 +418,6 @@ class FSDPTrainer(BasicTrainer):
 
     def place(self) -> None:
         settings = self.settings
-        if settings.sample_during_eval:
-            raise UserError(
-                "sample_during_eval=true: FSDPTrainer holds no whole model to decode with; set it to false"
-            )
         processes.start(alone=True)
         forward = self.pick_forward()
         block_name, offload = settings.model.block_name, settings.cpu_offload

@@ -97,6 +97,9 @@ def test_every_key_of_a_command_changes_what_it_resolves_to(command):
         assert (ROOT / f"{target.replace('.', '/')}.py").is_file()
         return
     assert (ROOT / target).is_file(), target
+    if Path(target).stem == "real_example":
+        assert [word for word in words if "=" in word] in ([], ["quick=true"])  # the script's own key
+        return
     if Path(target).stem == "prepare_data":
         assert set(itertools.takewhile(lambda word: not word.startswith("-"), words)) <= set(prepare.SOURCES)
         return

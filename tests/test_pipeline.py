@@ -203,7 +203,10 @@ def test_report_has_figures_of_pairs_and_is_rebuilt_identically(finished, tmp_pa
     command = shlex.split(about["proposal+aligner[par]"]["command"])
     settings = serving.read_settings(command[3:])
     assert command[:3] == ["bash", "bin/serve.sh", "chat"] and settings.params.sample_mode == "par"
-    assert saved["about"]["lead"].startswith("No pair does better than proposal")
+    lead = saved["about"]["lead"]
+    assert lead.startswith("6 pairs of a frozen proposal and a small aligner, 3 models alone"), lead
+    outcome = r"No pair does better than proposal|wins [\d.]+ % of 12 prompts against proposal"
+    assert re.search(outcome, lead), lead
     for place, system in enumerate(saved["systems"]):
         with_figures = [i for i, row in enumerate(saved["rows"]) if "influence" in row["answers"][place]]
         assert with_figures == ([0, 11] if system["name"].endswith("]") else []) and system["note"] is None

@@ -72,7 +72,7 @@ def check(root, dataset, sampled, tasks, n_test):
     assert len(rows) == 80 and all("sampling" in row for row in rows)
     for task in tasks:
         outputs = list((root / "out" / dataset / task).glob("*/*/output.json"))
-        assert len(outputs) == 2
+        assert len(outputs) == 3
         for path in outputs:
             answers = [row["output"] for row in json.loads(path.read_text())]
             assert len(answers) == n_test and sum(map(bool, answers)) > n_test // 2
@@ -80,7 +80,7 @@ def check(root, dataset, sampled, tasks, n_test):
         report = root / "out" / "report" / f"llama_{dataset.split('-')[0]}" / (task if len(tasks) > 1 else "")
         with open(report / "leaderboard.csv", newline="") as file:
             board = {row["system"]: row for row in csv.DictReader(file)}
-        assert set(board) == {"proposal", "proposal+aligner[par_kl]"}
+        assert set(board) == {"proposal", "proposal+aligner[par_kl]", "proposal+aligner[par]"}
         assert int(board["proposal"]["n"]) == n_test
         assert 0 <= float(board["proposal+aligner[par_kl]"]["fallback_fraction"]) <= 1
         assert "proposal+aligner[par_kl]" in (report / "report.html").read_text()

@@ -6,9 +6,10 @@ The first three have rows {instruction, output}; equal prompts stay in one file.
 for language modelling: the training rows, and those of the files that `text=[FILE,FILE]` lists.
 """
 
+import hashlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,18 @@ def split(
                 "lower train, heldout or test"
             )
     return files
+
+
+def heldout_prompts(all_prompts: Iterable[str], fraction: float) -> set[str]:
+    """Select a fraction of the distinct prompts, those with the smallest hashes.
+
+    If the fraction is above 0, at least one prompt is held out and at least one is left for training.
+    """
+    if fraction <= 0:
+        return set()
+    ranked = sorted({(hashlib.sha256(prompt.encode()).digest(), prompt) for prompt in all_prompts})
+    count = min(len(ranked) - 1, max(1, round(fraction * len(ranked))))
+    return {prompt for _, prompt in ranked[:count]}
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:

@@ -316,6 +316,10 @@ def check_training(config: Settings, tables: Tables) -> None:
     if config.lora is not None:
         check_lora(config)
     if config.sample_during_eval:
+        if tables.pick_trainer(config.trainer).distributed:
+            raise UserError(
+                f"sample_during_eval=true: {config.trainer} has no whole model to decode with: set false"
+            )
         check_sampling(config.sampling)
 
 

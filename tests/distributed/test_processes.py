@@ -18,7 +18,6 @@ from training_runs import (
     RESUMABLE,
     RUNS,
     TOKENIZER,
-    dataset,
     frozen_proposal,
     path_of,
     recorded_path,
@@ -31,8 +30,10 @@ from training_runs import (
 
 from ram.errors import UserError
 from ram.models import lora
+from ram.settings.schema import check_training
 from ram.training import resume, sharding
-from trainers import FSDPTrainer, Preempted
+from trainers import Preempted
+from utils import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("ours_sft", "dpo", "ratio", "budget", "padded", *(["lora"] if find_spec("peft") else []))
@@ -244,6 +245,5 @@ def test_a_block_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="block_name='Layr': .*LlamaDecoderLayer"):
         sharding.shard(tiny_model(9, 0, layers=2), "Layr", torch.device("cpu"), None, print)
     config = settings("sample_during_eval=true", "trainer=FSDPTrainer")
-    with pytest.raises(UserError, match="sample_during_eval=true"):
-        data = dataset(4)
-        FSDPTrainer(config, tiny_model(len(TOKENIZER), 0), TOKENIZER, data, data, tmp_path, {})
+    with pytest.raises(UserError, match="sample_during_eval=true: FSDPTrainer has no whole model"):
+        check_training(config, TABLES)

@@ -252,7 +252,9 @@ def test_byte_order_mark_is_dropped(tmp_path, name):
 def test_missing_file_error_says_how_to_create_it(tmp_path):
     """Data files are created by a script, sampled files by the sample stage."""
     with pytest.raises(UserError, match=r"no such file: .*uc\.json; .*`bash bin/prepare_data.sh`"):
-        read_rows(tmp_path / "uc.json")
+        read_rows(tmp_path / "train" / "uc.json")
+    with pytest.raises(UserError, match=r"no such file: .*mine\.json; check its path"):
+        read_rows(tmp_path / "mine.json")
     with pytest.raises(UserError, match=r"no such file: .*uc_sampling_m\.json; .*stages=\[sample\]"):
         read_rows(tmp_path / "uc_sampling_m.json")
 
