@@ -171,7 +171,8 @@ def table_params(system: System, **changes: Any) -> PARParams:
     """Return a system's settings at temperature 1, with no penalty and no forced end.
 
     In `product` the ratio of the temperatures is the exponent of the aligner's probabilities, so it is kept:
-    P^(1/a) Q^(1/b) at temperature 1 is P Q^(a/b).
+    P^(1/a) Q^(1/b) at temperature 1 is P Q^(a/b). A changed temperature is taken as the system's, so a value
+    that a sweep chooses can be given to the system.
 
     Args:
         changes: settings that differ from the system's.
@@ -187,7 +188,9 @@ def table_params(system: System, **changes: Any) -> PARParams:
         "base_repetition_penalty": 1.0,
         "eos_priority": False,
     }
-    return replace(params, **common | {key: value for key, value in changes.items() if key in common})
+    kept = {"temperature", "base_temperature"} if has_exponent else set()  # are in the ratio already
+    changed = {key: value for key, value in changes.items() if key in common and key not in kept}
+    return replace(params, **common | changed)
 
 
 def schemes_of(context: EvaluationContext, system: System) -> dict[str, Scheme]:

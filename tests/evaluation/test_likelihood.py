@@ -192,8 +192,11 @@ def test_table_temperature_keeps_the_exponent_of_the_product(open_task):
     pair = likelihood.table_params(context.systems["proposal+aligner[par_kl]"])
     assert pair.temperature == pair.base_temperature == pair.repetition_penalty == 1.0
     assert not pair.eos_priority
+    # A value of a sweep is what the system would be given, so that the chosen value can be given to it.
     swept = likelihood.table_params(context.systems["product"], temperature=2.0)
-    assert swept.temperature == 2.0
+    assert swept.temperature == pytest.approx(2.0 / 0.5)
+    curve = likelihood.table_params(context.systems["proposal+aligner[par_kl]"], temperature=2.0)
+    assert curve.temperature == 2.0 and curve.base_temperature == 1.0
 
 
 def test_order_that_changes_with_epsilon_is_undecided():
