@@ -128,7 +128,8 @@ def test_processes_end_with_their_launcher(tmp_path):
 def test_processes_end_with_a_launcher_that_dies_during_the_imports(tmp_path):
     """The system is asked before the script's first line, not after imports that take seconds."""
     path = tmp_path / "script.py"
-    path.write_text("import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(600)\n")
+    # One write per line: what two processes print in pieces can mix.
+    path.write_text("import os, time\nos.write(1, b'pid %d\\n' % os.getpid())\ntime.sleep(600)\n")
     running = launch(str(path), cwd=tmp_path)
     kill_and_see_its_processes_end(running)
 
