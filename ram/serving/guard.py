@@ -23,6 +23,8 @@ from ram.settings.serving import Settings, is_loopback
 OPEN = {"/", "/chat.css", "/chat.js", "/health"}  # paths that need no key
 SAFE_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 HUNG_UP = 499  # the status that is counted if the client disconnects before its answer
+FREE_BYTES = 1 << 16  # a refused request with a larger body is answered after a pause
+REFUSED_PER_SECOND = 1 << 20  # bytes of refused bodies that a connection can send
 DISCARDED = 8  # an oversized body is read up to this many times the limit, so that its sender gets the error
 
 
@@ -47,6 +49,7 @@ class Guard:
         async def send_and_note(message: Message) -> None:
             nonlocal status, complete
             if message["type"] == "http.response.start":
+                await pause_if_refused(message["status"], scope)
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], *SAFE_HEADERS]}
             await send(message)
@@ -87,6 +90,7 @@ class Guard:
             raise ApiError(408, "the request took too long to arrive", "timeout") from None
         if body is None:
             return
+        scope["ram.body_bytes"] = len(body)
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def receive_read_body() -> Message:
@@ -132,6 +136,17 @@ class Guard:
         valid = hmac.compare_digest(credentials.strip().encode("latin-1"), key.encode())
         if scheme.lower() != "bearer" or not valid:
             raise ApiError(401, "no valid key: send it as `Authorization: Bearer KEY`", "invalid_api_key")
+
+
+async def pause_if_refused(status: int, scope: Scope) -> None:
+    """Wait before a large body's refusal is sent.
+
+    Refusing costs little, so clients that repeat such requests at full speed would keep the interpreter busy
+    with reading JSON, and everybody's tokens would wait for it.
+    """
+    size = scope.get("ram.body_bytes", 0)
+    if 400 <= status < 500 and size > FREE_BYTES:
+        await asyncio.sleep(size / REFUSED_PER_SECOND)
 
 
 async def read_body(headers: dict[str, str], receive: Receive, limit: int) -> bytes | None:
