@@ -3,7 +3,8 @@
     python -m ram.data.split FILE out=FOLDER prompt=prompt answer=label heldout=100 test=345 cut=1000
 
 The first three have rows {instruction, output}; equal prompts stay in one file. text.jsonl has rows {text}
-for language modelling: the training rows, and those of the files that `text=[FILE,FILE]` lists.
+for language modelling: the training rows, and those of the files that `text=[FILE,FILE]` lists. The other
+split, of a training set that has no test set, is `heldout_prompts`.
 """
 
 import hashlib
