@@ -59,7 +59,7 @@ TL;DR:" "text=${TEXT:-}"
 run=(experiment=smollm_summ console=brief "${quick[@]}" "${rest[@]}")
 "$PYTHON" train.py "${run[@]}"
 "$PYTHON" pipeline.py "${run[@]}" evaluation.test_file="$out/data/heldout.jsonl" 'evaluation.steps=[likelihood]' \
-    report_dir="$out/choice" 'evaluation.likelihood_sweep.temperature=[0.49,0.7,0.98,1.47,2.45,4.9]' \
+    report_dir="$out/choice" 'evaluation.likelihood_sweep.temperature=[0.7,1.0,1.4,2.33,3.5,7.0]' \
     'evaluation.likelihood_sweep.mixture_weight=[0.1,0.2,0.3,0.5]' \
     'evaluation.likelihood_sweep.div_threshold=[0.1,0.5,1.0,2.0]'
 mapfile -t chosen < <("$PYTHON" -m ram.evaluation.choices "$out/choice/likelihood_sweep.csv")
