@@ -11,6 +11,7 @@ tokens probability 0, so the ranked figure mixes a share of the anchor's own dis
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from ram.evaluation.context import EvaluationContext
 from ram.evaluation.systems import System
 from ram.log import log, pick_device, progress
 from ram.models import checkpoints
-from ram.models.vocabulary import vocabulary
+from ram.models.vocabulary import rows_in, vocabulary
 from ram.settings.overrides import unread
 from ram.storage.files import fingerprint, read_rows
 from ram.storage.provenance import is_made_from, write_marked
@@ -72,13 +73,22 @@ def measure(context: EvaluationContext) -> None:
         return
     anchor = _anchor(context)
     tokens = test_tokens(context, anchor)
-    models: dict[str, PreTrainedModel] = {}
+    found: dict[str, Figures] = {}
+    unfinished = []
     for name, system in context.systems.items():
         if reason := left_out(context, system, anchor, tokens):
             context.notes.append(f"{name} has no held-out likelihood: {reason}.")
             log.info(context.notes[-1])
+            continue
+        work = _work(context, system, anchor, tokens)
+        if not context.config.overwrite and is_made_from(work.path, work.inputs):
+            found[name] = [row for _, row in read_rows(work.path)]
         else:
-            context.likelihood[name] = _system_figures(context, system, anchor, tokens, models)
+            unfinished.append(work)
+    models: dict[str, PreTrainedModel] = {}
+    for works in groups(unfinished):
+        found |= _figures(context, works, tokens, models)
+    context.likelihood.update((name, found[name]) for name in context.systems if name in found)
 
 
 def _anchor(context: EvaluationContext) -> System:
@@ -220,22 +230,30 @@ def _role(path: str, system: System) -> str:
 # ---- scores ------------------------------------------------------------------------------------------------
 
 
-def _system_figures(
-    context: EvaluationContext,
-    system: System,
-    anchor: System,
-    tokens: TestTokens,
-    models: "dict[str, PreTrainedModel]",
-) -> Figures:
-    """Return a system's figures by row, read back if a file of the same inputs has them.
+@dataclass(frozen=True)
+class Work:
+    """A system to score.
 
-    Args:
-        models: by path, those that are loaded; only the ones that this system needs stay.
+    Attributes:
+        schemes: its distributions by name.
+        models: by role, the folder, type and device of each model of a pass; the anchor's is the first.
+        rows: the fewest vocabulary rows of these models; None if one of them does not say.
+        path: the file of its figures.
+        inputs: fingerprint of all that they depend on.
     """
-    schemes, path = schemes_of(context, system), system.folder / "likelihood.jsonl"
+
+    system: System
+    schemes: dict[str, Scheme]
+    models: dict[str, tuple[str, str, str]]
+    rows: int | None
+    path: Path
+    inputs: str
+
+
+def _work(context: EvaluationContext, system: System, anchor: System, tokens: TestTokens) -> Work:
+    schemes = schemes_of(context, system)
     anchor_path = anchor.pair.proposal or anchor.pair.aligner
     assert anchor_path is not None
-    base_role = _role(anchor_path, anchor)
     inputs = fingerprint(
         [
             [VERSION, EPSILONS, tokens.targets, tokens.worse, tokens.bytes],
@@ -244,38 +262,80 @@ def _system_figures(
             {name: scheme.params.identity() for name, scheme in schemes.items()},
         ]
     )
-    if not context.config.overwrite and is_made_from(path, inputs):
-        return [row for _, row in read_rows(path)]
-    wanted = {base_role: (anchor_path, anchor, anchor.settings.proposal_device)}
-    for path_of_role, device in (
+    models = {_role(anchor_path, anchor): (anchor_path, anchor.pair.dtype, anchor.settings.proposal_device)}
+    for path, device in (
         (system.pair.aligner, system.settings.aligner_device),
         (system.pair.proposal, system.settings.proposal_device),
     ):
-        if path_of_role:
-            wanted[_role(path_of_role, system)] = (path_of_role, system, device)
-    for unused in models.keys() - wanted.keys():
+        if path:
+            models.setdefault(_role(path, system), (path, system.pair.dtype, device))
+    rows = [rows_in(path) for path, *_ in models.values()]
+    fewest = None if None in rows else min(row for row in rows if row is not None)
+    return Work(system, schemes, models, fewest, system.folder / "likelihood.jsonl", inputs)
+
+
+def groups(works: Sequence[Work]) -> list[list[Work]]:
+    """Group works that one pass can score: over the same ids, with no more models than the largest."""
+
+    def has_room(first: Work, work: Work) -> bool:
+        same_ids = work.rows is not None and work.rows == first.rows
+        return work.models == first.models or (same_ids and work.models.items() <= first.models.items())
+
+    found: list[list[Work]] = []
+    for work in sorted(works, key=lambda work: -len(work.models)):
+        home = next((group for group in found if has_room(group[0], work)), None)
+        if home is None:
+            found.append([work])
+        else:
+            home.append(work)
+    return found
+
+
+def _figures(
+    context: EvaluationContext,
+    works: Sequence[Work],
+    tokens: TestTokens,
+    models: "dict[str, PreTrainedModel]",
+) -> dict[str, Figures]:
+    """Return the figures of a group's systems, by name and row, and write their files.
+
+    Args:
+        models: by role, those that are loaded; only the ones that this group needs stay.
+    """
+    needed = works[0].models
+    for unused in models.keys() - needed.keys():
         del models[unused]
-    for role, (source, owner, device) in wanted.items():
+    for role, (path, dtype, device) in needed.items():
         if role not in models:
-            models[role] = checkpoints.load_model(source, owner.pair.dtype, pick_device(device))
-    tokenizer, _ = context.job(system.name).encoded
-    rows = [*tokens.targets, *tokens.worse]
-    every = [Scheme(RAW, base_role, None), *schemes.values()]
-    scored = []
-    for start in progress(range(0, len(rows), AT_ONCE), desc=f"{system.name}: likelihood", unit="chunk"):
-        chunk = rows[start : start + AT_ONCE]
-        scored += zip(*scoring.score(models, tokenizer, chunk, every, anchor=base_role), strict=True)
-    found = vocabulary(tokenizer, *models.values())
-    figures, size = [], found.size - len(found.unused)
-    for place, (row_id, _) in enumerate(context.rows):
-        base, *own = scored[place]
-        laws = {name: _sums(scores, base.logprobs, size) for name, scores in zip(schemes, own, strict=True)}
-        row = {"row": row_id, "tokens": len(base.logprobs), "bytes": tokens.bytes[place], "laws": laws}
-        if tokens.worse:
-            base, first, *_ = scored[len(tokens.targets) + place]
-            row["worse"] = float(smoothed(first.logprobs, base.logprobs, EPSILONS[0]).sum())
-        figures.append(row)
-    write_marked(path, figures, inputs)
+            models[role] = checkpoints.load_model(path, dtype, pick_device(device))
+    tokenizer, _ = context.job(works[0].system.name).encoded
+    base_role = next(iter(needed))
+    names = ", ".join(work.system.name for work in works)
+
+    def score(rows: list[Row], schemes: list[Scheme]) -> list[list[scoring.Scores]]:
+        schemes, scored = [Scheme(RAW, base_role, None), *schemes], []
+        for start in progress(range(0, len(rows), AT_ONCE), desc=f"{names}: likelihood", unit="chunk"):
+            chunk = rows[start : start + AT_ONCE]
+            scored += zip(*scoring.score(models, tokenizer, chunk, schemes, anchor=base_role), strict=True)
+        return [list(row) for row in scored]
+
+    targets = score(tokens.targets, [scheme for work in works for scheme in work.schemes.values()])
+    worse = score(tokens.worse, [work.schemes[TABLE] for work in works])
+    known = vocabulary(tokenizer, *models.values())
+    figures, size, taken = {}, known.size - len(known.unused), 1
+    for place, work in enumerate(works, start=1):
+        rows = []
+        for index, (row_id, _) in enumerate(context.rows):
+            base, own = targets[index][0].logprobs, targets[index][taken : taken + len(work.schemes)]
+            laws = {name: _sums(scores, base, size) for name, scores in zip(work.schemes, own, strict=True)}
+            row = {"row": row_id, "tokens": len(base), "bytes": tokens.bytes[index], "laws": laws}
+            if worse:
+                logprobs = worse[index][place].logprobs
+                row["worse"] = float(smoothed(logprobs, worse[index][0].logprobs, EPSILONS[0]).sum())
+            rows.append(row)
+        write_marked(work.path, rows, work.inputs)
+        figures[work.system.name] = rows
+        taken += len(work.schemes)
     return figures
 
 

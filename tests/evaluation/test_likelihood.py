@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,6 +111,36 @@ def test_finished_figures_are_reused(open_task, monkeypatch):
     assert not loads
     likelihood.measure(open_task("evaluation.likelihood_sweep.div_threshold=[1]"))
     assert loads
+
+
+def test_systems_of_the_same_models_share_a_pass(open_task, monkeypatch):
+    """Each of three pairs and two single models has the figures that it has if it is measured alone."""
+    passes = []
+    original = scoring.score
+    monkeypatch.setattr(
+        scoring, "score", lambda *args, **kw: passes.append(len(args[3])) or original(*args, **kw)
+    )
+    together = open_task("evaluation.likelihood_sweep.div_threshold=[0,1]")
+    likelihood.measure(together)
+    assert len(passes) == 1 and len(together.likelihood) == 5
+    apart = open_task("evaluation.likelihood_sweep.div_threshold=[0,1]", "overwrite=true")
+    monkeypatch.setattr(likelihood, "groups", lambda works: [[work] for work in works])
+    likelihood.measure(apart)
+    assert len(passes) == 6 and apart.likelihood == together.likelihood
+
+
+def test_pass_is_not_shared_by_works_over_other_ids(open_task):
+    """A model with fewer vocabulary rows would narrow the distributions of the others."""
+    context = open_task()
+    anchor = context.systems["proposal"]
+    tokens = likelihood.test_tokens(context, anchor)
+    pair, single = (
+        likelihood._work(context, context.systems[name], anchor, tokens) for name in ("product", "proposal")
+    )
+    assert likelihood.groups([pair, single]) == [[pair, single]]
+    for rows in (7, None):
+        other = replace(single, rows=rows)
+        assert likelihood.groups([pair, other]) == [[pair], [other]]
 
 
 def test_rejected_answers_give_margins(open_task):
