@@ -1,4 +1,4 @@
-"""What the commands share: how they start, seeds, and the tables that recipes are resolved with."""
+"""Shared by the commands: their start, seeds, and the tables that recipes are resolved with."""
 
 import random
 import signal

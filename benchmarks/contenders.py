@@ -1,4 +1,4 @@
-"""What the benchmarks of decoding share: the pair, the contenders, how memory is measured."""
+"""Shared by the benchmarks of decoding: the pair, the contenders, the measurement of memory."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Tokens per second of a pair, and of what else could be done with its proposal.
+"""Tokens per second of a pair, and of the other ways to decode with its proposal.
 
     python benchmarks/decoding.py [--proposal FOLDER --aligner FOLDER --prompts FILE --new-tokens N]
 
@@ -66,7 +66,7 @@ def compare(bench: Bench, batch: int, rounds: int) -> dict:
 
 
 def table(by_batch: list[dict]) -> str:
-    """Return tokens/s by contender and batch, in parentheses what the pair's are to them."""
+    """Return tokens/s by contender and batch; in parentheses the pair's as a multiple of them."""
     lines = ["| contender | " + " | ".join(f"batch {found['batch']}" for found in by_batch) + " |"]
     lines.append("| --- |" + " --: |" * len(by_batch))
     for name in CONTENDERS:

@@ -74,7 +74,7 @@ def main() -> None:
         pair = [checkpoints.load_model(path, dtype, device) for path in (proposal, aligner)]
         limit = pair[0].config.max_position_embeddings - args.new_tokens
         ids, _ = encode_prompts(tokenizer, texts, limit)
-        # Prompts of one length would hide what padding does: every second one loses its first tokens.
+        # Prompts of one length would hide faults of padding: every second one loses its first tokens.
         ids = [row[3:] if index % 2 else row for index, row in enumerate(ids)]
         for mode in MODES:
             params = PARParams(

@@ -65,7 +65,7 @@ class Tracer:
 
 
 class Result(NamedTuple):
-    """What some tests gave: the seconds of each, those that failed, and the lines that they reached."""
+    """Results of some tests: the seconds of each, those that failed, and the lines that they reached."""
 
     seconds: dict[str, float]
     failed: list[str]

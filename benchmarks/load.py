@@ -40,7 +40,7 @@ Asked = tuple[str, int, int]  # model, row of the prompts, seed
 
 
 class Expected:
-    """What each request must be answered, by `ram.decoding.generate`."""
+    """The expected answer of each request, by `ram.decoding.generate`."""
 
     def __init__(self, proposal: str, aligners: dict[str, str], prompts: list[str], new_tokens: int) -> None:
         tokenizer, _ = checkpoints.load_pair(proposal, next(iter(aligners.values())))
@@ -85,7 +85,7 @@ class Client:
         self.reader = self.writer = None
 
     async def ask(self, asked: Asked, stream: bool) -> None:
-        """Asks once, and counts what came of it."""
+        """Sends one request and counts its outcome."""
         model, row, seed = asked
         body = {
             "model": model,
@@ -168,7 +168,7 @@ async def flood(port: int, expected: Expected, count: int) -> dict:
 
 
 async def held(port: int) -> dict[str, float]:
-    """What the server's metrics say that it holds, and its memory."""
+    """The rows and requests that the server's metrics report, and its memory."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     text = (await reader.read()).decode()

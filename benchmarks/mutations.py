@@ -79,7 +79,7 @@ class Mutation(NamedTuple):
 
 
 def changed(node: ast.AST) -> Iterator[ast.expr]:
-    """Yield what an expression is replaced by."""
+    """Yield the replacements of an expression."""
     match node:
         case ast.Compare(left, [op, *ops], comparators) if type(op) in EXCHANGED:
             yield ast.Compare(left, [EXCHANGED[type(op)](), *ops], comparators)

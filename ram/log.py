@@ -67,7 +67,7 @@ def discard_stdout() -> None:
 
 
 def use_console(mode: str) -> None:
-    """Choose what the console shows; call after `setup_logging`.
+    """Choose the lines that the console shows; call after `setup_logging`.
 
     Args:
         mode: `brief`, `full`, or `auto`: brief if the output is a terminal.

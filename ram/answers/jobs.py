@@ -271,7 +271,7 @@ class AnswerJob:
 
 
 def without_rows(made_from: Inputs) -> Inputs:
-    """Return what decides an answer besides its row."""
+    """Return the inputs of an answer other than its row."""
     if isinstance(made_from, str):
         return made_from
     return {key: value for key, value in made_from.items() if key != "rows"}

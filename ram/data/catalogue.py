@@ -13,7 +13,7 @@ from ram.errors import UserError, nearest
 from ram.log import log
 from ram.storage.files import BadRows, count_lines, read_rows, usable
 
-# A user's own file as the name of a data set, and what may follow it.
+# A user's own file as the name of a data set, with the suffixes that may follow it.
 OWN_FILE = re.compile(r"(?P<path>(?P<stem>.+)\.jsonl?(?:\.gz)?)(?:_(?P<proposal>.+))?")
 VARIANTS = ("aligner_warmup", "aligner_common")
 CUT = "sampling_finish_reason"  # field of a sampled row: "length" if the sample was cut at the length limit

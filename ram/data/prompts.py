@@ -247,7 +247,7 @@ def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) ->
 
 
 def split_turns(text: str) -> list[str]:
-    """Split a dialogue in template `ram`: what precedes it, then its turns, each with its answer."""
+    """Split a dialogue in template `ram` into its opening and its turns, each with its answer."""
     return _TURN.split(text)
 
 

@@ -95,7 +95,7 @@ def heldout_prompts(all_prompts: Iterable[str], fraction: float) -> set[str]:
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:
-    """Return what a row of any known form holds for language modelling."""
+    """Return the text of a row, in any known form, for language modelling."""
     for name in ("text", "chosen", "prompt", "instruction"):
         if isinstance(row.get(name), str):
             rest = [

@@ -1,4 +1,4 @@
-"""What the steps of an evaluation share: the inputs of one task, checked, and the results so far."""
+"""Shared by the steps of an evaluation: the checked inputs of one task, and the results so far."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -155,7 +155,7 @@ def write_tables(
 
 
 def markdown(columns: Mapping[str, dict[str, Any]], anchor: str) -> str:
-    """Return likelihood.md: one line per system, lower is better, and what the columns mean."""
+    """Return likelihood.md: one line per system, lower is better, and the meaning of the columns."""
     keys = [key for key in COLUMNS if any(key in figures for figures in columns.values())]
     lines = [["system", *(COLUMNS[key] for key in keys)]]
     for name, figures in columns.items():

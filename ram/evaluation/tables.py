@@ -106,7 +106,7 @@ def p_value(row: Row) -> str:
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """Return what the judges of the rows warn of."""
+    """Return the warnings of the rows' judges."""
     return list(dict.fromkeys(row["warning"] for row in rows if row.get("warning")))
 
 

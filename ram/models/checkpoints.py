@@ -312,7 +312,7 @@ def weights_fingerprint(source: str) -> str:
 
 
 def earlier_fingerprint(source: str) -> str:
-    """Return what earlier versions took for `weights_fingerprint`: 64 blocks of each file above 64 MB."""
+    """Return `weights_fingerprint` by earlier versions: of 64 blocks of each file above 64 MB."""
 
     def add_blocks(path: Path, digest: Any) -> None:
         size = path.stat().st_size

@@ -4,7 +4,7 @@ from ram.errors import UserError
 
 
 def how_to_log_in(hub_id: str) -> str:
-    """Return what a user does to read a gated model."""
+    """Return the steps to get access to a gated model."""
     return (
         f"ask for access at https://huggingface.co/{hub_id}, then run `hf auth login` or set HF_TOKEN; or "
         "give a local copy (RAM_MODEL_ROOT)"

@@ -43,7 +43,7 @@ def write_done(run_dir: Path, record: dict[str, Any]) -> None:
 
 
 def manifest_of(record: dict[str, Any]) -> Manifest:
-    """Return what a run was made from. Records of earlier versions name no files, only `weights`."""
+    """Return the recorded inputs of a run. Records of earlier versions name no files, only `weights`."""
     return Manifest(record["settings"] | record["inputs"], record.get("files", {}))
 
 

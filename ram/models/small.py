@@ -72,7 +72,7 @@ PERIODS = (
     r"|no_rope_layer_interval|interleave_moe_layer_step|decoder_sparse_step|.*layer_interval"
     r"|n_layers_per_attn_res_block"
 )
-# What a family needs beyond its sizes' names.
+# Settings that a family needs beyond its sizes' names.
 FAMILIES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": HEAD_SIZE},
 }

@@ -33,7 +33,7 @@ from ram.training import logps, passes
 
 LONGEST = 90  # tokens; windows of the small models are shorter
 NEW = 8  # tokens of an answer
-# Default configurations that describe no usable causal model, and what they lack.
+# Default configurations that describe no usable causal model, each with its reason.
 COMPLETED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "num_hidden_layers": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"], "num_hidden_layers": 4},

@@ -147,7 +147,7 @@ def reads(spec: Mapping[str, Any], key: str, config: Settings) -> bool:
 
 
 def condition(spec: Mapping[str, Any]) -> str:
-    """Return what a stage or a system depends on, as a command line has it."""
+    """Return the keys that a stage or a system depends on, as a command line has them."""
     return " ".join(f"{key}={str(value).lower()}" for key, value in spec.get("only_if", {}).items())
 
 

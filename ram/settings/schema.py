@@ -269,7 +269,7 @@ def decisive(section: Section) -> dict[str, Any]:
     }
 
 
-# ---- what a single key cannot tell -------------------------------------------------------------------------
+# ---- conditions on several keys ----------------------------------------------------------------------------
 
 
 def check_training(config: Settings, tables: Tables) -> None:

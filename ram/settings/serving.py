@@ -88,7 +88,7 @@ class ServerSettings(Section):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server runs with.
+    """Settings of a server.
 
     Attributes:
         config: the keys of config/serve.yaml.

@@ -289,7 +289,7 @@ def only_run(path: Path, wait: bool = False) -> Iterator[None]:
     it ends, so a lock is never stale. On a file system without locks nothing is checked.
 
     Args:
-        path: What is written.
+        path: The file to write.
         wait: Wait for the other run instead of refusing this one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""JSON with bounds: what is read breaks nothing that works on it later; strict readers can read ours."""
+"""JSON with bounds: values that are read break no later code; strict readers can read ours."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Records of what files were made from, so that a changed setting never reuses an old result.
+"""Records of the inputs of files, so that a changed setting never reuses an old result.
 
 A `Manifest` answers whether outputs are whole and made from given inputs. Each kind of output keeps its own
 format on disk:

@@ -80,7 +80,7 @@ class FrozenProposal:
         return self
 
     def added(self, data: TokenizedDataset, rows: Sequence[int] | np.ndarray) -> Added:
-        """Return what gives the proposal's logits at the targets of some examples, end to end."""
+        """Return the hidden states and the head of the proposal's logits at some examples' targets."""
         return Added(self.hidden(data, rows), self.weight, self.bias)
 
     def add_to(

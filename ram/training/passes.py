@@ -1,4 +1,4 @@
-"""Which forward pass of training a model may use, and what in it would make a loss depend on chance.
+"""The forward pass that a model may use in training, and parts of it that make a loss depend on chance.
 
 The fastest pass that is right for all models of a run is taken; a model that has none, or could not decode,
 is refused before it is trained.
@@ -157,7 +157,7 @@ def objection_to(forward: Callable[..., Answers], model: "PreTrainedModel", long
 
 
 def _packed_refusal(model: "PreTrainedModel", longest: int) -> str | None:
-    """Return what a model declares that rules the packed forward pass out."""
+    """Return the declarations of a model that rule the packed forward pass out."""
     config = text_config(model.config)
     if not has_linear_head(model):
         return "its logits are not a linear function of its last hidden state"

@@ -1,4 +1,4 @@
-"""What a pair's model returns to vLLM as logits, and which settings a request may then have.
+"""The logits that a pair's model returns to vLLM, and the settings that a request may then have.
 
 vLLM's sampler applies penalties, temperature, top-k and top-p, in this order, to what a model returns. So a
 pair takes one of two forms.
@@ -110,7 +110,7 @@ def fused_logits(
     eos_token_ids: Sequence[int] = (),
     columns: int | None = None,
 ) -> torch.Tensor:
-    """Return what vLLM takes as the pair's logits, (B, columns) in float32.
+    """Return the logits that stand for the pair in vLLM, (B, columns) in float32.
 
     Args:
         proposal_logits_BV, aligner_logits_BV: raw logits, both cut to the tokenizer's length V.

@@ -87,7 +87,7 @@ def _unkept(values: dict[str, float], params: PARParams) -> str | None:
 
 
 def describe(model_config: Any) -> dict[str, Any]:
-    """Return what /ram answers: the pair, its form and settings, and the digests of both models' files."""
+    """Return the answer of /ram: the pair, its form and settings, and the digests of both models' files."""
     pair = laws.PairSettings.parse(model_config.hf_config.ram)
     return {
         "proposal": "/".join(Path(model_config.model).parts[-2:]),

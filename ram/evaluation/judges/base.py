@@ -42,7 +42,7 @@ class Judge:
         return {"name": self.name}
 
     def earlier_identity(self) -> dict[str, Any]:
-        """Return what earlier versions took for `identity`, whose judgements are still used."""
+        """Return the identity by earlier versions, whose judgements are still used."""
         return self.identity()
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""The opening of a report: what was compared, with which models, and the outcome in a sentence."""
+"""The opening of a report: the comparison, its models, and the outcome in a sentence."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def who(context: EvaluationContext) -> str:
 
 
 def described_judge(context: EvaluationContext) -> str:
-    """Return the judge's name, its settings if it has any, and what it compares answers with."""
+    """Return the judge's name, its settings if it has any, and its reference answers."""
     name, settings = context.config.judge.name, context.judge.describe()
     return (
         f"{name}{f' ({settings})' if settings else ''}; every answer is compared with that of "
