@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from ram.errors import UserError, nearest
 from ram.settings.aliases import HYDRA_FLAGS, as_override, hint
@@ -175,12 +175,19 @@ def _compose(overrides: Sequence[str], name: str) -> DictConfig:
     The chosen files are composed once; values are set in a copy. Hydra itself composes anything that is not a
     plain `key=value` or that cannot be set.
     """
+    unknown: Exception | None = None
     choices = tuple(o for o in overrides if key_of(o) in GROUPS)
     if all(PLAIN.match(o) for o in overrides if key_of(o) not in GROUPS):
         with contextlib.suppress(Exception):  # Hydra raises the error that `_explain` expects
             config = copy.deepcopy(by_hydra(choices, name, CONFIG_DIR))
-            set_overrides(config, overrides)
-            return config
+            try:
+                set_overrides(config, overrides)
+            except (ConfigKeyError, ConfigAttributeError) as error:  # there is no such key, for Hydra neither
+                unknown = error
+            else:
+                return config
+    if unknown:
+        raise unknown
     return copy.deepcopy(by_hydra(tuple(overrides), name, CONFIG_DIR))
 
 
@@ -210,6 +217,8 @@ def _explain(overrides: Sequence[str], error: Exception, name: str) -> str:
             groups.append(override)
     for override in overrides:
         key = key_of(override)
+        if override in groups:
+            continue
         try:
             _compose([*groups, override], name)
         except Exception:
