@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ram.decoding import generation
 from ram.decoding.par import PARParams
 from ram.log import pick_device
-from ram.models import checkpoints
+from ram.models import by_length, checkpoints
 from ram.models.small import id_tokenizer
 from ram.settings import compose
 from ram.settings.schema import settings_of
@@ -116,6 +116,8 @@ def check_kernels(report: Report, device: torch.device) -> None:
         if device.type == "cuda" and dtype == torch.bfloat16:
             at_once = logps.attend_at_once(*moved, segments)
             report.check("attention with prefixes, one call of varlen_attn", worst(at_once, exact), bound)
+            fault = by_length.kernel_fault(device, dtype, heads, kv_heads, width)
+            report.figure("attention of decoding", f"masked: {fault}" if fault else "by lengths")
     vocabulary, hidden = (128256, 256) if device.type == "cuda" else (4099, 32)
     states = torch.randn(64, hidden, generator=generator)
     weight = torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5

@@ -19,6 +19,7 @@ from transformers import Cache, DynamicLayer
 
 from ram.decoding.positions import Allocation, LinePositions, PagedPositions
 from ram.decoding.steps import DenseSteps, Part, Steps, cat, llama_steps
+from ram.models import by_length
 from ram.models.abilities import (
     Truth,
     attention_of,
@@ -28,6 +29,7 @@ from ram.models.abilities import (
     objection,
     text_config,
 )
+from ram.models.by_length import Lengths, lengths
 from ram.models.llama import JointForward, LlamaForward, is_plain_llama
 
 if TYPE_CHECKING:
@@ -272,7 +274,9 @@ class LlamaPool(Pool):
         super().__init__(model, limits)
         self.run = run = LlamaForward(model, limits.columns, limits.vocab_size, limits.unused)
         self.kind, self.steps = run.kind, llama_steps
-        shape = (self.positions.size, 2 * run.kv_heads, run.head_size)
+        # Attention by lengths looks behind a slot: behind the last line is a spare one.
+        spare = self.columns if run.by_length and not limits.share_prefixes else 0
+        shape = (self.positions.size + spare, 2 * run.kv_heads, run.head_size)
         self.stored = [run.embedding.new_zeros(shape) for _ in run.layers]
 
     @staticmethod
@@ -287,18 +291,15 @@ class LlamaPool(Pool):
             counts = [[sum(numbers[span]) for span in spans] for numbers in (sizes, needed)]
             run = JointForward([pool.run for pool in pools], *counts)
         writes = [pool.write_index(part) for pool, part in owned]
-        reads = [pool.read_index(part) for pool, part in owned]
-        biases = [run.bias(part.visible()) for _, part in owned]
+        sights = [pool.sight(part) for pool, part in owned]
 
         def attend(layer: int, states: torch.Tensor) -> torch.Tensor:
             outputs, own_states = [], (states,) if len(sizes) == 1 else states.split(sizes)
             for (pool, _), write, own in zip(owned, writes, own_states, strict=True):
                 pool.stored[layer].index_copy_(0, write, own[:, run.heads :])
-            for (pool, part), index, bias, own in zip(owned, reads, biases, own_states, strict=True):
-                seen = pool.read(pool.stored[layer], part, index)
+            for (pool, part), sight, own in zip(owned, sights, own_states, strict=True):
                 queries = own[:, : run.heads].view(*part.ids.shape, run.heads, run.head_size)
-                keys, values = seen.chunk(2, dim=2)
-                outputs.append(run.attention(queries, keys, values, bias))
+                outputs.append(pool.attend(layer, queries, part, *sight))
             return cat(outputs)
 
         def select(x: torch.Tensor) -> torch.Tensor:
@@ -312,3 +313,32 @@ class LlamaPool(Pool):
             rows.view(*part.logits_shape, rows.shape[-1])
             for rows, (_, part) in zip(logits, owned, strict=True)
         ]
+
+    def sight(self, part: Part) -> "tuple[torch.Tensor | None, torch.Tensor | Lengths]":
+        """What a part's tokens see: the positions to gather, if any, and a bias or the lengths of rows."""
+        index = self.read_index(part)
+        if not self.run.by_length:
+            return index, self.run.bias(part.visible())
+        if index is None:
+            return None, lengths(part.places, self.columns + 1, part.seen, self.columns)
+        behind = part.ids.shape[1]
+        index = torch.cat([index, index.new_full((behind,), self.limits.positions)])
+        return index, lengths(part.places, part.seen, part.seen, behind)
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        part: Part,
+        index: torch.Tensor | None,
+        sight: "torch.Tensor | Lengths",
+    ) -> torch.Tensor:
+        """Attention of a part's queries (R, T, heads, head size) to what they see -> (R * T, ...)."""
+        stored = self.stored[layer]
+        if isinstance(sight, torch.Tensor):
+            keys, values = self.read(stored, part, index).chunk(2, dim=2)
+            return self.run.attention(queries, keys, values, sight)
+        if index is not None:
+            return by_length.attend(queries, stored.index_select(0, index), sight)
+        assert part.span is not None
+        return by_length.attend(queries, stored[part.span.start * (self.columns + 1) :], sight)

@@ -4,10 +4,11 @@ Shapes: R rows, D steps, T new tokens, C tokens whose logits are needed, S place
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ram.models import by_length
 from ram.models.llama import JointForward
 
 if TYPE_CHECKING:
@@ -132,19 +133,26 @@ class DenseSteps:
             self.seen = seen + 1
         columns = self.places.t().clamp(max=padding)  # (D, R)
         self.index = columns + torch.arange(len(self.places), device=self.device) * (padding + 1)
-        mask = torch.arange(self.seen, device=self.device) <= columns[..., None, None, None]
-        self.steps = iter(zip(self.places.t(), self.index, self.run.bias(mask), strict=True))
+        if self.run.by_length:
+            sights: Any = [by_length.lengths(at.unsqueeze(1), padding + 1, self.seen, 0) for at in columns]
+        else:
+            mask = torch.arange(self.seen, device=self.device) <= columns[..., None, None, None]
+            sights = self.run.bias(mask)
+        self.steps = iter(zip(self.places.t(), self.index, sights, strict=True))
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits (R, V) after the next token (R,) of each row."""
         run, rows = self.run, len(ids)
-        places, index, bias = next(self.steps)
+        places, index, sight = next(self.steps)
 
         def attend(layer: int, states: torch.Tensor) -> torch.Tensor:
             dense = self.dense[layer]
             dense.index_copy_(0, index, states[:, run.heads :])
+            queries = states[:, : run.heads].unsqueeze(1)
+            if run.by_length:
+                return by_length.attend(queries, dense, sight)
             keys, values = dense.view(rows, -1, *dense.shape[1:])[:, : self.seen].chunk(2, dim=2)
-            return run.attention(states[:, : run.heads].unsqueeze(1), keys, values, bias)
+            return run.attention(queries, keys, values, sight)
 
         return run(ids.to(self.device), places, attend)
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ram.models import by_length
+
 LLAMA_KIN = {"llama", "mistral", "qwen2", "qwen3"}  # one decoder layer, except for biases and norms of heads
 STEADY_ROPE = {"default", "linear", "llama3", "yarn"}  # angles that depend on the position alone
 Weights = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias of a linear layer
@@ -65,6 +67,8 @@ class LlamaForward:
         self.head_size = base.layers[0].self_attn.head_dim
         # GPUs compute grouped queries with a mask by their slowest kernel.
         self.folds = self.heads > self.kv_heads and model.device.type != "cpu"
+        sizes = self.heads, self.kv_heads, self.head_size
+        self.by_length = by_length.is_usable(model.device, model.dtype, *sizes)
         self.eps, self.hidden = config.rms_norm_eps, (config.hidden_size,)
         self.embedding, self.norm = base.embed_tokens.weight, base.norm.weight
         head_bias = model.lm_head.bias
@@ -189,7 +193,7 @@ class JointForward(LlamaForward):
         self, members: Sequence[LlamaForward], counts: Sequence[int], selected: Sequence[int] | None = None
     ) -> None:
         self.counts, self.selected = list(counts), list(selected or counts)
-        shared = "columns heads kv_heads head_size folds eps hidden cos sin embedding"
+        shared = "columns heads kv_heads head_size folds by_length eps hidden cos sin embedding"
         for name in shared.split():
             setattr(self, name, getattr(members[0], name))
         self.embeddings = [member.embedding for member in members]

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import varlen
 from llamas import KIN, SIZES, kin
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -50,13 +51,18 @@ def feed(pool, texts, rng):
 @pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-4), (torch.float64, 1e-5), (torch.bfloat16, 0.5)])
 @pytest.mark.parametrize("name", KIN)
 @pytest.mark.parametrize("share", [True, False], ids=["pages", "lines"])
-@pytest.mark.parametrize("kind", [LlamaPool, TransformersPool])
+@pytest.mark.parametrize(
+    ("kind", "by_length"),
+    [(LlamaPool, False), (LlamaPool, True), (TransformersPool, False)],
+    ids=["llama", "llama by lengths", "transformers"],
+)
 @torch.inference_mode()
-def test_pieces_equal_whole_texts(kind, share, name, dtype, near):
+def test_pieces_equal_whole_texts(kind, by_length, share, name, dtype, near, monkeypatch):
     """Texts fed in ragged pieces give the logits of each text alone in one forward.
 
     float64 is compared as closely as transformers is exact: its norms are float32 throughout.
     """
+    calls = varlen.pretend(monkeypatch) if by_length else []
     model, rng = kin(name).to(dtype), random.Random(5)
     texts = [[rng.randrange(VOCAB) for _ in range(length)] for length in (9, 1, 17, 4)]
     whole = [model(torch.tensor([text])).logits[0, :, :VOCAB] for text in texts]
@@ -67,7 +73,7 @@ def test_pieces_equal_whole_texts(kind, share, name, dtype, near):
     for line, first, logits in feed(pool, texts, rng):
         torch.testing.assert_close(logits, whole[line][first : first + len(logits)], rtol=near, atol=near)
         count += len(logits)
-    assert count > 12
+    assert count > 12 and bool(calls) == by_length
 
 
 @torch.inference_mode()

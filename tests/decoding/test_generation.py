@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import varlen
 from pairs import (
     ALIGNER,
     BOTH,
@@ -132,6 +133,17 @@ def test_batched_and_cached_equals_slow_reference(case, dtype, loop):
         gated = {"fell_back"} if case.startswith("par_kl") else set()
         assert {event for g in found for event in g.events} == {"agreed", "changed"} | gated
         assert 0 < sum(g.stats["accepted"] for g in found) < sum(g.stats["drafted"] for g in found)
+
+
+@pytest.mark.parametrize("loop", ["no drafts", "far ahead"])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_by_lengths_equals_slow_reference(case, loop, monkeypatch):
+    """Drafts of one token and verifications of many give the same answers if lengths replace the masks."""
+    calls = varlen.pretend(monkeypatch)
+    roles, params, _ = CASES[case]
+    found = run(roles, params, ragged_prompts(), dtype=torch.float64, **LOOPS[loop])
+    assert_same(found, slow_answers(case, torch.float64))
+    assert {1, max(calls)} <= set(calls) and max(calls) > 1
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import varlen
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -201,23 +202,7 @@ def test_varlen_kernel_equals_the_loop(monkeypatch):
     segments = Segments((5, 3, 1, 4, 2), (0, 2, 0, 1, 0))
     total = sum(segments.lengths)
     query, key, value = (torch.randn(1, n, total, width) for n in (heads, key_heads, key_heads))
-
-    def varlen_attn(q, k, v, q_ends, k_ends, longest_q, longest_k, scale, window_size, enable_gqa):
-        assert window_size == (-1, 0) and enable_gqa and q_ends.dtype == k_ends.dtype == torch.int32
-        assert (longest_q, longest_k) == (5, 5)
-        outputs = []
-        for i in range(len(q_ends) - 1):
-            q_i, k_i, v_i = (
-                x[ends[i] : ends[i + 1]].transpose(0, 1)
-                for x, ends in ((q, q_ends), (k, k_ends), (v, k_ends))
-            )
-            mask = torch.ones(q_i.shape[1], k_i.shape[1], dtype=torch.bool)
-            mask = mask.tril(k_i.shape[1] - q_i.shape[1])  # aligned at the end
-            options = {"attn_mask": mask, "scale": scale, "enable_gqa": True}
-            outputs.append(F.scaled_dot_product_attention(q_i[None], k_i[None], v_i[None], **options)[0])
-        return torch.cat(outputs, dim=1).transpose(0, 1)
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen.varlen_attn)
     output = logps.attend_at_once(query, key, value, segments, 0.3)
     torch.testing.assert_close(output, logps.attend(query, key, value, segments, 0.3))
 
