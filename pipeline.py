@@ -81,6 +81,7 @@ def run_steps(context: EvaluationContext) -> None:
     for name, step in STEPS.items():
         if name in selected and (name in ON_ALL_PROCESSES or processes.is_rank0()):
             step(context)
+            context.loaded.drop()  # a judge may need the memory
 
 
 def describe(context: EvaluationContext) -> None:

@@ -419,8 +419,10 @@ def test_steps_run_in_order_with_those_they_need(monkeypatch, steps, executed):
     recorders = {name: lambda context, name=name: calls.append(name) for name in pipeline.STEPS}
     monkeypatch.setattr(pipeline, "STEPS", recorders)
     config = OmegaConf.create({"evaluation": {"steps": steps}})
-    pipeline.run_steps(SimpleNamespace(config=config))
-    assert calls == executed.split()
+    loaded = SimpleNamespace(drop=lambda: calls.append("drop"))
+    pipeline.run_steps(SimpleNamespace(config=config, loaded=loaded))
+    assert calls[::2] == executed.split()
+    assert calls[1::2] == ["drop"] * len(calls[::2])  # no step keeps another's models in memory
 
 
 def test_test_file_replaces_that_of_the_data_set():

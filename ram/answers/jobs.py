@@ -1,7 +1,7 @@
 """A file of answers before it is made: its models, prompts and settings, and the record of its inputs."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ram.data import prompts
@@ -12,6 +12,7 @@ from ram.decoding.par import MODEL_KEYS, PARParams
 from ram.errors import UserError
 from ram.log import log, pick_device, redacted
 from ram.models import checkpoints, vocabulary
+from ram.models.loaded import LoadedModels
 from ram.settings.overrides import unread
 from ram.storage.files import fingerprint
 from ram.storage.provenance import Inputs
@@ -96,6 +97,7 @@ class AnswerJob:
         key: Key of the answer in each written row.
         extra: Further keys and values of each written row.
         cut_key: Key that a written row gets, with "length", if its answer was cut at the length limit.
+        loaded: Keeps the models for the jobs that share it; None to load them for this job.
     """
 
     label: str
@@ -110,6 +112,7 @@ class AnswerJob:
     key: str
     extra: dict[str, Any]
     cut_key: str | None = None
+    loaded: LoadedModels | None = field(default=None, compare=False, repr=False)
 
     @property
     def max_new_tokens(self) -> int:
@@ -147,14 +150,14 @@ class AnswerJob:
         """Load (proposal, aligner, drafter), each on its configured device; None for a missing model."""
         proposal_device = pick_device(self.settings.proposal_device)
         aligner_device = pick_device(self.settings.aligner_device)
-
-        def load(path: str | None, device) -> "PreTrainedModel | None":
-            return checkpoints.load_model(path, self.pair.dtype, device) if path else None
-
-        proposal = load(self.pair.proposal, proposal_device)
-        aligner = load(self.pair.aligner, aligner_device)
-        drafter = load(self.drafter, proposal_device if self.pair.proposal else aligner_device)
-        return proposal, aligner, drafter
+        sources = {
+            "proposal": (self.pair.proposal, proposal_device),
+            "aligner": (self.pair.aligner, aligner_device),
+            "drafter": (self.drafter, proposal_device if self.pair.proposal else aligner_device),
+        }
+        loaded = self.loaded or LoadedModels()
+        models = loaded.load({k: (path, self.pair.dtype, at) for k, (path, at) in sources.items() if path})
+        return models.get("proposal"), models.get("aligner"), models.get("drafter")
 
     @functools.cached_property
     def made_from(self) -> dict[str, Any]:

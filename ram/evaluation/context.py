@@ -1,7 +1,7 @@
 """Shared by the steps of an evaluation: the checked inputs of one task, and the results so far."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ram.errors import UserError, pick
 from ram.evaluation import length_control
 from ram.evaluation.judges.base import Judge, Judgement
 from ram.evaluation.systems import System, check_models, job_of, resolve_systems
+from ram.models.loaded import LoadedModels
 from ram.settings.recipes import Stage
 from ram.settings.schema import SamplingSettings, Settings
 from ram.storage.files import BadRows, fingerprint, read_rows, usable
@@ -39,6 +40,7 @@ class EvaluationContext:
         likelihood: by system, figures of the held-out likelihood by row; set by the step `likelihood`.
         notes: lines for the report.
         identical: whether verified answers equal the plain loop's, None if none were verified.
+        loaded: the models of the running step.
     """
 
     config: Settings
@@ -54,6 +56,7 @@ class EvaluationContext:
     likelihood: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     identical: bool | None = None
+    loaded: LoadedModels = field(default_factory=LoadedModels)
     _jobs: dict[str, AnswerJob] = field(default_factory=dict)
 
     def job(self, name: str) -> AnswerJob:
@@ -65,7 +68,8 @@ class EvaluationContext:
                     self.systems[system.corrects].output, self.job(system.corrects)
                 )
                 drafts = [answer["text"] for answer in answers]
-            self._jobs[name] = job_of(system, self.rows, self.config, drafts)
+            job = job_of(system, self.rows, self.config, drafts)
+            self._jobs[name] = replace(job, loaded=self.loaded)
         return self._jobs[name]
 
     @cached_property

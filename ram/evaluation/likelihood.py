@@ -27,13 +27,14 @@ from ram.evaluation.context import EvaluationContext
 from ram.evaluation.systems import System
 from ram.log import log, pick_device, progress
 from ram.models import checkpoints
+from ram.models.loaded import Source
 from ram.models.vocabulary import rows_in, vocabulary
 from ram.settings.overrides import unread
 from ram.storage.files import fingerprint, read_rows
 from ram.storage.provenance import is_made_from, write_marked
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 EPSILONS = (0.01, 0.1, 0.001)  # the anchor's share; the first one ranks
 TABLE, DECODED = "table", "decoded"
@@ -85,9 +86,8 @@ def measure(context: EvaluationContext) -> None:
             found[name] = [row for _, row in read_rows(work.path)]
         else:
             unfinished.append(work)
-    models: dict[str, PreTrainedModel] = {}
     for works in groups(unfinished):
-        found |= _figures(context, works, tokens, models)
+        found |= _figures(context, works, tokens)
     context.likelihood.update((name, found[name]) for name in context.systems if name in found)
 
 
@@ -244,7 +244,7 @@ class Work:
 
     system: System
     schemes: dict[str, Scheme]
-    models: dict[str, tuple[str, str, str]]
+    models: dict[str, Source]
     rows: int | None
     path: Path
     inputs: str
@@ -262,13 +262,14 @@ def _work(context: EvaluationContext, system: System, anchor: System, tokens: Te
             {name: scheme.params.identity() for name, scheme in schemes.items()},
         ]
     )
-    models = {_role(anchor_path, anchor): (anchor_path, anchor.pair.dtype, anchor.settings.proposal_device)}
+    device = pick_device(anchor.settings.proposal_device)
+    models: dict[str, Source] = {_role(anchor_path, anchor): (anchor_path, anchor.pair.dtype, device)}
     for path, device in (
         (system.pair.aligner, system.settings.aligner_device),
         (system.pair.proposal, system.settings.proposal_device),
     ):
         if path:
-            models.setdefault(_role(path, system), (path, system.pair.dtype, device))
+            models.setdefault(_role(path, system), (path, system.pair.dtype, pick_device(device)))
     rows = [rows_in(path) for path, *_ in models.values()]
     fewest = None if None in rows else min(row for row in rows if row is not None)
     return Work(system, schemes, models, fewest, system.folder / "likelihood.jsonl", inputs)
@@ -295,21 +296,11 @@ def _figures(
     context: EvaluationContext,
     works: Sequence[Work],
     tokens: TestTokens,
-    models: "dict[str, PreTrainedModel]",
 ) -> dict[str, Figures]:
-    """Return the figures of a group's systems, by name and row, and write their files.
-
-    Args:
-        models: by role, those that are loaded; only the ones that this group needs stay.
-    """
-    needed = works[0].models
-    for unused in models.keys() - needed.keys():
-        del models[unused]
-    for role, (path, dtype, device) in needed.items():
-        if role not in models:
-            models[role] = checkpoints.load_model(path, dtype, pick_device(device))
+    """Return the figures of a group's systems, by name and row, and write their files."""
+    models = context.loaded.load(works[0].models)
     tokenizer, _ = context.job(works[0].system.name).encoded
-    base_role = next(iter(needed))
+    base_role = next(iter(models))
     names = ", ".join(work.system.name for work in works)
 
     def score(rows: list[Row], schemes: list[Scheme]) -> list[list[scoring.Scores]]:
