@@ -1,12 +1,18 @@
 """Compare gates of a pair by held-out likelihood: when should a token fall back to the proposal?
 
-    python benchmarks/gates.py experiment=demo output_dir=_output/demo seed=0
+    python benchmarks/gates.py experiment=demo output_dir=_output/demo --seeds 0 1 2
+    python benchmarks/gates.py experiment=demo_ratio --mixture --system 'proposal+aligner_sft_only[par]'
 
-Every gate is a number per position and a threshold; above it the proposal decides, below it `par`. Thresholds
-are chosen on the even rows and reported on the odd ones, at temperature 1 and smoothed as in
-docs/likelihood.md. All gates cost nothing at decoding: they are functions of the two models' logits.
+Every gate is a number per position and a threshold; above it, or below it, the proposal decides, else `par`.
+Thresholds and the mixture's weight are chosen on the even rows; figures are of the odd ones, at temperature
+1 and smoothed as in docs/likelihood.md: the mean over the seeds, with the least and the greatest. All gates
+cost nothing at decoding: they are functions of the two models' logits.
 """
 
+import argparse
+import math
+import random
+import statistics
 import sys
 from pathlib import Path
 
@@ -15,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import pipeline
+from ram.data.toy_world import example_row
 from ram.decoding import scoring
 from ram.decoding.par import NEG_INF, kl_divergence, next_token_law, wide
 from ram.evaluation import likelihood
@@ -22,10 +29,12 @@ from ram.evaluation.context import open_context
 from ram.models import checkpoints
 from ram.settings import compose, recipes
 from ram.settings.schema import settings_of
+from ram.storage.files import read_rows, write_json
 from utils import TABLES, setup_logging
 
-SYSTEM = "proposal+aligner[par]"
 QUANTILES = [i / 20 for i in range(1, 20)]
+WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
+Table = dict[str, tuple[str, float, float]]  # contender -> what was chosen, nats of the odd rows, share gated
 
 
 def gates(z_p: torch.Tensor, z_q: torch.Tensor, log_nucleus: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -42,24 +51,34 @@ def gates(z_p: torch.Tensor, z_q: torch.Tensor, log_nucleus: torch.Tensor) -> di
     }
 
 
-def main(arguments: list[str]) -> None:
-    """Print one line per gate: nats per token on the even rows, on the odd rows, and the share gated."""
+def mixture_answers(path: Path, styles: dict[str, float], folder: Path) -> Path:
+    """Write a toy test file with answers in the styles of the mixture subset; return its path."""
+    rng = random.Random(0)
+    rows = [row | example_row(rng, row, styles) for _, row in read_rows(path)]
+    write_json(folder / "mixture_test.json", rows)
+    return folder / "mixture_test.json"
+
+
+def measure(arguments: list[str], name: str, mixture: bool) -> Table:
+    """Return the figures of one run of a recipe."""
     overrides = compose.preflight(arguments)
     config = settings_of(compose.compose(overrides), TABLES)
-    for name in config.evaluation.systems.keys() - {SYSTEM, "proposal"}:
-        del config.evaluation.systems[name]
+    for other in config.evaluation.systems.keys() - {name, "proposal"}:
+        del config.evaluation.systems[other]
     stages = recipes.resolve(overrides, TABLES)
     task = next(iter(config.evaluation.tasks))
     path = pipeline.test_file(config, task)
+    if mixture:
+        path = mixture_answers(path, dict(config.world["mixture_styles"]), Path(config.output_dir))
     context = open_context(config, task, path, Path(config.report_dir), stages, config.judge, set())
-    system, anchor = context.systems[SYSTEM], context.systems["proposal"]
+    system, anchor = context.systems[name], context.systems["proposal"]
     rows = likelihood.test_tokens(context, anchor).targets
     params = likelihood.table_params(system)
-    tokenizer, _ = context.job(SYSTEM).encoded
+    tokenizer, _ = context.job(name).encoded
     assert system.pair.proposal and system.pair.aligner
     models = {
-        name: checkpoints.load_model(source, system.pair.dtype)
-        for name, source in (("proposal", system.pair.proposal), ("aligner", system.pair.aligner))
+        role: checkpoints.load_model(source, system.pair.dtype)
+        for role, source in (("proposal", system.pair.proposal), ("aligner", system.pair.aligner))
     }
     row_of, laws, numbers = [], [], []
     with torch.inference_mode():
@@ -67,41 +86,70 @@ def main(arguments: list[str]) -> None:
             z_p, z_q = at.logits["proposal"], at.logits["aligner"]
             law = next_token_law(z_p, z_q, params)
             assert law.proposal_logprobs is not None
-            raw = torch.log_softmax(wide(z_p), dim=-1)
             token = at.tokens.unsqueeze(-1)
-            base, pair, fallback = (
-                values.gather(-1, token).squeeze(-1) for values in (raw, law.logprobs, law.proposal_logprobs)
+            raw, alone = (
+                torch.log_softmax(wide(z), dim=-1).gather(-1, token).squeeze(-1) for z in (z_p, z_q)
             )
-            smooth = [likelihood.smoothed(own, base, likelihood.EPSILONS[0]) for own in (pair, fallback)]
+            pair, fallback = (
+                values.gather(-1, token).squeeze(-1) for values in (law.logprobs, law.proposal_logprobs)
+            )
+            mixed = [torch.logaddexp(fallback + math.log1p(-w), alone + math.log(w)) for w in WEIGHTS]
+            smooth = [
+                likelihood.smoothed(own, raw, likelihood.EPSILONS[0]) for own in (pair, fallback, *mixed)
+            ]
             row_of.append(at.rows)
             laws.append(torch.stack(smooth))
             numbers.append(gates(z_p, z_q, law.proposal_logprobs))
     even = torch.cat(row_of) % 2 == 0
-    pair, fallback = torch.cat(laws, dim=1)
+    pair, fallback, *mixed = torch.cat(laws, dim=1)
+    found: Table = {}
 
-    def line(name: str, threshold: str, gated: torch.Tensor) -> None:
-        chosen = torch.where(gated, fallback, pair)
-        print(
-            f"| {name} | {threshold} | {-chosen[even].mean():.3f} | {-chosen[~even].mean():.3f} | "
-            f"{gated.double().mean():.2f} |"
-        )
+    def add(contender: str, chosen: str, nats: torch.Tensor, gated: torch.Tensor) -> None:
+        found[contender] = chosen, -float(nats[~even].mean()), float(gated.double().mean())
 
-    print("| gate | threshold | nats, even rows | nats, odd rows | fell back |\n|---|--:|--:|--:|--:|")
     never = torch.zeros_like(even)
-    line("never: `par`", "–", never)
-    line("always: the proposal", "–", ~never)
-    values = {name: torch.cat([part[name] for part in numbers]).double() for name in numbers[0]}
-    line("KL(P||Q), published", "0.1", values["KL(P||Q)"] > 0.1)
-    for name, value in values.items():
+    add("never: `par`", "", pair, never)
+    add("always: the proposal", "", fallback, ~never)
+    weight, best = max(zip(WEIGHTS, mixed, strict=True), key=lambda item: item[1][even].mean())
+    add("no gate: `mixture`", f"{weight}", best, never)
+    values = {gate: torch.cat([part[gate] for part in numbers]).double() for gate in numbers[0]}
+    published = values["KL(P||Q)"] > 0.1
+    add("KL(P||Q), published", "0.1", torch.where(published, fallback, pair), published)
+    for gate, value in values.items():
         thresholds = value.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).unique()
-        best = max(thresholds, key=lambda t: torch.where(value > t, fallback, pair)[even].mean())
-        line(name, f"{best:.3g}", value > best)
-        best = max(thresholds, key=lambda t: torch.where(value < t, fallback, pair)[even].mean())
-        line(f"{name}, below", f"{best:.3g}", value < best)
-    better = fallback > pair  # knows the answer: a bound that no gate reaches
-    line("the better one of both, knowing the token", "–", better)
+        for side, compare in (("above", torch.gt), ("below", torch.lt)):
+            options = [
+                (t, torch.where(compare(value, t), fallback, pair), compare(value, t)) for t in thresholds
+            ]
+            threshold, nats, gated = max(options, key=lambda option: option[1][even].mean())
+            add(f"{gate}, {side}", f"{threshold:.3g}", nats, gated)
+    add("the better one of both, knowing the token", "", torch.maximum(pair, fallback), fallback > pair)
+    return found
+
+
+def main() -> None:
+    """Print one line per contender, the best first."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="+", help="key=value, as for pipeline.py")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--system", default="proposal+aligner[par]", help="a pair in par")
+    parser.add_argument("--mixture", action="store_true", help="toy answers as in the mixture subset")
+    args = parser.parse_args()
+    tables = [measure([*args.overrides, f"seed={seed}"], args.system, args.mixture) for seed in args.seeds]
+    print("| gate | chosen | nats | least to greatest | fell back |\n|---|---|--:|---|--:|")
+    lines = {}
+    for contender in tables[0]:
+        chosen, nats, shares = zip(*(table[contender] for table in tables), strict=True)
+        mean = statistics.mean(nats)
+        ends = f"{min(nats):.3f} to {max(nats):.3f}"
+        share = f"{statistics.mean(shares):.2f}"
+        lines[contender] = mean, f"| {contender} | {', '.join(chosen)} | {mean:.3f} | {ends} | {share} |"
+    for _, line in sorted(lines.values()):
+        print(line)
 
 
 if __name__ == "__main__":
     setup_logging()
-    main(sys.argv[1:])
+    main()

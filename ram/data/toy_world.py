@@ -86,20 +86,19 @@ def build_world(folder: Path, settings: dict[str, Any], seed: int, overwrite: bo
         for entity in entities
         for attribute, values in VALUES.items()
     ]
-    general = [
-        _row(rng, rng.choice(facts), settings["general_styles"]) for _ in range(settings["general_rows"])
-    ]
+    shares = settings["general_styles"]
+    general = [example_row(rng, rng.choice(facts), shares) for _ in range(settings["general_rows"])]
     shuffled = rng.sample(facts, len(facts))
     aligned = shuffled[: settings["aligned_rows"]]
     unseen = shuffled[settings["aligned_rows"] :]
     subsets = {
         "general": general,
-        "aligned": [_row(rng, fact, {"well_formed": 1.0}) for fact in aligned],
-        "mixture": [_row(rng, fact, settings["mixture_styles"]) for fact in aligned],
+        "aligned": [example_row(rng, fact, {"well_formed": 1.0}) for fact in aligned],
+        "mixture": [example_row(rng, fact, settings["mixture_styles"]) for fact in aligned],
     }
     for name, rows in subsets.items():
         write_jsonl(folder / "train" / f"toy_{name}.jsonl", rows)
-    test = [_row(rng, fact, {"well_formed": 1.0}) | fact | {"dataset": "toy"} for fact in unseen]
+    test = [example_row(rng, fact, {"well_formed": 1.0}) | fact | {"dataset": "toy"} for fact in unseen]
     write_json(folder / "test" / "toy_test.json", test)
     with replacing(folder / "tokenizer") as partial:
         _tokenizer(entities).save_pretrained(partial)
@@ -155,7 +154,7 @@ def _check_finished(marker: Path, identity: str) -> None:
         raise UserError(f"{folder / damaged[0]} is missing or was changed; {remedy}")
 
 
-def _row(rng: random.Random, fact: dict[str, str], styles: dict[str, float]) -> dict[str, str]:
+def example_row(rng: random.Random, fact: dict[str, str], styles: dict[str, float]) -> dict[str, str]:
     style = rng.choices(list(styles), weights=list(styles.values()))[0]
     return {"instruction": rng.choice(QUESTIONS).format(**fact), "output": STYLES[style].format(**fact)}
 
