@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--system", default="proposal+aligner[par]", help="a pair in par")
     parser.add_argument("--mixture", action="store_true", help="toy answers as in the mixture subset")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     tables = [measure([*args.overrides, f"seed={seed}"], args.system, args.mixture) for seed in args.seeds]
     print("| gate | chosen | nats | least to greatest | fell back |\n|---|---|--:|---|--:|")
     lines = {}
