@@ -100,17 +100,19 @@ def draw_laws(
     columns = largest(z_p, params.base_top_p, params.base_top_k, params.base_temperature)
     if columns is None:
         return None
-    p, q, kl, candidates = columns.pick(z_p), None, None, None
+    p, q, kl, gate, candidates = columns.pick(z_p), None, None, None, None
     if z_q is not None:
         z_q = wide(z_q)
         q, kl = columns.pick(z_q), kl_divergence(z_p, z_q)
+        if gate_is_closed and params.kl_direction == "reverse":
+            gate = kl_divergence(z_q, z_p)
         seen = None if seen is None else columns.pick(seen)
         if params.sample_mode == "snis":
             nucleus = next_token_law(p, None, params, total=columns.total).logprobs
             streams = [noise.stream_of(stream, rows) for stream in range(1, 1 + (params.n_candidates or 0))]
             draws = [gumbel_argmax(nucleus, stream.at(columns.tokens)) for stream in streams]
             candidates = torch.stack(draws, dim=-1)
-    law = next_token_law(p, q, params, seen, (), candidates, columns.total, kl)
+    law = next_token_law(p, q, params, seen, (), candidates, columns.total, kl, gate)
     nucleus = law.proposal_logprobs
     assert nucleus is not None
     gumbel = noise.at(columns.tokens, rows)

@@ -29,7 +29,11 @@ IGNORE_INDEX = -100
 # The settings of one model's own law; the proposal's have the prefix "base_".
 MODEL_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
 # Keys of PARParams that are younger than finished answers, with the value that those were decoded with.
-INTRODUCED: dict[str, Any] = {"mixture_weight": 0.5, "greedy": False}
+INTRODUCED: dict[str, Any] = {
+    "mixture_weight": 0.5,
+    "greedy": False,
+    "kl_direction": "forward",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class PARParams:
     base_temperature: float = 0.5
     base_top_p: float = 0.95
     base_top_k: int = -1
-    div_threshold: float = 0.1  # nats; par_kl falls back if KL(P_M || Q) is above it
+    div_threshold: float = 0.1  # nats; par_kl falls back if the divergence is above it
+    kl_direction: str = "forward"  # par_kl: KL(P_M || Q), or KL(Q || P_M) if "reverse"
     kl_fallback: str = "proposal"
     eos_priority: bool = False
     base_repetition_penalty: float = 1.0  # only if the proposal decodes alone
@@ -71,6 +76,7 @@ class PARParams:
             require(fits, field.name, f"a value of type {expected}")
         require(self.sample_mode in SAMPLE_MODES, "sample_mode", f"one of {', '.join(SAMPLE_MODES)}")
         require(self.kl_fallback in KL_FALLBACKS, "kl_fallback", f"one of {', '.join(KL_FALLBACKS)}")
+        require(self.kl_direction in KL_DIRECTIONS, "kl_direction", f"one of {', '.join(KL_DIRECTIONS)}")
         for key in ("temperature", "base_temperature", "expert_temperature"):
             value = getattr(self, key) or 0  # a smaller one would overflow float32 logits
             require(value == 0 or 1e-4 <= value < math.inf, key, "0 (argmax) or a number >= 1e-4")
@@ -232,10 +238,10 @@ def propose(
     return torch.log_softmax(keep_top_p(logits, params.base_top_p, inclusive=True, total=total), dim=-1)
 
 
-def kl_divergence(proposal_logits_BV: torch.Tensor, aligner_logits_BV: torch.Tensor) -> torch.Tensor:
-    """Return KL(P_M || Q) (B,) in nats, of the raw logits over the whole vocabulary."""
-    log_p = torch.log_softmax(proposal_logits_BV, dim=-1)
-    log_q = torch.log_softmax(aligner_logits_BV, dim=-1)
+def kl_divergence(p_logits_BV: torch.Tensor, q_logits_BV: torch.Tensor) -> torch.Tensor:
+    """Return KL(P || Q) (B,) in nats, of raw logits over the whole vocabulary."""
+    log_p = torch.log_softmax(p_logits_BV, dim=-1)
+    log_q = torch.log_softmax(q_logits_BV, dim=-1)
     # If p is exactly 0, its term is 0 though log p - log q may be infinite; NaN logits keep NaN. The sum is
     # float64 because threads may split a long row differently in another batch, which must not move the gate.
     p = log_p.exp()
@@ -306,6 +312,7 @@ SAMPLE_MODES: dict[str, Callable[..., torch.Tensor]] = {
     "mds": _mds,
     "mixture": _mixture,
 }
+KL_DIRECTIONS = ("forward", "reverse")
 KL_FALLBACKS: dict[str, Callable[..., torch.Tensor]] = {
     "proposal": lambda z_p, log_nucleus, params, seen: log_nucleus,
     "aligner": lambda z_p, log_nucleus, params, seen: warp(z_p, params, seen),
@@ -321,6 +328,7 @@ def next_token_law(
     candidates: torch.Tensor | None = None,
     total: torch.Tensor | None = None,
     kl: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
 ) -> Law:
     """Return the law of the next token, with the fall-back mask and the divergence that decided it.
 
@@ -329,8 +337,9 @@ def next_token_law(
             float64. If one is None, the other model decodes alone, by its own settings.
         seen: (B, V) bool for the repetition penalties.
         candidates: (B, N) ids for snis.
-        total, kl: of the whole vocabulary, if the logits are some columns of it (`ram.decoding.columns`): the
-            log-sum (B, 1) of the proposal at its temperature, and the divergence (B,).
+        total, kl, gate: of the whole vocabulary, if the logits are some columns of it
+            (`ram.decoding.columns`): the log-sum (B, 1) of the proposal at its temperature, KL(P_M || Q), and
+            KL(Q || P_M) if it decides (B,).
 
     Raises:
         ValueError: if both logits are None, their shapes differ, or snis lacks candidates.
@@ -353,7 +362,11 @@ def next_token_law(
     law = SAMPLE_MODES[params.sample_mode](z_p, z_q, log_nucleus, params, seen, candidates)
     kl, fell_back = kl_divergence(z_p, z_q) if kl is None else kl, never
     if params.sample_mode == "par_kl":
-        fell_back = ~(kl <= params.div_threshold)
+        if params.kl_direction == "forward":
+            gate = kl
+        elif gate is None:
+            gate = kl_divergence(z_q, z_p)
+        fell_back = ~(gate <= params.div_threshold)
         fallback = KL_FALLBACKS[params.kl_fallback](z_p, log_nucleus, params, seen)
         law = torch.where(fell_back.unsqueeze(-1), fallback, law)
     if params.eos_priority and len(eos_token_ids):

@@ -11,7 +11,7 @@ from ram.evaluation.likelihood import DECODED, EPSILONS, TABLE, Figures
 from ram.log import log
 from ram.storage.files import write_csv, write_text
 
-CHOOSABLE = {"sample_mode", "div_threshold", "kl_fallback", "mixture_weight"}
+CHOOSABLE = {"sample_mode", "div_threshold", "kl_fallback", "kl_direction", "mixture_weight"}
 COLUMNS = {  # key -> header of likelihood.md
     "nll": "nats per token (95 %)",
     "nll_difference": "against the first (95 %)",

@@ -155,7 +155,8 @@ def settings_tag(
     if pair.proposal:
         parts.append(base)
     if pair.is_pair:
-        own = {"par_kl": f"_dt{s.div_threshold}", "mixture": f"_w{s.mixture_weight}"}
+        reverse = "_reverse" if s.kl_direction == "reverse" else ""
+        own = {"par_kl": f"{reverse}_dt{s.div_threshold}", "mixture": f"_w{s.mixture_weight}"}
         parts.append(s.sample_mode + own.get(s.sample_mode, ""))
     lengths = ("max_length", "max_prompt_length", "stop_str", "template", "multiround")
     fields = ("input_key", "output_key", "system_key", "for_aligner", "tokenizer_path", "dtype")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
-from ram.decoding.par import KL_FALLBACKS, SAMPLE_MODES, PARParams
+from ram.decoding.par import KL_DIRECTIONS, KL_FALLBACKS, SAMPLE_MODES, PARParams
 from ram.decoding.requests import BadRequest, TooLong
 from ram.settings.serving import LimitSettings
 
@@ -29,6 +29,7 @@ BOUNDS: dict[str, Any] = {
     "repetition_penalty": Annotated[float, Field(ge=0.1, le=10)],
     "div_threshold": Annotated[float, Field(ge=0)],
     "kl_fallback": Literal[tuple(KL_FALLBACKS)],
+    "kl_direction": Literal[KL_DIRECTIONS],
     "expert_temperature": Temperature,
     "n_candidates": Annotated[int, Field(ge=1, le=64)],
     "mixture_weight": Annotated[float, Field(ge=0, le=1)],

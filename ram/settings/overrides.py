@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ram.settings.recipes import Stage
 
 ROLES = ("proposal", "aligner", "corrects", "only_if")  # keys of a system that are not keys of `sampling`
-IN_ONE_MODE = {"par_kl": ("div_threshold", "kl_fallback"), "mds": ("expert_temperature",)}
+IN_ONE_MODE = {"par_kl": ("div_threshold", "kl_fallback", "kl_direction"), "mds": ("expert_temperature",)}
 IN_ONE_MODE |= {"snis": ("n_candidates",), "mixture": ("mixture_weight",)}
 
 

@@ -12,7 +12,7 @@ from ram.decoding.par import ALL, Noise, PARParams
 from ram.decoding.scheduler import Role
 
 ALONE = dataclasses.replace(CASES["proposal_alone"][1], base_repetition_penalty=1.0)
-REDUCED = {name: CASES[name][:2] for name in ("par", "par_kl", "product", "snis")}
+REDUCED = {name: CASES[name][:2] for name in ("par", "par_kl", "par_kl_reverse", "product", "snis")}
 REDUCED |= {
     "alone": (PROPOSAL, ALONE),
     "argmax": (BOTH, dataclasses.replace(CASES["par"][1], base_temperature=0.0)),

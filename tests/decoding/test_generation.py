@@ -45,6 +45,7 @@ OTHERS = {  # settings so near that a law must be told from theirs
     "div_threshold": 9.0,
     "eos_priority": False,
     "mixture_weight": 0.6,
+    "kl_direction": "forward",
 }
 
 

@@ -111,7 +111,8 @@ def enumerated_law(z_p, z_q, s, seen, eos, candidates):
         return log_softmax(weighted(counts, z_q, s, seen))
     if s.sample_mode == "product":
         return log_softmax(top_k(top_p(weighted(inside, z_q, s, seen), s.top_p), s.top_k))
-    if s.sample_mode == "par_kl" and divergence(z_p, z_q) > s.div_threshold:
+    pair = (z_p, z_q) if s.kl_direction == "forward" else (z_q, z_p)
+    if s.sample_mode == "par_kl" and divergence(*pair) > s.div_threshold:
         return inside if s.kl_fallback == "proposal" else post(z_p, s, seen)
     return post({t: z_q[t] for t in inside}, s, seen)
 
@@ -127,6 +128,7 @@ GRID = {
     "base_top_k": (-1, 0, 1, 2),
     "base_repetition_penalty": (1.0, 1.05, 1.5),
     "div_threshold": (0, 0.1, 10),
+    "kl_direction": ("forward", "reverse"),
     "expert_temperature": (None, 0, 0.5),
     "n_candidates": (1, 2, 3),
     "mixture_weight": (0, 0.3, 1),

@@ -36,6 +36,11 @@ CASES = {  # name -> models, settings, the settings that its law depends on
         PARParams("par_kl", kl_fallback="aligner", **KNOBS),
         [*POST, "base_top_p", "div_threshold"],
     ),
+    "par_kl_reverse": (
+        BOTH,
+        PARParams("par_kl", kl_direction="reverse", **KNOBS),
+        [*POST, *NUCLEUS, "div_threshold", "kl_direction"],
+    ),
     "product": (BOTH, PARParams("product", **KNOBS), POST + NUCLEUS),
     "snis": (BOTH, PARParams("snis", **KNOBS), [*POST[::2], *NUCLEUS, "n_candidates"]),
     "mds": (BOTH, PARParams("mds", **KNOBS), [*POST, "base_temperature", "expert_temperature"]),
@@ -116,7 +121,9 @@ def slow_answer(models, params, prompt, row, vocab, eos):
         if candidates is not None:
             log_p, log_q = z_p.double().log_softmax(-1), z_q.double().log_softmax(-1)
             divergences.append(float((log_p.exp() * (log_p - log_q)).sum()))
-            gated = params.sample_mode == "par_kl" and divergences[-1] > params.div_threshold
+            reverse = float((log_q.exp() * (log_q - log_p)).sum())
+            gate = divergences[-1] if params.kl_direction == "forward" else reverse
+            gated = params.sample_mode == "par_kl" and gate > params.div_threshold
             is_own = draw(nucleus) == token
             events.append("fell_back" if gated else "agreed" if is_own else "changed")
             changed += not is_own
