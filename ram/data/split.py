@@ -3,8 +3,8 @@
     python -m ram.data.split FILE out=FOLDER prompt=prompt answer=label heldout=100 test=345 cut=1000
 
 The first three have rows {instruction, output}; equal prompts stay in one file. text.jsonl has rows {text}
-for language modelling: the training rows, and those of the files that `text=[FILE,FILE]` lists. The other
-split, of a training set that has no test set, is `heldout_prompts`.
+for language modelling: the training rows without their answers, and the rows of the files that
+`text=[FILE,FILE]` lists. The other split, of a training set that has no test set, is `heldout_prompts`.
 """
 
 import hashlib
@@ -129,7 +129,8 @@ def main(arguments: Sequence[str]) -> None:
         for _, row in read_rows(sources[0], (prompt, answer))
     ]
     files: dict[str, list[dict[str, str]]] = split([row for row in rows if all(row)], sizes, seed)
-    texts = [f"{row['instruction']} {row['output']}" for row in files["train"]]
+    # Without the answers: a model that has read those of its training rows seems better there than it is.
+    texts = [row["instruction"].removesuffix(values["end"]) for row in files["train"]]
     for other in filter(None, values["text"].strip("[]").split(",")):
         texts += [text for _, row in read_rows(other.strip()) for text in texts_of(row)]
     held = {row["instruction"] for name in ("test", "heldout") for row in files[name]}

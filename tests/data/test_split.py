@@ -58,7 +58,8 @@ def test_prompts_are_cut_between_words_and_end_as_asked(tmp_path):
     assert sorted(found) == [("one two!", "x"), ("one!", "y"), ("z" * 9 + "!", "z")]
 
 
-def test_text_for_language_modelling_has_other_files_and_no_test_row(tmp_path):
+def test_text_for_language_modelling_has_other_files_no_answer_and_no_test_row(tmp_path):
+    """A model that had read the answers of its training rows would seem better there than elsewhere."""
     others = [
         {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]},
         {"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "no"},
@@ -66,10 +67,12 @@ def test_text_for_language_modelling_has_other_files_and_no_test_row(tmp_path):
         {"nothing": "known"},
     ]
     files = [write(tmp_path / "posts.jsonl", posts(12, 1)), write(tmp_path / "others.jsonl", others)]
-    keys = ["prompt=post", "answer=short", "test=4", "heldout=2", f"text=[{files[1]}]"]
+    keys = ["prompt=post", "answer=short", "test=4", "heldout=2", f"text=[{files[1]}]", "end= TL;DR"]
     split.main([files[0], f"out={tmp_path}", *keys])
     texts = [text for (text,) in texts_in(tmp_path, "text", "text")]
-    train = [f"{prompt} {answer}" for prompt, answer in texts_in(tmp_path, "train", "instruction", "output")]
+    prompts = [prompt for (prompt,) in texts_in(tmp_path, "train", "instruction")]
+    assert all(prompt.endswith(" TL;DR") for prompt in prompts)
+    train = [prompt.removesuffix(" TL;DR") for prompt in prompts]
     known = ["hello\n\nthere", "Human: hi\n\nAssistant: yes", "add\n\n1 2\n\n3"]
     assert sorted(texts) == sorted([*train, *known])
 
