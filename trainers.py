@@ -95,10 +95,9 @@ class BasicTrainer:
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = make_optimizer(settings, trained)
         self.n_heldout = len(range(len(eval_data))[: settings.n_eval_examples])
+        early_stopping.check(settings, self.n_heldout)
         self.updates = self.examples = self.tokens = 0  # tokens: those of answers
-        self.next_eval = settings.eval_every  # in examples
-        self.next_save = settings.save_every  # in examples; None saves no steps
-        self.heldout: tuple[int, float] = (-1, math.nan)  # examples and loss of the last evaluation
+        self.heldout: tuple[int, dict[str, float]] = (-1, {})  # examples and averages of the last evaluation
         self.best: list | None = None  # examples and held-out loss of the best step-N so far
         self.last_state: int | None = None  # updates at the newest training state
         self.began = time.monotonic()  # when the run began, less the pauses between its sessions
@@ -282,7 +281,7 @@ class BasicTrainer:
                     if early_stopping.is_over(settings, self.examples, self.best):
                         break
                     start = time.monotonic()
-                    tokens_before = self.tokens
+                    before, tokens_before = self.examples, self.tokens
                     row = self.update(rows)
                     seconds = max(time.monotonic() - start, 1e-9)
                     row["examples_per_second"] = len(rows) / seconds
@@ -290,7 +289,7 @@ class BasicTrainer:
                     metrics.write("train", self.counters() | row)
                     bar.set_postfix_str(f"loss {row['loss']:.3g}", refresh=False)
                     bar.update(len(rows))
-                    self.after_update(metrics)
+                    self.after_update(metrics, before)
                     self.saver.check()
                     if processes.any_rank(bool(signals)):
                         self.remember()
@@ -299,10 +298,11 @@ class BasicTrainer:
                 # A run that is stopped or killed during the last evaluation or export repeats no update.
                 self.remember()
                 self.saver.wait()
-            heldout = self.evaluate(metrics)
+            at, heldout = self.heldout  # a run that stops early has just evaluated
+            heldout = heldout if at == self.examples else self.evaluate(metrics)
             self.save(run_folder.LATEST)
-            heldout |= early_stopping.keep_best(
-                settings, self.best, self.heldout[1], self.run_dir, self.is_writer
+            heldout = heldout | early_stopping.keep_best(
+                settings, self.best, heldout.get("loss", math.nan), self.run_dir, self.is_writer
             )
         except Diverged:
             self.saver.wait()
@@ -316,15 +316,13 @@ class BasicTrainer:
         best = {"best_step": self.best[0], "best_loss": self.best[1]} if self.best else {}
         return self.counters() | heldout | best
 
-    def after_update(self, metrics: MetricsLog) -> None:
-        """Evaluate and save if due. After the last update, `train` does both anyway."""
+    def after_update(self, metrics: MetricsLog, before: int) -> None:
+        """Evaluate and save if due since `before` examples; a run ends with both anyway."""
         if self.examples >= self.total_examples:
             return
-        if self.examples >= self.next_eval:
+        if self.examples // self.settings.eval_every > before // self.settings.eval_every:
             self.evaluate(metrics)
-            self.next_eval = (self.examples // self.settings.eval_every + 1) * self.settings.eval_every
-        if (every := self.settings.save_every) and self.next_save and self.examples >= self.next_save:
-            self.next_save = (self.examples // every + 1) * every
+        if (every := self.settings.save_every) and self.examples // every > before // every:
             self.save(f"step-{self.examples}")
             self.prune()
             self.remember()
@@ -341,7 +339,7 @@ class BasicTrainer:
         metrics.write("heldout", self.counters() | row)
         if not math.isfinite(row["loss"]):
             raise self.diverged(f"held-out loss {row['loss']}", "lower lr, or look for a broken held-out row")
-        self.heldout = (self.examples, row["loss"])
+        self.heldout = (self.examples, row)
         if self.settings.sample_during_eval:
             n = min(self.n_heldout, self.settings.n_eval_model_samples)
             show_samples(self.model, self.tokenizer, self.eval_data, n, self.settings)
@@ -384,14 +382,14 @@ class BasicTrainer:
 
     def prune(self) -> None:
         """Delete old steps, but keep the newest ones and the one with the lowest held-out loss."""
-        examples, loss = self.heldout
-        if examples == self.examples and (self.best is None or loss < self.best[1]):
-            self.best = [examples, loss]
+        examples, row = self.heldout
+        if examples == self.examples and (self.best is None or row["loss"] < self.best[1]):
+            self.best = [examples, row["loss"]]
         if self.settings.keep_steps is not None and self.is_writer:
             best_step = f"step-{self.best[0]}" if self.best else None
             run_folder.prune_steps(self.run_dir, self.settings.keep_steps, best_step)
 
-    COUNTERS = ("updates", "examples", "tokens", "next_eval", "next_save", "best")
+    COUNTERS = ("updates", "examples", "tokens", "best")
 
     def remember(self) -> None:
         """Save a training state, unless there is one of this update."""

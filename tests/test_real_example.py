@@ -56,3 +56,44 @@ def test_quick_way_ends_with_a_report_and_continues(tmp_path):
     assert len(weights) >= 8
     call()
     assert {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")} == weights
+
+
+STUB = """#!/bin/bash
+case "$*" in *ram.evaluation.choices*) exit "${CHOICES:-0}" ;; esac
+"""
+
+
+@pytest.fixture
+def example(tmp_path):
+    """Call the script with a Python that does nothing, on a folder with models and data in it."""
+    shutil.copytree(ROOT / "bin", tmp_path / "bin")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}", "label": "x"}}\n')
+    for name in ("smollm", "smollm7", "data"):
+        (tmp_path / "_output" / "real" / name).mkdir(parents=True)
+    (tmp_path / "_output" / "real" / "data" / "text.jsonl").touch()
+    python = tmp_path / "python"
+    python.write_text(STUB)
+    python.chmod(0o755)
+
+    def call(name, **keys):
+        environment = os.environ | {"PYTHON": str(python)} | keys
+        command = ["bash", "bin/real_example.sh", name]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    return call
+
+
+def test_other_data_are_not_taken_for_the_same(example):
+    """Nothing would be made again: the results would be those of the first file."""
+    assert example("a.jsonl").returncode == 0 and example("a.jsonl").returncode == 0
+    for name, keys in (("b.jsonl", {}), ("a.jsonl", {"FIELDS": "x,y"}), ("a.jsonl", {"TEXT": "b.jsonl"})):
+        done = example(name, **keys)
+        assert done.returncode == 2 and "was made from other data" in done.stderr
+
+
+def test_failed_choice_ends_the_script(example):
+    """Otherwise the evaluation would go on with settings that nothing has chosen."""
+    assert example("a.jsonl", CHOICES="1").returncode == 1

@@ -18,6 +18,14 @@ from ram.errors import UserError, pick, run_entry_point
 from ram.log import log, setup_logging
 from ram.storage.files import read_rows, write_jsonl
 
+TEXTS = {  # field with a row's text, or the first part of it -> its further parts
+    "text": (),
+    "chosen": (),
+    "prompt": ("completion", "output", "label"),
+    "instruction": ("input", "completion", "output"),
+    "messages": (),
+}
+SHORT = 40  # characters; a longer prompt inside another text is no chance
 DEFAULTS = {
     "out": "",
     "prompt": "instruction",
@@ -95,18 +103,24 @@ def heldout_prompts(all_prompts: Iterable[str], fraction: float) -> set[str]:
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:
-    """Return the text of a row, in any known form, for language modelling."""
-    for name in ("text", "chosen", "prompt", "instruction"):
-        if isinstance(row.get(name), str):
-            rest = [
-                row.get(key) for key in ("input", "completion", "output") if name in ("prompt", "instruction")
-            ]
-            return [
-                "\n\n".join([row[name].strip(), *(part for part in rest if isinstance(part, str) and part)])
-            ]
-    if isinstance(turns := row.get("messages"), list):
-        return ["\n\n".join(str(turn.get("content", "")) for turn in turns if isinstance(turn, dict))]
+    """Return the text of a row, in any known form, for language modelling; nothing if it has none."""
+    for name, rest in TEXTS.items():
+        parts = [_content(row.get(key)) for key in (name, *rest)]
+        if parts[0]:
+            return ["\n\n".join(part for part in parts if part)]
     return []
+
+
+def _content(value: Any) -> str:
+    """Return a field's text, or that of its turns."""
+    if isinstance(value, list):
+        return "\n\n".join(str(turn.get("content", "")) for turn in value if isinstance(turn, dict))
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _holds(text: str, prompts: Iterable[str]) -> bool:
+    """Return whether a text has one of these prompts in it; a short prompt must be its beginning."""
+    return any(text.startswith(prompt) or (len(prompt) > SHORT and prompt in text) for prompt in prompts)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -124,17 +138,22 @@ def main(arguments: Sequence[str]) -> None:
     except ValueError as error:
         raise UserError(f"{error}: train, heldout, test, cut and seed are whole numbers") from None
     prompt, answer, out = values["prompt"], values["answer"], Path(values["out"])
+    end = values["end"]
     rows = [
-        (cut_text(row[prompt].strip(), cut) + values["end"], row[answer].strip())
+        (cut_text(row[prompt].strip().removesuffix(end.strip()).rstrip(), cut) + end, row[answer].strip())
         for _, row in read_rows(sources[0], (prompt, answer))
     ]
     files: dict[str, list[dict[str, str]]] = split([row for row in rows if all(row)], sizes, seed)
     # Without the answers: a model that has read those of its training rows seems better there than it is.
-    texts = [row["instruction"].removesuffix(values["end"]) for row in files["train"]]
+    texts = [row["instruction"].removesuffix(end) for row in files["train"]]
+    held = {row["instruction"].removesuffix(end) for name in ("test", "heldout") for row in files[name]}
     for other in filter(None, values["text"].strip("[]").split(",")):
-        texts += [text for _, row in read_rows(other.strip()) for text in texts_of(row)]
-    held = {row["instruction"] for name in ("test", "heldout") for row in files[name]}
-    files["text"] = [{"text": piece} for text in texts if text not in held for piece in pieces(text, cut)]
+        found = [text for _, row in read_rows(other.strip()) for text in texts_of(row)]
+        kept = [text for text in found if not _holds(text, held)]
+        texts += kept
+        if left_out := len(found) - len(kept):
+            log.info(f"{other.strip()}: {left_out} texts with a prompt of test or heldout left out")
+    files["text"] = [{"text": piece} for text in texts for piece in pieces(text, cut)]
     random.Random(seed).shuffle(files["text"])
     for name, lines in files.items():
         write_jsonl(out / f"{name}.jsonl", lines)

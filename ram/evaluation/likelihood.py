@@ -205,9 +205,11 @@ def table_params(system: System, **changes: Any) -> PARParams:
 
 def schemes_of(context: EvaluationContext, system: System) -> dict[str, Scheme]:
     """Return the distributions of a system by name: `table`, `decoded`, and `KEY=VALUE` of a sweep."""
-    params = {TABLE: table_params(system), DECODED: replace(system.params, eos_priority=False)}
     if system.is_pair and system.params.sample_mode == "snis":
         return {}
+    roles = [path and _role(path, system) for path in (system.pair.proposal, system.pair.aligner)]
+    params = {TABLE: table_params(system), DECODED: replace(system.params, eos_priority=False)}
+    schemes = {name: Scheme(own, *roles) for name, own in params.items()}
     if system.is_pair:
         for key, values in context.config.evaluation.likelihood_sweep.items():
             pick(vars(PARParams()), key, "key of evaluation.likelihood_sweep")
@@ -215,11 +217,10 @@ def schemes_of(context: EvaluationContext, system: System) -> dict[str, Scheme]:
                 continue
             for value in values:
                 try:
-                    params[f"{key}={value}"] = table_params(system, **{key: value})
+                    schemes[f"{key}={value}"] = Scheme(table_params(system, **{key: value}), *roles)
                 except ValueError as error:
                     raise UserError(f"evaluation.likelihood_sweep.{error}") from None
-    roles = [path and _role(path, system) for path in (system.pair.proposal, system.pair.aligner)]
-    return {name: Scheme(own, *roles) for name, own in params.items()}
+    return schemes
 
 
 def _role(path: str, system: System) -> str:

@@ -97,7 +97,8 @@ def merged_state(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, 
             factors.setdefault(match[1], {})[match[2]] = state.pop(name)
     merged = {plain_name(name): weight for name, weight in state.items()}
     for layer, factor in factors.items():
-        scale = cast(Any, model.get_submodule(layer)).scaling[ADAPTER]
-        weight = merged[f"{layer}.weight"]
-        merged[f"{layer}.weight"] = weight + scale * (factor["B"] @ factor["A"])
+        adapted = cast(Any, model.get_submodule(layer))
+        added = adapted.scaling[ADAPTER] * (factor["B"] @ factor["A"])
+        # GPT-2's layers keep their weight as (in, out).
+        merged[f"{layer}.weight"] = merged[f"{layer}.weight"] + (added.T if adapted.fan_in_fan_out else added)
     return merged

@@ -324,7 +324,12 @@ def check_training(config: Settings, tables: Tables) -> None:
 
 
 def check_early_stopping(config: Settings) -> None:
-    """Raise UserError if the weights of some held-out evaluation would not be on disk."""
+    """Raise UserError if the weights of some held-out evaluation would not be on disk, or steps are rarer."""
+    if config.save_every is not None and config.save_every < config.batch_size:
+        raise UserError(
+            f"early_stopping={config.early_stopping}: it counts saved steps, but save_every="
+            f"{config.save_every} examples is less than an update's batch_size={config.batch_size}; raise it"
+        )
     if config.save_every is None or config.save_every % config.eval_every or config.n_eval_examples == 0:
         raise UserError(
             f"early_stopping={config.early_stopping}: it chooses among saved steps by their held-out loss, "

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ram.errors import UserError
 from ram.log import log
 from ram.models.run_folder import LATEST
 from ram.storage.files import replacing
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from ram.settings.schema import Settings
 
 Best = list | None  # examples and held-out loss of the best saved step
+
+
+def check(settings: "Settings", n_heldout: int) -> None:
+    """Raise UserError if a run that stops early has no held-out examples to decide by."""
+    if settings.early_stopping is not None and not n_heldout:
+        raise UserError(
+            f"early_stopping={settings.early_stopping}, but there are no held-out examples: give "
+            "heldout_fraction above 0, or a data set that has a test split"
+        )
 
 
 def is_over(settings: "Settings", examples: int, best: Best) -> bool:

@@ -81,7 +81,8 @@ def pack(
             response = data.part(answer, row)
             if answer == "negative" and drawn is not None and not drawn[i]:
                 response = response[:0]
-            inputs = response[:-1]
+            # A text of one token has nothing to predict; it is read all the same, so that no pass is empty.
+            inputs = response[:-1] if prompt_size or len(response) > 1 else response
             ids.append(inputs)
             positions.append(np.arange(prompt_size, prompt_size + len(inputs)))
             if answer == answers[0]:

@@ -29,8 +29,7 @@ STATES = "states"  # folder of all states in a run folder
 MARK = "state.json"  # marker file of a complete state: counters, origin, and hashes of the other files
 FACTS: Form = {
     **dict.fromkeys(("origin", "files"), dict),
-    **dict.fromkeys(("updates", "examples", "tokens", "next_eval"), int),
-    "next_save": int | None,
+    **dict.fromkeys(("updates", "examples", "tokens"), int),
     "best": list | None,
 }
 

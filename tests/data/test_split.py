@@ -96,3 +96,41 @@ def test_wrong_arguments_are_told(tmp_path, arguments, message):
     source = write(tmp_path / "posts.jsonl", posts(15))
     with pytest.raises(UserError, match=message):
         split.main([source, f"out={tmp_path}", "prompt=post", "answer=short", "heldout=2", *arguments])
+
+
+def test_no_text_holds_a_prompt_of_test_or_heldout(tmp_path, caplog):
+    """Not with its answer, uncut, or quoted in the middle; a short prompt only at the beginning."""
+    rows = [{"post": f"post {i} " + "of some words " * 9, "short": f"no. {i}"} for i in range(8)]
+    rows += [{"post": "hi", "short": "ho"}]
+    others = [{"prompt": row["post"], "completion": row["short"]} for row in rows]
+    others += [{"text": f"a reply to: {rows[i]['post'].strip()} by me"} for i in range(8)]
+    others += [{"text": "oh hi there"}]
+    files = [write(tmp_path / f"{name}.jsonl", part) for name, part in (("posts", rows), ("others", others))]
+    keys = ["prompt=post", "answer=short", "test=5", "heldout=3", "cut=60", "end= TL;DR:"]
+    with caplog.at_level("INFO"):
+        split.main([files[0], f"out={tmp_path}", *keys, f"text={files[1]}"])
+    texts = " ".join(text for (text,) in texts_in(tmp_path, "text", "text"))
+    held = {row for name in ("test", "heldout") for row in texts_in(tmp_path, name, "instruction", "output")}
+    numbers = [answer for _, answer in held if answer != "ho"]
+    assert len(numbers) >= 7 and not any(f"post {n.removeprefix('no. ')} " in texts for n in numbers)
+    assert "oh hi there" in texts and f"{len(held) + len(numbers)} texts with a prompt of test" in caplog.text
+
+
+def test_end_of_a_prompt_stands_once(tmp_path):
+    rows = [{"post": f"post {i}" + "\nTL;DR:" * (i % 2), "short": "x"} for i in range(6)]
+    keys = ["prompt=post", "answer=short", "test=2", "heldout=2", "end=\nTL;DR:"]
+    split.main([write(tmp_path / "posts.jsonl", rows), f"out={tmp_path}", *keys])
+    prompts = [p for name in ("train", "heldout", "test") for (p,) in texts_in(tmp_path, name, "instruction")]
+    assert sorted(prompts) == [f"post {i}\nTL;DR:" for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    "row, text",
+    [
+        ({"prompt": "a", "label": "b"}, "a\n\nb"),
+        ({"prompt": [{"content": "a"}], "completion": [{"content": "b"}]}, "a\n\nb"),
+        ({"chosen": [{"content": "a"}, {"content": "b"}]}, "a\n\nb"),
+    ],
+)
+def test_text_of_a_row(row, text):
+    assert split.texts_of(row) == [text]

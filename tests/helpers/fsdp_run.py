@@ -23,8 +23,8 @@ from ram.training import resume
 class Told(trainers.FSDPTrainer):
     stop_after = 0
 
-    def after_update(self, metrics):
-        super().after_update(metrics)
+    def after_update(self, metrics, before):
+        super().after_update(metrics, before)
         if self.updates == self.stop_after and processes.rank() == processes.count() - 1:
             import os
             import signal

@@ -143,8 +143,8 @@ def stopped_run(run_dir: Path, after: int, *overrides: str, number: int = signal
     """Train a run that receives signal `number` after `after` updates."""
 
     class Interrupted(BasicTrainer):
-        def after_update(self, metrics: MetricsLog) -> None:
-            super().after_update(metrics)
+        def after_update(self, metrics: MetricsLog, before: int) -> None:
+            super().after_update(metrics, before)
             if self.updates == after:
                 os.kill(os.getpid(), number)
 

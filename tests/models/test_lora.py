@@ -1,5 +1,7 @@
 """Low-rank adapters: what is trained, how a run is resumed, what is exported."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from training_runs import (
     trainer,
     weights,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ram.errors import UserError
 from ram.models import lora
@@ -137,3 +139,19 @@ def test_wrong_settings_are_one_line():
         settings("lora={r: 4, alpha: 1, rang: 4}")
     with pytest.raises(UserError, match=r"lora\.base_dtype.*model\.fsdp_policy_mp=bfloat16"):
         check_lora(settings("lora={r: 4, alpha: 1, base_dtype: bfloat16}"))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["attn.c_proj"]])
+def test_layers_of_gpt2_are_merged_transposed(targets):
+    """Their weights are (in, out): a square one would be merged wrongly without an error."""
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=20)).eval().double()
+    plain = copy.deepcopy(model)
+    lora.add_adapters(model, lora.LoraSettings(r=2, alpha=6, targets=targets), seed=5)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    plain.load_state_dict(lora.merged_state(model, dict(model.state_dict())))
+    ids = torch.arange(6).unsqueeze(0)
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-5, atol=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import settings, stopped_run, trainer
+from training_runs import dataset, settings, stopped_run, trainer
 
 from ram.errors import UserError
 from ram.models.run_folder import LATEST
@@ -67,3 +67,27 @@ def test_settings_without_saved_evaluations_are_refused(keys):
 def test_keys_that_decide_when_to_stop_are_part_of_the_identity():
     early, plain = identity(settings(*KEYS)), identity(settings())
     assert {"early_stopping", "save_every", "eval_every", "n_eval_examples"} == set(early) - set(plain)
+
+
+def test_steps_that_are_rarer_than_saves_are_refused():
+    """An update of 8 examples saves once, however many multiples of 4 it passes."""
+    with pytest.raises(UserError, match="save_every=4 examples is less than an update's batch_size=8"):
+        check_training(settings(*KEYS, "batch_size=8"), TABLES)
+
+
+def test_run_without_held_out_examples_is_refused(tmp_path):
+    run = trainer(tmp_path, "early_stopping=null")
+    with pytest.raises(UserError, match="early_stopping=2, but there are no held-out examples"):
+        BasicTrainer(settings(*KEYS), run.model, run.tokenizer, run.train_data, dataset(0), tmp_path, {})
+
+
+def test_early_end_evaluates_once(tmp_path, monkeypatch):
+    """The step that ends the run was evaluated before it was saved."""
+    evaluated = []
+    monkeypatch.setattr(
+        BasicTrainer,
+        "heldout_averages",
+        lambda self: evaluated.append(self.examples) or falling_then_rising(self),
+    )
+    trainer(tmp_path, *KEYS).train()
+    assert evaluated == [4, 8, 12, 16]

@@ -107,3 +107,10 @@ def test_moving_to_a_device_keeps_all_fields():
     batch = packing.pack(TWO, [0, 1], BOTH)
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.labels, batch.labels) and moved.segments == batch.segments
+
+
+def test_pass_of_one_token_texts_is_not_empty():
+    """Such a text predicts nothing; a forward pass of no token would be an error."""
+    batch = packing.pack(data(prompt=[[], []], target=[[3], [4]]), [0, 1], ("target",))
+    assert batch.input_ids.tolist() == [[3, 4]] and batch.segments == packing.Segments((1, 1), (0, 0))
+    assert not len(batch.labels) and not len(batch.predictors) and batch.counts == {"target": [0, 0]}

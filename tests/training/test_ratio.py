@@ -150,3 +150,18 @@ def test_recipe_trains_with_and_without_the_cache(tmp_path):
     assert cached["inputs"] == plain["inputs"] and list((tmp_path / "cache").glob("proposal.*.npy"))
     (proposal,) = (tmp_path / "model").glob("wu_sft_*")
     assert plain["inputs"]["proposal"] == checkpoints.weights_fingerprint(str(proposal / "LATEST"))
+
+
+def test_logits_that_the_configuration_does_not_explain_are_refused():
+    """FalconH1 multiplies its logits by `lm_head_multiplier`; others have names of their own."""
+    proposal = tiny_model(VOCAB, 1)
+    forward = proposal.forward
+
+    def scaled(*args, **settings):
+        output = forward(*args, **settings)
+        output.logits = 0.04 * output.logits
+        return output
+
+    proposal.forward = scaled
+    with pytest.raises(UserError, match="not a linear function of its last hidden state"):
+        FrozenProposal(proposal, VOCAB, 0)

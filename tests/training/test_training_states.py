@@ -146,3 +146,12 @@ def test_seconds_of_all_sessions_count(tmp_path):
     rewrite(newest, seconds=5000.0)
     run, _ = resumed_run(tmp_path / "run", *OVERRIDES)
     assert 5000 < time.monotonic() - run.began < 5600
+
+
+def test_resumed_run_follows_the_schedule_of_now(tmp_path):
+    """A state holds no counts of the next evaluation and save, which other settings would put elsewhere."""
+    stopped_run(tmp_path / "run", 2, "eval_every=1000", "save_every=null", "n_examples=48")
+    run = trainer(tmp_path / "run", "eval_every=8", "save_every=16", "n_examples=48")
+    run.train(resume.newest(tmp_path / "run", {"it": 1}))
+    saved = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("step-*"))
+    assert saved == [36]  # the first update beyond 32; 16 had passed before the stop, and the end is LATEST
