@@ -259,6 +259,7 @@ def test_settings_reach_the_decoder(resolve, decoding_calls):
         "repetition_penalty": 1.3,
         "div_threshold": 0.2,
         "kl_fallback": "aligner",
+        "kl_direction": "reverse",
         "eos_priority": True,
         "expert_temperature": 0.4,
         "n_candidates": 3,
