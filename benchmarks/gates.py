@@ -105,7 +105,7 @@ def measure(arguments: list[str], name: str, mixture: bool) -> Table:
     found: Table = {}
 
     def add(contender: str, chosen: str, nats: torch.Tensor, gated: torch.Tensor) -> None:
-        found[contender] = chosen, -float(nats[~even].mean()), float(gated.double().mean())
+        found[contender] = chosen, -float(nats[~even].mean()), float(gated[~even].double().mean())
 
     never = torch.zeros_like(even)
     add("never: `par`", "", pair, never)

@@ -107,8 +107,16 @@ def sections_of(points: Sequence[dict[str, Any]]) -> dict[str, Curves]:
             first = next(iter(curves))
             sections[heading] = {n: c for n, c in curves.items() if n == first or not is_constant(c)}
         elif not is_constant(*curves.values()):
-            sections[heading] = dict(sorted(curves.items(), key=lambda curve: float(curve[0])))
+            sections[heading] = dict(sorted(curves.items(), key=lambda curve: in_order(curve[0])))
     return sections
+
+
+def in_order(value: str) -> tuple[bool, float, str]:
+    """Return a sort key of a value as text: numbers by size, then words."""
+    try:
+        return False, float(value), ""
+    except ValueError:
+        return True, 0.0, value
 
 
 def panel(title: str, column: str, curves: Curves, values: Sequence[Any]) -> str:

@@ -41,6 +41,8 @@ def merge_leaderboards(output_dir: Path) -> None:
     """Write all_systems.csv with the rows of all systems that were evaluated so far."""
     merged: list[Row] = []
     for path in sorted(output_dir.glob("*/*/*/*/leaderboard.csv")):
+        if not (path.parent / "output.json").is_file():
+            continue  # the report of a point of an ablation is as deep
         with open(path, newline="", encoding="utf-8") as file:
             merged += csv.DictReader(file)
     if merged:

@@ -117,3 +117,12 @@ def test_misspelt_key_with_several_values_is_refused():
     """A key with several values is checked like any other."""
     with pytest.raises(UserError, match="unknown key 'sampling.div_treshold': did you mean"):
         compose.preflight(["experiment=llama_uc", "ablation=div_threshold", "sampling.div_treshold=0.1,0.2"])
+
+
+def test_values_are_sorted_numbers_before_words():
+    assert sorted(["reverse", "10", "9", "forward"], key=ablations.in_order) == [
+        "9",
+        "10",
+        "forward",
+        "reverse",
+    ]

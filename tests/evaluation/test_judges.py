@@ -435,3 +435,25 @@ def test_dialogues_become_turns():
     ids = reward_model.reward_ids(tokenizer, "\n\nHuman: Hi\n\nAssistant: ", "Yes")
     assert tokenizer.decode(ids) == "[user:Hi][assistant:Yes]"
     assert tokenizer.decode(reward_model.reward_ids(tokenizer, "Hi", "Yes")) == "[user:Hi][assistant:Yes]"
+
+
+def test_reward_that_is_not_a_number_fails_its_row_and_is_not_kept(reward_folder, tmp_path, monkeypatch):
+    """A kept one would be read back as null, and break every later run."""
+    rewards = iter([[math.nan, 1.0, 2.0], [3.0]])
+
+    def computed(self, source, pairs):
+        yield from zip(pairs, next(rewards), strict=True)
+
+    monkeypatch.setattr(RewardModelJudge, "rewards", computed)
+    rows, judge = [{"instruction": "a"}, {"instruction": "b"}], reward_judge(reward_folder)
+    answers, references, cache = ["x", "x"], ["y", "x"], tmp_path / "cache.jsonl"
+    first = judge.compare(rows, answers, references, cache)
+    assert first[0] == {"failed": "its reward is not a number: try dtype=float32"}
+    assert first[1]["preference"] == 0.5
+    assert judge.compare(rows, answers, references, cache)[0]["margin"] == 2.0
+
+
+def test_field_that_a_judge_is_shown_is_part_of_its_identity(reward_folder):
+    """The usual one is not named, so that earlier judgements are still used."""
+    usual, other = (reward_judge(reward_folder, instruction_key=key) for key in ("instruction", "question"))
+    assert other.identity() == usual.identity() | {"instruction_key": "question"}

@@ -41,7 +41,10 @@ def test_leaderboard_files_have_one_writer(tmp_path):
     assert (tmp_path / "leaderboard.md").read_text() == tables.markdown(BOARD)
     assert (tmp_path / "leaderboard.tex").read_text() == tables.latex(BOARD)
     for row in ({"system": "b", "win_rate": 0.5, "extra": 1}, {"system": "a", "win_rate": 0.25}):
-        tables.write_system_row(tmp_path / "toy" / "facts" / row["system"] / "LATEST#x", row)
+        folder = tmp_path / "toy" / "facts" / row["system"] / "LATEST#x"
+        tables.write_system_row(folder, row)
+        (folder / "output.json").touch()
+    tables.write_system_row(tmp_path / "report" / "toy_ablation" / "alpha" / "0.1", {"system": "point"})
     tables.merge_leaderboards(tmp_path)
     with open(tmp_path / "all_systems.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -39,7 +39,8 @@ class Judge:
 
     def identity(self) -> dict[str, Any]:
         """Return everything that decides a judgement. It is hashed into the keys of saved judgements."""
-        return {"name": self.name}
+        key = getattr(self, "instruction_key", "instruction")  # the field that the judge is shown
+        return {"name": self.name} | ({} if key == "instruction" else {"instruction_key": key})
 
     def earlier_identity(self) -> dict[str, Any]:
         """Return the identity by earlier versions, whose judgements are still used."""

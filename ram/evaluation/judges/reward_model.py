@@ -61,12 +61,16 @@ class RewardModelJudge(Judge):
             for row, *texts in zip(rows, answers, references, strict=True)
         ]
         keys = {pair: fingerprint([identity, *pair]) for both in pairs for pair in both}
-        missing = [pair for pair, key in keys.items() if key not in saved.known]
+        missing = [pair for pair, key in keys.items() if saved.known.get(key) is None]
         if missing:
             for pair, reward in self.rewards(source, missing):
-                saved.add(keys[pair], reward)
-        judgements = []
+                if math.isfinite(reward):
+                    saved.add(keys[pair], reward)
+        judgements: list[Judgement] = []
         for own, other in pairs:
+            if any(saved.known.get(keys[pair]) is None for pair in (own, other)):
+                judgements.append({"failed": "its reward is not a number: try dtype=float32"})
+                continue
             margin = saved.known[keys[own]] - saved.known[keys[other]]
             preference = 1 / (1 + math.exp(-max(min(margin, 700), -700)))
             judgements.append({"preference": preference, "margin": margin})

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ram.decoding.par import MODEL_KEYS, PARParams
 from ram.evaluation import trust
 from ram.evaluation.context import EvaluationContext
 from ram.evaluation.systems import System
 from ram.models import run_folder
+from ram.settings.overrides import unread
 from ram.settings.recipes import Stage
 
 FILES = ("leaderboard.csv", "leaderboard.md", "results.json", "paper_table.md")
@@ -86,8 +88,9 @@ def outcome(board: list[dict[str, Any]], reference: str) -> str:
         return ""
     pairs = [row for row in rows if "fallback_fraction" in row]
     best = max(pairs or rows, key=lambda row: (row.get("both", 0.0), row["win_rate"]))
+    better = "does better" if best.get("both") is None else "has more answers right and aligned"
     text = (
-        f"No {'pair' if pairs else 'system'} does better than {best['system']}: it wins "
+        f"No {'pair' if pairs else 'system'} {better} than {best['system']}: it wins "
         f"{percent(best['win_rate'])} of {best['n']:,} prompts against {reference} (95 % interval "
         f"{percent(best['win_rate_low'])} to {percent(best['win_rate_high'])})"
     )
@@ -135,13 +138,27 @@ def described(system: System, stages: Mapping[str, Stage], sizes: Mapping[str, i
 
 def settings_of(system: System) -> dict[str, Any]:
     """Return the decoding settings that the command of a system repeats."""
-    params, keys = system.params, ["temperature", "top_p"]
-    if not system.is_pair:  # a single model is served as a proposal, whose keys begin with base_
+    params = system.params
+    if system.is_pair:
+        shown = {
+            "sample_mode",
+            "temperature",
+            "top_p",
+            "repetition_penalty",
+            "base_temperature",
+            "base_top_p",
+        }
+        values = {key: getattr(params, key) for key in params.field_names()}
+        left_out = unread(params.sample_mode) | {"base_repetition_penalty"}
+    else:  # a single model is served as a proposal, whose keys begin with base_
         prefix = "base_" if system.pair.proposal else ""
-        return {f"sampling.base_{key}": getattr(params, f"{prefix}{key}") for key in keys}
-    keys = ["sample_mode", *keys, "repetition_penalty", "base_temperature", "base_top_p"]
-    keys += ["div_threshold"] if params.sample_mode == "par_kl" else []
-    return {f"sampling.{key}": getattr(params, key) for key in keys}
+        shown, left_out = {"base_temperature", "base_top_p"}, set()
+        values = {f"base_{key}": getattr(params, f"{prefix}{key}") for key in MODEL_KEYS}
+    return {
+        f"sampling.{key}": value
+        for key, value in values.items()
+        if key not in left_out and (key in shown or value != getattr(PARParams, key))
+    }
 
 
 def name_of(path: str, stages: Mapping[str, Stage]) -> str:

@@ -20,6 +20,7 @@ import jinja2
 from markupsafe import Markup
 
 from ram.answers import influence
+from ram.evaluation import tables
 from ram.evaluation.report import charts
 from ram.evaluation.report.charts import Curve, Point, finite, text, visible
 from ram.evaluation.tables import heading
@@ -270,8 +271,8 @@ def _cell(number: int, row: dict[str, Any], key: str, column: Column) -> Cell:
     low, high = finite(row.get(f"{key}_low")), finite(row.get(f"{key}_high"))
     if isinstance(value, float) and low is not None and high is not None:
         shown += f" ({low:{spec}} to {high:{spec}})"
-    if key == "p_value" and value is not None and value <= row.get("p_floor", 0.0):
-        shown = f"≤ {shown}"
+    if key == "p_value" and value is not None:
+        shown = tables.p_value(row)
     alert = ""
     if key == "fallback_fraction" and isinstance(value, float) and value > influence.MOST_FALLEN:
         alert = MOSTLY_FELL_BACK
