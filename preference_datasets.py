@@ -299,11 +299,10 @@ def _without_training_prompts(
 
 
 def question(example: Example) -> str:
-    """Return the instruction without template; plain and sampled files may have different templates.
-
-    A part of a text, which has no question, is its own.
-    """
-    return (example.record or {}).get("instruction", example.prompt) or example.target
+    """Return the prompt without template; plain and sampled files may have different templates."""
+    if example.question is not None:
+        return example.question
+    return (example.record or {}).get("instruction", example.prompt)
 
 
 def _as_correction(example: Example, variant: str, name: str, request: str) -> Example:

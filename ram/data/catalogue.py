@@ -133,7 +133,7 @@ def _load_own_file(path: Path, request: LoadRequest) -> list[Example]:
     for index, row in rows:
         if forms.is_text(row) and not request.proposal:
             # A part of a text has no question, and no end that should be learnt.
-            examples.append(Example(index, "", row["text"], None, row, ("target",)))
+            examples.append(Example(index, "", row["text"], None, row, ("target",), row["text"]))
             continue
         try:
             dialogue = forms.read(row)
@@ -143,7 +143,7 @@ def _load_own_file(path: Path, request: LoadRequest) -> list[Example]:
             continue
         negative = row["sampling"] if request.proposal else dialogue.rejected
         cut = ("negative",) if request.proposal and row.get(CUT) == "length" else ()
-        examples.append(Example(index, prompt, dialogue.answer, negative, row, cut))
+        examples.append(Example(index, prompt, dialogue.answer, negative, row, cut, dialogue.question))
     return examples
 
 

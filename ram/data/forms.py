@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
-from ram.data.prompts import parse_dialogue, split_dialogue
+from ram.data import prompts
 
 ACCEPTED = (
     "instruction and output (and input), prompt and completion, prompt, chosen and rejected, or messages "
@@ -22,6 +22,7 @@ ACCEPTED = (
 )
 PROMPT = "prompt_messages"  # key of the prompt in a test row of another form than instruction and output
 USER, ASSISTANT, SYSTEM = ("user", "human"), ("assistant", "gpt"), ("system", "developer")
+HUMAN = "\n\nHuman: "  # begins a dialogue as Anthropic HH writes it
 Turns = tuple[tuple[bool, str], ...]
 
 
@@ -111,8 +112,8 @@ def read(row: Mapping[str, Any]) -> Dialogue:
             raise Unusable("messages do not end with one of the assistant: no answer")
         return _checked(Dialogue(turns[:-1], turns[-1][1], None, system))
     if "prompt" in row and "completion" in row:
-        system, turns = _prompt(row["prompt"])
-        return _checked(Dialogue(turns, _answer(row["completion"], "completion"), None, system))
+        system, turns, answer = _answer(_prompt(row["prompt"]), row["completion"], "completion")
+        return _checked(Dialogue(turns, answer, None, system))
     if "instruction" in row and "output" in row:
         instruction, context = _text(row["instruction"], "instruction"), row.get("input")
         if isinstance(context, str) and context.strip():
@@ -132,13 +133,17 @@ def _checked(dialogue: Dialogue) -> Dialogue:
 def _preference(row: Mapping[str, Any]) -> Dialogue:
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" in row and row["prompt"]:
-        system, turns = _prompt(row["prompt"])
-        return Dialogue(turns, _answer(chosen, "chosen"), _answer(rejected, "rejected"), system)
+        prompt = _prompt(row["prompt"])
+        system, turns, better = _answer(prompt, chosen, "chosen")
+        *other, worse = _answer(prompt, rejected, "rejected")
+        if other != [system, turns]:
+            raise Unusable("chosen and rejected differ before their last message")
+        return Dialogue(turns, better, worse, system)
     if isinstance(chosen, str) and isinstance(rejected, str):  # whole dialogues, as Anthropic HH has them
-        better, worse = split_dialogue(chosen), split_dialogue(rejected)
+        better, worse = prompts.split_dialogue(chosen), prompts.split_dialogue(rejected)
         if better is None or worse is None or better[0] != worse[0]:
             raise Unusable("no prompt, and chosen and rejected are not two answers to one dialogue")
-        system, turns = parse_dialogue(better[0])
+        system, turns = prompts.parse_dialogue(better[0])
         return Dialogue(tuple(turns), better[1], worse[1], system)
     system, better = _dialogue(chosen, "chosen")
     other, worse = _dialogue(rejected, "rejected")
@@ -149,19 +154,47 @@ def _preference(row: Mapping[str, Any]) -> Dialogue:
 
 
 def _prompt(value: Any) -> tuple[str | None, Turns]:
-    if isinstance(value, str):
-        return None, ((True, value),)
-    return _dialogue(value, "prompt")
+    """Return the system message, or None, and the turns: of messages, a dialogue as in HH, or a question."""
+    if not isinstance(value, str):
+        return _dialogue(value, "prompt")
+    if value.startswith(HUMAN) and value.rstrip().endswith(prompts.ASSISTANT.rstrip()):
+        system, turns = prompts.parse_dialogue(value.rstrip() + " ")
+        return system, tuple(turns)
+    return None, ((True, value),)
 
 
-def _answer(value: Any, name: str) -> str:
-    """Return an answer: a text without the space before it, or the last one of a list of messages."""
-    if isinstance(value, str):
-        return value.removeprefix(" ")
-    _, turns = _dialogue(value, name)
-    if not turns or turns[-1][0]:
+def _answer(prompt: tuple[str | None, Turns], value: Any, name: str) -> tuple[str | None, Turns, str]:
+    """Return the system message, the turns before an answer, and the answer.
+
+    Args:
+        prompt: The system message and the turns of the row's `prompt`.
+        value: An answer as text, or a dialogue that ends with it. If the user speaks first in the dialogue,
+            it is whole; if not, it follows the prompt.
+        name: The field's name.
+
+    Raises:
+        Unusable: There is no answer, or the dialogue is another one than the prompt's.
+    """
+    system, turns = prompt
+    if not isinstance(value, str):
+        own_system, said = _dialogue(value, name)
+    elif value.startswith(HUMAN):
+        own_system, said = prompts.parse_dialogue(value)
+    else:
+        own_system, said = None, ((False, value.removeprefix(" ")),)
+    if not said or said[-1][0]:
         raise Unusable(f"{name} does not end with a message of the assistant")
-    return turns[-1][1]
+    before = tuple(said[:-1])
+    if before and before[0][0]:
+        asked, told = ([(user, text.strip()) for user, text in part] for part in (turns, before))
+        if not any(told[start : start + len(asked)] == asked for start in range(len(told))):
+            raise Unusable(f"the messages of {name} do not hold the prompt")
+        turns = before
+    else:
+        turns += before
+    if own_system is not None and system not in (None, own_system):
+        raise Unusable(f"{name} has another system message than the prompt")
+    return system if own_system is None else own_system, turns, said[-1][1]
 
 
 def _dialogue(value: Any, name: str) -> tuple[str | None, Turns]:

@@ -39,6 +39,7 @@ class Example:
     negative: str | None = None  # the proposal's sample, or the rejected answer
     record: dict | None = None  # the input row; the sample stage writes it back with a `sampling` field
     unfinished: tuple[str, ...] = ()  # the answers that were cut at a length limit: "target", "negative"
+    question: str | None = None  # the prompt without template, if not `instruction` of the record or `prompt`
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -273,7 +273,8 @@ def read_card(source: str) -> dict[str, Any]:
 def trained_template(source: str) -> str | None:
     """Return the template that a folder's model was trained with; None if it is not known."""
     card = read_card(source)
-    return card.get("template", "ram" if card else None)
+    # Earlier versions trained with one template and did not note it; converted models were not trained here.
+    return card.get("template", "ram" if "run" in card else None)
 
 
 def check_context(source: str | None, longest: int, architecture: dict[str, Any] | None = None) -> None:

@@ -8,11 +8,13 @@ distribution: the remaining layers do not fit together. Train it as a language m
 aligner.
 """
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ram.errors import UserError, run_entry_point
@@ -55,7 +57,7 @@ def prune(model: "PreTrainedModel", layers: Sequence[int]) -> "PreTrainedModel":
     Raises:
         UserError: the model's layers are not one list of blocks.
     """
-    config: Any = model.config
+    config: Any = model.config.get_text_config()
     count = config.num_hidden_layers
     lists = [
         (parent, name, part)
@@ -68,6 +70,14 @@ def prune(model: "PreTrainedModel", layers: Sequence[int]) -> "PreTrainedModel":
             f"{type(model).__name__} has {len(lists)} lists of {count} layers; expected a decoder with one"
         )
     parent, name, blocks = lists[0]
+    for key, values in list(vars(config).items()):
+        if not isinstance(values, list) or key.endswith("token_id"):
+            continue
+        if key.endswith(("_layers", "_idxs")) and values == [i for i in range(count) if i in values]:
+            # The indices of some layers, such as mlp_only_layers.
+            setattr(config, key, [place for place, index in enumerate(layers) if index in values])
+        elif len(values) == count:  # an entry for each layer, such as layer_types
+            setattr(config, key, [values[index] for index in layers])
     kept = nn.ModuleList(blocks[index] for index in layers)
     for place, block in enumerate(kept):
         for part in block.modules():  # attention finds its keys and values in the cache by this number
@@ -75,9 +85,28 @@ def prune(model: "PreTrainedModel", layers: Sequence[int]) -> "PreTrainedModel":
                 vars(part)["layer_idx"] = place
     setattr(parent, name, kept)
     config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in layers]
     return model
+
+
+@torch.no_grad()
+def _logits(model: "PreTrainedModel") -> torch.Tensor:
+    return model(torch.arange(8)[None] % model.config.vocab_size).logits.float()
+
+
+def _check_reload(folder: Path, expected: torch.Tensor) -> None:
+    """Remove a folder whose model has other logits than the one in memory had; raise UserError."""
+    try:
+        found = _logits(checkpoints.load_model(str(folder)))
+        wrong = bool((found - expected).abs().max() > 1e-3 * expected.abs().max())
+    except Exception as error:
+        shutil.rmtree(folder)
+        raise UserError(f"the pruned model cannot be loaded ({error}); choose other layers") from None
+    if wrong:
+        shutil.rmtree(folder)
+        raise UserError(
+            "the pruned model changes when it is loaded again: its config.json ties something to the number "
+            "of a layer, e.g. to every fourth; keep layers at that distance"
+        )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -91,15 +120,18 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"out={out} exists: give a folder that does not")
     source = checkpoints.find_model(source, source)
     model = checkpoints.load_model(source)
-    layers = chosen_layers(values["layers"], model.config.num_hidden_layers)
+    layers = chosen_layers(values["layers"], model.config.get_text_config().num_hidden_layers)
     before = sum(weight.numel() for weight in model.parameters())
     prune(model, layers)
     after = sum(weight.numel() for weight in model.parameters())
     card = {"pruned_from": source, "layers": layers}
-    if (add_bos := checkpoints.read_card(source).get("add_bos")) is not None:
-        card["add_bos"] = add_bos
+    trained = checkpoints.read_card(source)
+    card |= {key: trained[key] for key in ("add_bos", "template") if trained.get(key) is not None}
     dtype = str(model.dtype).removeprefix("torch.")
+    expected = _logits(model)
     checkpoints.export_model(model, checkpoints.load_tokenizer(source), out, dtype, card)
+    del model
+    _check_reload(out, expected)
     log.info(
         f"saved    {out}: layers {', '.join(map(str, layers))}, {after / 1e6:,.1f} of {before / 1e6:,.1f} M "
         "weights; train it as a language model before it becomes an aligner"

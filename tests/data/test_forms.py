@@ -21,6 +21,8 @@ JUDGE: Any = SimpleNamespace()
 ASK = [{"role": "system", "content": "S"}, {"role": "user", "content": "Why?"}]
 YES, NO = ([{"role": "assistant", "content": text}] for text in ("Yes.", "No."))
 ASKED, PLAIN = "S\n\nHuman: Why?\n\nAssistant: ", "\n\nHuman: Why?\n\nAssistant: "
+LONG = "\n\nHuman: Why?\n\nAssistant: So.\n\nHuman: And?\n\nAssistant: "
+TALK = [*ASK, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
 ROWS = [
     ({"messages": ASK + YES}, (ASKED, "Yes.", None)),
     ({"instruction": "Why?", "output": "Yes."}, (PLAIN, "Yes.", None)),
@@ -35,6 +37,13 @@ ROWS = [
     ({"chosen": ASK + YES, "rejected": ASK + NO, "messages": ASK + YES}, (ASKED, "Yes.", "No.")),
     ({"prompt": "Why?", "chosen": ASK[1:] + YES, "rejected": ASK[1:] + NO}, (PLAIN, "Yes.", "No.")),
     ({"chosen": f"{PLAIN}Yes.", "rejected": f"{PLAIN}No."}, (PLAIN, "Yes.", "No.")),
+    ({"prompt": PLAIN, "chosen": "Yes.", "rejected": "No."}, (PLAIN, "Yes.", "No.")),
+    ({"prompt": PLAIN.rstrip(), "chosen": f"{PLAIN}Yes.", "rejected": f"{PLAIN}No."}, (PLAIN, "Yes.", "No.")),
+    ({"prompt": LONG, "completion": " Yes."}, (LONG, "Yes.", None)),
+    ({"prompt": "Why?", "chosen": TALK + YES, "rejected": TALK + NO}, (f"S{LONG}", "Yes.", "No.")),
+    ({"prompt": "And? ", "chosen": TALK + YES, "rejected": TALK + NO}, (f"S{LONG}", "Yes.", "No.")),
+    ({"prompt": ASK, "completion": TALK[2:] + YES}, (f"S{LONG}", "Yes.", None)),
+    ({"prompt": "Why?", "completion": ASK + YES}, (ASKED, "Yes.", None)),
 ]
 DEFECTS = [
     ({"messages": ASK}, "do not end with one of the assistant"),
@@ -46,6 +55,11 @@ DEFECTS = [
     ({"chosen": ASK + YES, "rejected": NO}, "differ before their last message"),
     ({"chosen": "Yes.", "rejected": "No."}, "not two answers to one dialogue"),
     ({"instruction": 1, "output": "Yes."}, "instruction is not a text"),
+    ({"instruction": 1, "prompt": "Why?", "completion": ""}, "an empty answer"),
+    ({"prompt": "Who?", "chosen": TALK + YES, "rejected": TALK + NO}, "chosen do not hold the prompt"),
+    ({"prompt": "Why?", "chosen": TALK + YES, "rejected": NO}, "differ before their last message"),
+    ({"prompt": ASK, "completion": [{"role": "system", "content": "T"}, *YES]}, "another system message"),
+    ({"prompt": "Why?", "completion": f"{PLAIN}"}, "does not end with a message of the assistant"),
 ]
 
 
@@ -137,6 +151,20 @@ def test_sampled_variant_is_named_after_the_file(tmp_path):
         assert {e.negative for e in pairs} == {"b"}
     assert catalogue.short_name(str(path)) == "my.data"
     assert catalogue.short_name("uc") == "uc"
+
+
+@pytest.mark.parametrize("chat", [None, ChatTemplate(chatml_tokenizer())], ids=["ram", "chat"])
+def test_prompts_are_held_out_whole_whatever_the_template(tmp_path, chat):
+    """Rows of one instruction with different inputs are different prompts; equal prompts stay together."""
+    rows = [{"instruction": "Sort.", "input": str(i % 10), "output": str(i)} for i in range(20)]
+    path = write(tmp_path / "my.jsonl", rows)
+    held, trained = (
+        get_dataset(str(path), split, data_dir=tmp_path, heldout_fraction=0.3, chat=chat)
+        for split in ("heldout", "train")
+    )
+    inputs = [{(example.record or {})["input"] for example in part} for part in (held, trained)]
+    assert [len(held), len(trained)] == [6, 14] and not inputs[0] & inputs[1]
+    assert inputs[0] == {"2", "4", "8"}
 
 
 def test_parts_of_a_text_are_targets_without_question_or_end(tmp_path):

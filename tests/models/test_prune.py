@@ -4,7 +4,14 @@ import pytest
 import torch
 from llamas import KIN, kin
 from tiny import byte_tokenizer, save_model_folder, tiny_model
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from ram.decoding import PARParams, generate
 from ram.errors import UserError
@@ -51,6 +58,44 @@ def test_only_the_kept_layers_compute(name):
     rest = pruned(ids[:, 3:], past_key_values=first.past_key_values).logits
     torch.testing.assert_close(rest, expected[:, 3:], rtol=1e-4, atol=1e-5)
     assert pruned.config.num_hidden_layers == 2
+
+
+def smollm3(count, **settings):
+    sizes = SMALL | {"num_hidden_layers": count, "num_key_value_heads": 2, "pad_token_id": None}
+    sizes["initializer_range"] = 0.5  # so that positions matter
+    config = SmolLM3Config(**sizes | settings, intermediate_size=32)
+    torch.manual_seed(0)
+    return SmolLM3ForCausalLM(config).eval()
+
+
+def test_settings_of_single_layers_stay_with_their_layers():
+    """SmolLM3 has no rotary positions in every fourth layer; other families list layers by index."""
+    config = prune.prune(smollm3(8), [0, 3, 7]).config
+    assert config.no_rope_layers == [1, 0, 0]
+    model = smollm3(4)
+    model.config.mlp_only_layers, model.config.eos_token_id = [1, 3], [2, 3, 4, 5]
+    prune.prune(model, [0, 3])
+    assert model.config.mlp_only_layers == [1] and model.config.eos_token_id == [2, 3, 4, 5]
+
+
+def test_model_that_changes_when_it_is_loaded_again_is_refused(tmp_path, monkeypatch):
+    """As if a family derived its rotary layers from their numbers."""
+    tokenizer = byte_tokenizer()
+    model = smollm3(8, eos_token_id=tokenizer.eos_token_id, vocab_size=len(tokenizer))
+    source = save_model_folder(tmp_path / "p", model, tokenizer)
+    prune.main([source, "layers=0,3,7", f"out={tmp_path / 'q'}"])
+    kept = checkpoints.load_model(str(tmp_path / "q")).config
+    assert kept.no_rope_layers == [1, 0, 0] and checkpoints.trained_template(str(tmp_path / "q")) is None
+
+    def forgetful(model, layers):
+        pruned(model, layers).config.no_rope_layers = [1] * len(layers)
+        return model
+
+    pruned = prune.prune
+    monkeypatch.setattr(prune, "prune", forgetful)
+    with pytest.raises(UserError, match="changes when it is loaded again"):
+        prune.main([source, "layers=0,3,7", f"out={tmp_path / 'r'}"])
+    assert not (tmp_path / "r").exists()
 
 
 def test_command_writes_a_model_that_decodes_as_an_aligner(tmp_path):
