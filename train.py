@@ -95,6 +95,8 @@ def train_stage(stage: recipes.Stage, overwrite: bool) -> str:
         "data": data["train"].earlier_key or data["train"].key,
         "weights": source and checkpoints.earlier_fingerprint(source),
     }
+    if config.early_stopping is not None:
+        inputs["heldout"] = data["heldout"].key  # they choose the weights to keep
     if stage.proposal:
         checkpoints.load_pair(stage.proposal, source)  # checks that they fit together
         inputs["proposal"] = earlier["proposal"] = checkpoints.weights_fingerprint(stage.proposal)

@@ -172,6 +172,9 @@ class AnswerJob:
     def _made_from(self, earlier: bool = False) -> dict[str, Any]:
         settings = self.settings
         proposal, aligner = self.pair.fingerprint(earlier)
+        tokenizer = self.pair.tokenizer_path
+        if tokenizer is not None and not earlier:
+            tokenizer = checkpoints.tokenizer_fingerprint(tokenizer)
         models: dict[str, Any] = {"proposal": proposal, "aligner": aligner}
         if settings.backend == "endpoint":
             server = settings.endpoint
@@ -184,7 +187,7 @@ class AnswerJob:
             **self.pair.law(self.params, earlier),
             "rows": self.rows_until(len(self.prompts)),
             "dtype": self.pair.dtype,
-            "tokenizer_path": self.pair.tokenizer_path,
+            "tokenizer_path": tokenizer,
             "seed": self.seed,
             "add_bos": self.add_bos,
             "max_length": settings.max_length,

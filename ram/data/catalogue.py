@@ -12,6 +12,7 @@ from ram.data.tokenization import Example
 from ram.errors import UserError, nearest
 from ram.log import log
 from ram.storage.files import BadRows, count_lines, read_rows, usable
+from ram.storage.json_text import dumps
 
 # A user's own file as the name of a data set, with the suffixes that may follow it.
 OWN_FILE = re.compile(r"(?P<path>(?P<stem>.+)\.jsonl?(?:\.gz)?)(?:_(?P<proposal>.+))?")
@@ -123,15 +124,21 @@ def _load_own_file(path: Path, request: LoadRequest) -> list[Example]:
     Raises:
         UserError: No row has one of the forms, or a row is unusable and `request.bad` does not skip it.
     """
+    own_file = path
     if request.proposal:
         file_name = sampled_name(path.name.removesuffix(".gz"), request.proposal)
         path = request.data_dir / "train" / file_name
     rows = read_rows(path, ("sampling",) if request.proposal else (), request.bad)
+    if request.proposal and own_file.is_file():
+        _check_sampled(path, rows, own_file)
     if not any(forms.is_known(row) for _, row in rows):
         raise UserError(f"{path}: found the fields {', '.join(rows[0][1])}; expected {forms.ACCEPTED}")
     examples = []
     for index, row in rows:
         if forms.is_text(row) and not request.proposal:
+            if not row["text"].strip():
+                request.bad.add(f"{path}, record {index + 1}", "text is empty")
+                continue
             # A part of a text has no question, and no end that should be learnt.
             examples.append(Example(index, "", row["text"], None, row, ("target",), row["text"]))
             continue
@@ -145,6 +152,21 @@ def _load_own_file(path: Path, request: LoadRequest) -> list[Example]:
         cut = ("negative",) if request.proposal and row.get(CUT) == "length" else ()
         examples.append(Example(index, prompt, dialogue.answer, negative, row, cut, dialogue.question))
     return examples
+
+
+def _check_sampled(path: Path, rows: list[tuple[int, dict]], own_file: Path) -> None:
+    """Raise UserError if sampled rows are not from a user's file; files are named without their folders."""
+
+    def key(row: dict) -> str:
+        return dumps({name: value for name, value in row.items() if name not in ("sampling", CUT)})
+
+    known = {key(row) for _, row in read_rows(own_file, (), BadRows("skip"))}
+    others = sum(key(row) not in known for _, row in rows)
+    if others:
+        raise UserError(
+            f"{path}: {others} of {len(rows)} rows are not in {own_file}, because it changed or another file "
+            "has its name; run the sample stage of this file, or rename it"
+        )
 
 
 def local_file(name: str, data_dir: str | Path, datasets: Mapping[str, Source]) -> Path | None:

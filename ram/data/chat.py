@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from ram.data import prompts
 from ram.data.prompts import Prompt
 from ram.data.text import spelling
 from ram.errors import UserError
@@ -54,6 +55,8 @@ class ChatPrompt(Prompt):
     def shortened(self, max_tokens: int, count_tokens: Callable[[str], int]) -> ChatPrompt:
         """Return the prompt without its oldest turns; then the end of its last question is cut.
 
+        Before the question, the answer in a corrector's prompt is cut. Its request for a correction stays.
+
         Args:
             max_tokens: The limit, in tokens.
             count_tokens: Returns the number of tokens of a prompt.
@@ -62,11 +65,22 @@ class ChatPrompt(Prompt):
             UserError: If the template alone, with the system message, exceeds the limit.
         """
 
-        def rest(start: int, question: str | None = None) -> ChatPrompt:
+        def rest(start: int, question: str | None = None, added: str = self.added) -> ChatPrompt:
             turns = list(self.turns[start:])
             if question is not None:
                 turns[0] = (turns[0][0], question)
-            return self.chat.render(turns, self.system).followed_by(self.added)
+            return self.chat.render(turns, self.system).followed_by(added)
+
+        def longest(text: str, build: Callable[[str], ChatPrompt]) -> str | None:
+            """Return the longest beginning of a text that fits; None if not even the empty one does."""
+            fits, too_long = -1, len(text) + 1
+            while too_long - fits > 1:
+                middle = (fits + too_long) // 2
+                if count_tokens(build(text[:middle])) <= max_tokens:
+                    fits = middle
+                else:
+                    too_long = middle
+            return None if fits < 0 else text[:fits]
 
         starts = [index for index, (user, _) in enumerate(self.turns) if user] or [0]
         first, last = 0, len(starts) - 1
@@ -79,21 +93,21 @@ class ChatPrompt(Prompt):
         prompt = rest(starts[last])
         if count_tokens(prompt) <= max_tokens:
             return prompt
-        question = self.turns[starts[last]][1] if self.turns else ""
-        fits, too_long = -1, len(question)
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            if count_tokens(rest(starts[last], question[:middle])) <= max_tokens:
-                fits = middle
-            else:
-                too_long = middle
-        if fits < 0:
-            needed = count_tokens(rest(starts[last], ""))
+        start, added = starts[last], self.added
+        if request := prompts.asking(added):
+            answer = longest(added.removesuffix(request), lambda text: rest(start, added=text + request))
+            if answer is not None:
+                return rest(start, added=answer + request)
+            added = request
+        question = self.turns[start][1] if self.turns else ""
+        kept = longest(question, lambda text: rest(start, text, added))
+        if kept is None:
+            needed = count_tokens(rest(start, "", added))
             raise UserError(
                 f"max_prompt_length={max_tokens}: the chat template of {self.chat.source} needs {needed} "
                 "tokens without a question; raise it"
             )
-        return rest(starts[last], question[:fits])
+        return rest(start, kept, added)
 
 
 class ChatTemplate:

@@ -88,9 +88,9 @@ def is_known(row: Mapping[str, Any]) -> bool:
 
 
 def is_text(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is a part of a text: `text`, and no other field with words."""
-    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
-    return texts == ["text"] and not _is_dialogue(row)
+    """Return whether a row is a part of a text, or an empty one: `text`, and no other field with words."""
+    texts = {name for name, value in row.items() if isinstance(value, str) and value.strip()}
+    return isinstance(row.get("text"), str) and texts <= {"text"} and not _is_dialogue(row)
 
 
 def _is_dialogue(row: Mapping[str, Any]) -> bool:

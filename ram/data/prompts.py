@@ -222,8 +222,7 @@ def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) ->
     text = turns[-1]
     opening = _OPENING.search(text)
     head = text[: opening.end()] if opening else ""
-    closing = _CLOSING.search(text, len(head))
-    tail = text[closing.start() :] if closing else ""
+    tail = asking(text[len(head) :])
     body = text[len(head) : len(text) - len(tail)]
     # Binary search for the largest number of body characters that fits.
     fits = -1
@@ -244,6 +243,12 @@ def shorten(prompt: str, max_tokens: int, count_tokens: Callable[[str], int]) ->
         if header.start() < fits < header.end():
             fits = header.start()
     return head + body[:fits] + tail
+
+
+def asking(text: str) -> str:
+    """Return the end of a text that requests the answer, "" if it has none."""
+    closing = _CLOSING.search(text)
+    return closing[0] if closing else ""
 
 
 def split_turns(text: str) -> list[str]:

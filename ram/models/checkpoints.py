@@ -20,7 +20,7 @@ from ram.models import hub, vocabulary
 from ram.models.abilities import max_positions
 from ram.models.lora import merged_state, plain_name
 from ram.models.weight_files import check_weight_files
-from ram.storage.files import fingerprint, read_json, replacing, write_json
+from ram.storage.files import file_sha256, fingerprint, read_json, replacing, write_json
 from ram.storage.provenance import cached_sha256
 from ram.storage.records import read_record, write_record
 
@@ -300,8 +300,19 @@ def deciding_files(folder: Path) -> list[Path]:
     """Return the files of a model folder that decide its output: settings, tokenizer and weights."""
     names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     names.append("special_tokens_map.json")
+    if not (folder / "tokenizer.json").is_file():
+        names += ["tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"]
     settings = [folder / name for name in names if (folder / name).is_file()]
-    return [*settings, *sorted(folder.glob("*.safetensors"))]
+    return [*settings, *sorted(folder.glob("*.py")), *sorted(folder.glob("*.safetensors"))]
+
+
+def tokenizer_fingerprint(source: str) -> str:
+    """Return a content hash of a folder's tokenizer; of the name for a hub id."""
+    if not Path(source).is_dir():
+        return fingerprint(source)
+    others = ("config.json", "generation_config.json")
+    files = [path for path in deciding_files(Path(source)) if path.name not in others]
+    return fingerprint([[path.name, file_sha256(path)] for path in files if path.suffix != ".safetensors"])
 
 
 def weights_fingerprint(source: str) -> str:

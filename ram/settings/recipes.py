@@ -119,13 +119,18 @@ def model_choice(reference: str | None, stage: str) -> tuple[str, dict[str, Any]
             "a name of config/model"
         )
     if Path(reference).is_dir():
-        folder = Path(run_folder.find_served(reference))
-        is_run = folder.name == run_folder.LATEST or folder.name.startswith("step-")
-        label = folder.absolute().parent.name if is_run else folder.absolute().name
-        return "blank_model", {"model.name": label, "model.name_or_path": str(folder)}
+        folder = run_folder.find_served(reference)
+        return "blank_model", {"model.name": label_of(folder), "model.name_or_path": folder}
     if run_folder.is_hub_id(reference):
         return "blank_model", {"model.name": Path(reference).name, "model.hub_id": reference}
     return reference, {}
+
+
+def label_of(reference: str) -> str:
+    """Return what a model is called: its folder's name, that of its run, or the last part of a hub id."""
+    folder = Path(reference).absolute() if Path(reference).is_dir() else Path(reference)
+    is_in_run = folder.name == run_folder.LATEST or folder.name.startswith("step-")
+    return folder.parent.name if is_in_run else folder.name
 
 
 def in_stage(key: str) -> str:
@@ -217,9 +222,8 @@ def _stage(
         if not source_of(base, tables.datasets).sampled or variant:
             raise UserError(f"stage.{name}: data set {dataset!r} is not one that proposals sample")
         source, label = model_source(spec["proposal"], earlier), spec["proposal"]
-        if label in earlier:
-            label = earlier[label].config.model.name
-        sampled = f"{dataset}_{Path(label).name}"
+        label = earlier[label].config.model.name if label in earlier else label
+        sampled = f"{dataset}_{label_of(label)}"
         output = local_file(sampled, data_dir, tables.datasets)
         assert output is not None  # only sampled data sets get here, and their files are local
         reads = _files([dataset], data_dir, tables)

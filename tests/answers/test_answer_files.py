@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from sample_stage import (
@@ -28,7 +30,7 @@ from ram.decoding.par import PARParams
 from ram.errors import UserError
 from ram.models import checkpoints
 from ram.storage import provenance
-from ram.storage.files import write_json
+from ram.storage.files import read_json, write_json
 
 
 def change_row(resolve, row_id, key, value):
@@ -210,6 +212,31 @@ def test_weights_fingerprint_depends_on_content(tmp_path):
         os.utime(f"{folder}/model.safetensors", (3, 3))
         fingerprints.add(checkpoints.weights_fingerprint(folder))
     assert len(fingerprints) == 2
+
+
+def test_tokenizer_counts_by_its_content(resolve, folders, tmp_path):
+    """Answers of another tokenizer in the same folder are not kept; those of a moved one are."""
+
+    def identity(folder):
+        return train.sample_job(resolve(f"sampling.tokenizer_path={folder}"))[0].identity
+
+    one, two = (str(shutil.copytree(folders["small"], tmp_path / name)) for name in ("one", "two"))
+    before = identity(one)
+    assert identity(two) == before
+    settings_file = tmp_path / "one" / "tokenizer_config.json"
+    write_json(settings_file, read_json(settings_file) | {"model_max_length": 99})
+    assert identity(one) != before
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.model", "modeling_own.py"])
+def test_files_that_decide_the_output_count(folders, tmp_path, name):
+    """Those of a slow tokenizer, if there is no tokenizer.json, and the folder's own code."""
+    folder = Path(shutil.copytree(folders["small"], tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    (folder / name).write_text("1")
+    before = checkpoints.weights_fingerprint(str(folder))
+    (folder / name).write_text("2")
+    assert checkpoints.weights_fingerprint(str(folder)) != before
 
 
 def test_file_without_marker_is_used(resolve, decoding_calls):

@@ -94,6 +94,22 @@ def test_correction_follows_the_rendered_prompt(chat):
     assert ids == asked + encode(chat.tokenizer, ["b\n\nCorrection: "])[0]
 
 
+def test_correctors_prompt_is_shortened_from_its_answer_on(chat):
+    """The request for a correction stays, then as much of the question as fits, then of the answer."""
+
+    def prompt(question, answer):
+        return prompts.corrector(chat.render([(True, question)]), answer)
+
+    question, answer = "q" * 20, "a" * 30
+    whole = len(encode(chat.tokenizer, [prompt(question, answer)])[0])
+    for cut, kept in ((0, (20, 30)), (1, (20, 29)), (30, (20, 0)), (35, (15, 0)), (50, (0, 0))):
+        (ids,), n_cut = encode_prompts(chat.tokenizer, [prompt(question, answer)], whole - cut)
+        assert ids == encode(chat.tokenizer, [prompt(question[: kept[0]], answer[: kept[1]])])[0]
+        assert n_cut == (cut > 0)
+    with pytest.raises(UserError, match="chat template of .* needs"):
+        encode_prompts(chat.tokenizer, [prompt(question, answer)], whole - 51)
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [

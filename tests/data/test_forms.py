@@ -167,6 +167,28 @@ def test_prompts_are_held_out_whole_whatever_the_template(tmp_path, chat):
     assert inputs[0] == {"2", "4", "8"}
 
 
+def test_samples_of_another_file_of_the_name_are_refused(tmp_path):
+    """Sampled files lie in one folder, wherever the files are that they were made from."""
+    rows = {name: [{"prompt": f"{name}{i}", "completion": "a"} for i in range(9)] for name in ("one", "two")}
+    files = {name: tmp_path / name / "data.jsonl" for name in rows}
+    for name, path in files.items():
+        path.parent.mkdir()
+        write(path, rows[name])
+    sampled = tmp_path / "train" / "data_sampling_p.jsonl"
+    sampled.parent.mkdir()
+    write(sampled, [row | {"sampling": "b", catalogue.CUT: "length"} for row in rows["one"][:5]])
+    assert len(get_dataset(f"{files['one']}_p", "all", data_dir=tmp_path)) == 5
+    with pytest.raises(UserError, match="5 of 5 rows are not in .*two/data.jsonl"):
+        get_dataset(f"{files['two']}_p", "all", data_dir=tmp_path)
+
+
+def test_empty_text_is_told_by_its_name(tmp_path):
+    path = write(tmp_path / "text.jsonl", [{"text": "a part"}, {"text": " "}])
+    with pytest.raises(UserError, match="record 2: text is empty"):
+        get_dataset(str(path), "all", data_dir=tmp_path)
+    assert len(get_dataset(str(path), "all", data_dir=tmp_path, bad=BadRows("skip"))) == 1
+
+
 def test_parts_of_a_text_are_targets_without_question_or_end(tmp_path):
     """They are held out by their own text, the first token is predicted by nothing, and no EOS follows."""
     texts = [f"part {number} of a text" for number in range(20)]

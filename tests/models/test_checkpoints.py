@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 
 import train
 import trainers
+from preference_datasets import get_dataset
 from ram.errors import UserError
 from ram.models import checkpoints, run_folder
 from ram.settings import recipes
 from ram.storage import provenance
-from ram.storage.files import write_json
+from ram.storage.files import read_json, write_json
 from utils import TABLES
 
 TOKENIZER = byte_tokenizer()
@@ -205,6 +206,25 @@ def test_finished_run_is_checked_and_not_trained_again(stage):
         train.train_stage(run, overwrite=False)
     train.train_stage(run, overwrite=True)
     assert run_folder.finished_run(run.output)["weights"] == record["weights"]
+
+
+def test_heldout_data_that_choose_the_weights_belong_to_a_run(stage, tmp_path, caplog):
+    """A run that stopped early by other held-out prompts is trained again."""
+    keys = ("early_stopping=2", "eval_every=8", "n_eval_examples=8", "keep_steps=1")
+    run = stage(*keys)
+    train.train_stage(run, overwrite=False)
+    before = snapshot(run.output)
+    train.train_stage(stage(*keys), overwrite=False)
+    assert snapshot(run.output) == before
+    rows_file = tmp_path / "data" / "train" / "ultrachat_round_one_sampling_m.json"
+    rows = read_json(rows_file)
+    held = {
+        example.row
+        for example in get_dataset("uc_m", "heldout", data_dir=tmp_path / "data", heldout_fraction=0.2)
+    }
+    write_json(rows_file, [row | {"output": "x"} if i in held else row for i, row in enumerate(rows)])
+    train.train_stage(stage(*keys), overwrite=False)
+    assert "trained with other settings, data or weights (heldout:" in caplog.text
 
 
 def test_states_left_by_a_stop_are_removed(stage):

@@ -338,3 +338,15 @@ def test_missing_inputs_name_who_makes_them(tmp_path):
     recipes.check_inputs(stages, stages)
     with pytest.raises(UserError, match="no model at .*wu_sft_uc_llama8b_b64_lr1e-06/LATEST"):
         recipes.check_inputs(stages, [stages[1]])
+
+
+@pytest.mark.parametrize(
+    ("reference", "label"),
+    [("runs/mine/LATEST", "mine"), ("runs/mine/step-8", "mine"), ("models/p", "p"), ("org/name", "name")],
+)
+def test_models_are_called_by_their_run(tmp_path, monkeypatch, reference, label):
+    """Not LATEST, which would be the name of every proposal's samples."""
+    monkeypatch.chdir(tmp_path)
+    if not reference.startswith("org"):
+        (tmp_path / reference).mkdir(parents=True)
+    assert recipes.label_of(reference) == label
