@@ -87,8 +87,23 @@ def test_server_renders_as_other_engines_do(trained: Path):
     assert tokens == expected
     assert answer["usage"]["prompt_tokens"] == len(expected)
     end = AutoTokenizer.from_pretrained(trained).convert_tokens_to_ids(END)
-    assert models.served["a"].stop_ids == [end] and models.served["a"].stops == []
+    assert models.served["a"].ends == (end,) and models.served["a"].stops == []
     assert refused.status_code == 400 and "does not fit" in refused.json()["error"]["message"]
+
+
+def test_template_ends_answers_of_a_model_with_another_end(tmp_path: Path):
+    """A base model with a chat template: the server and other servers are told, `eos_priority` too."""
+    folder = save_chatty(tmp_path / "base")
+    models = Models(serving.read_settings([f"proposal={folder}", "port=0", "template=chat"]))
+    try:
+        served = models.served["proposal"]
+        (request,) = models.requests(served, [[1, 2]], models.law({}), 4, 0, ())
+        end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(END)
+        assert served.ends == (end,) and end in models.engine.engine.ticket(request).eos
+    finally:
+        models.engine.close(wait=False)
+    chat = job(folder, template="chat")
+    assert chat.stop_ids(chat.encoded[0]) == [end]
 
 
 def job(folder: Path, **changes: object) -> AnswerJob:
@@ -104,7 +119,7 @@ def test_decoding_by_another_template_is_told(trained: Path, caplog: pytest.LogC
     chat, ram = job(trained, template="chat"), job(trained)
     tokenizer, ids = chat.encoded
     assert ids == [rendered(trained, QUESTION[1:])] and tokenizer.eos_token == END
-    assert not caplog.records and chat.stops(tokenizer) == []
+    assert not caplog.records and chat.stops(tokenizer) == chat.stop_ids(tokenizer) == []
     tokenizer, (ids,) = ram.encoded
     assert ids == encode(tokenizer, ["\n\nHuman: Why?\n\nAssistant: "])[0]
     assert f"{trained} was trained with template=chat, but decodes with template=ram" in caplog.text

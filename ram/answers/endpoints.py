@@ -40,6 +40,10 @@ class RequestFailed(Exception):
     """All attempts of one request failed."""
 
 
+# What servers call an answer's end: OpenAI's words, and those of text-generation-inference.
+FINISHED = ("stop", "length", "eos", "eos_token", "stop_sequence")
+
+
 class Tally:
     """Count of requests and tokens, by the servers' own `usage`, and their price.
 
@@ -344,8 +348,11 @@ def answers(job: AnswerJob, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         "top_p": getattr(settings, f"{prefix}top_p"),
     }
     # Not every server accepts the following keys, so they are sent only if they have an effect.
-    if stops := job.stops(tokenizer):
-        common["stop"] = stops
+    if job.stop:
+        common["stop"] = job.stop
+    # As ids: servers such as vLLM leave special tokens out of the text in which they look for strings.
+    if ids := job.stop_ids(tokenizer):
+        common["stop_token_ids"] = ids
     if top_k > 0:
         common["top_k"] = top_k
     if repetition_penalty != 1.0:
@@ -372,9 +379,11 @@ def answers(job: AnswerJob, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         n_tokens = usage_of(answer).get("completion_tokens")
         if not is_count(n_tokens, job.max_new_tokens):
             n_tokens = len(tokenizer(text).input_ids)
+        if (reason := choice.get("finish_reason")) not in FINISHED:
+            raise ValueError(f"finish_reason is {reason!r}: the answer is not whole")
         return {
             "text": text,
-            "finish_reason": "length" if choice.get("finish_reason") == "length" else "stop",
+            "finish_reason": "length" if reason == "length" else "stop",
             "n_tokens": n_tokens,
             "stats": {"drafted": 0, "accepted": 0},
         }

@@ -136,8 +136,15 @@ class AnswerJob:
     def stops(self, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         """The strings that end an answer, and the template's stop tokens as strings."""
         marks = spelling(tokenizer).marks
-        ids = prompts.template_stop_ids(self.settings.template, marks) if self.has_template_stops else []
-        return [*self.stop, *(marks[token] for token in ids)]
+        return [*self.stop, *(marks[token] for token in self.stop_ids(tokenizer))]
+
+    def stop_ids(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+        """The special tokens that end an answer beside the models' EOS: those of the template."""
+        if self.prompts and isinstance(self.prompts[0], ChatPrompt):
+            chat = self.prompts[0].chat
+            return [] if chat.is_own_end else [chat.end_id]
+        marks = spelling(tokenizer).marks
+        return prompts.template_stop_ids(self.settings.template, marks) if self.has_template_stops else []
 
     @property
     def drafter(self) -> str | None:

@@ -34,15 +34,23 @@ def check(job: AnswerJob, url: str) -> None:
             raise UserError(
                 f"{job.label}: {root} reports no pair ({error}); start it by bin/serve_vllm.sh"
             ) from None
+    digests, settings = found.get("digests"), found.get("settings")
+    if not isinstance(digests, dict) or not isinstance(settings, dict):
+        raise UserError(f"{job.label}: {root}/ram has no digests or settings; start it by bin/serve_vllm.sh")
+    if job.pair.dtype not in ("auto", found.get("dtype")):
+        raise UserError(
+            f"{job.label}: {root} computes in {found.get('dtype')}; start it with dtype={job.pair.dtype}, or "
+            "set sampling.dtype=auto"
+        )
     proposal, aligner = job.pair.fingerprint()
     for role, ours in (("proposal", proposal), ("aligner", aligner)):
-        if found.get("digests", {}).get(role) != ours:
+        if digests.get(role) != ours:
             raise UserError(
                 f"{job.label}: {root} has another {role} ({found.get(role)}) or other files of it; start it "
                 f"with {role}={getattr(job.pair, role)}"
             )
     wanted = laws.fixed_settings(job.params)
-    if changed := differences(found.get("settings", {}), wanted):
+    if changed := differences(settings, wanted):
         raise UserError(
             f"{job.label}: {root} was started with other settings ({changed}); start it with these"
         )

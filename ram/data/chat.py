@@ -119,6 +119,7 @@ class ChatTemplate:
     Attributes:
         text: The template's source.
         end_id: The special token that ends an assistant's turn.
+        is_own_end: Whether it was the tokenizer's EOS before.
 
     Raises:
         UserError: If there is no template, or no special token ends the assistant's turn.
@@ -138,7 +139,8 @@ class ChatTemplate:
         marks = sorted(filter(None, spelling(tokenizer).marks.values()), key=len, reverse=True)
         self.marks = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
         end = self._end()
-        if end != tokenizer.eos_token:
+        self.is_own_end = end == tokenizer.eos_token
+        if not self.is_own_end:
             if self.source not in _noted:
                 log.info(f"template=chat: {end} ends an answer, not {tokenizer.eos_token} ({self.source})")
                 _noted.add(self.source)

@@ -256,8 +256,10 @@ class _PoolCache(Cache):
         stored, states = self.pool.stored, []
         if 2 * layer_idx == len(stored):
             size = self.pool.positions.size
-            for new in (key_states, value_states):
-                stored.append(new.new_zeros((size, new.shape[1], new.shape[3])))
+            # Both at once: after a failure, e.g. for lack of memory, neither may be there.
+            states = [x.new_zeros((size, x.shape[1], x.shape[3])) for x in (key_states, value_states)]
+            stored += states
+            states = []
         for kept, new in zip(stored[2 * layer_idx :], (key_states, value_states), strict=False):
             kept[self.write] = new.transpose(1, 2).flatten(0, 1)
             states.append(self.pool.read(kept, self.part, self.index).transpose(1, 2))

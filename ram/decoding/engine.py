@@ -7,8 +7,8 @@ depends only on its request: its noise depends on seed, row id and position, wha
 
 A row enters when its prompt and its longest possible answer fit into the free positions of its models; until
 then it waits, and later rows wait behind it. Clients take turns, and one client's rows hold at most half of
-the lines and positions. If `max_read` is set, a long prompt is read in pieces, one per round, while other
-rows decode.
+the lines and positions, but a single row always enters. If `max_read` is set, a long prompt is read in
+pieces, one per round, while other rows decode.
 """
 
 from collections import Counter
@@ -123,7 +123,7 @@ class Engine:
             role = Role(verifier, drafter, z_p, z_q)
             eos = eos_token_ids(self.tokenizer, verifier.model, *verifier.others)
         text = Text(spelling(self.tokenizer), request.stop, request.continued)
-        return Ticket(request, role, eos, text)
+        return Ticket(request, role, (*eos, *request.ends), text)
 
     def members(self, request: Request) -> "dict[str, PreTrainedModel]":
         """Return the models that decide a request's law, by their roles. Raises UnknownAligner."""

@@ -24,6 +24,10 @@ class TooLong(EngineError):
     """Prompt and answer need more positions than a model or the engine holds."""
 
 
+class ScoringFailed(EngineError):
+    """The models could not score a prompt, e.g. for lack of memory; the request is not at fault."""
+
+
 class BadRequest(EngineError):
     """A request is invalid: no prompt, no new tokens, or ids outside the vocabulary."""
 
@@ -39,6 +43,7 @@ class Request:
         logprobs: number of most likely tokens to report with each token; None reports no log-probabilities, 0
             the token's own.
         stop_token_ids: tokens that end the answer as EOS does.
+        ends: EOS of the template, beside those of the models; `eos_priority` reads it, too.
         continued: the answer's text continues the prompt's; see `text.Text`.
         client: who asks. Named clients take turns, and each gets at most half of the engine.
     """
@@ -52,6 +57,7 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
     continued: bool = False
     client: str = ""
 

@@ -109,6 +109,7 @@ def score(
     *,
     anchor: str | None = None,
     top: int = 0,
+    ends: Sequence[int] = (),
 ) -> list[list[Scores]]:
     """Score the tokens of every row under every scheme, from one pass of each model.
 
@@ -118,6 +119,7 @@ def score(
         schemes: name the models of their roles.
         anchor: a model to whose own distribution (temperature 1, no filter) `Scores.kl` compares.
         top: number of most likely tokens to return at each position.
+        ends: EOS of a template, beside those of the models.
 
     Returns:
         By scheme and by row, in their order.
@@ -128,7 +130,7 @@ def score(
     """
     used = {name for scheme in schemes for name in (scheme.proposal, scheme.aligner)} | {anchor}
     used_models = {name: model for name, model in models.items() if name in used}
-    eos = {scheme: _eos(used_models, tokenizer, scheme) for scheme in schemes}
+    eos = {scheme: (*_eos(used_models, tokenizer, scheme), *ends) for scheme in schemes}
     penalised = any(_is_penalised(scheme) for scheme in schemes)
     figures: list[list[list[torch.Tensor]]] = [[] for _ in schemes]
     order = []

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,7 +18,7 @@ from starlette.responses import Response
 
 from ram.answers import influence
 from ram.data.text import text_of
-from ram.decoding.requests import EngineError, TooLong, UnknownAligner
+from ram.decoding.requests import EngineError, ScoringFailed, TokenLogprobs, TooLong, UnknownAligner
 from ram.errors import UserError
 from ram.serving import bounds, protocol
 from ram.serving.guard import HUNG_UP, Guard
@@ -130,6 +131,8 @@ def engine_failure(error: EngineError, param: str) -> ApiError:
         return ApiError(503, text, "shutting_down", retry_after=RETRY_AFTER)
     if isinstance(error, UnknownAligner):
         return ApiError(404, text, "model_not_found", "model")
+    if isinstance(error, ScoringFailed):
+        return ApiError(500, text, "engine_error")
     if isinstance(error, TooLong):
         return ApiError(400, text, "context_length_exceeded", param)
     key = text.partition("=")[0]  # PARParams' messages begin with the key: top_p=2: expected ...
@@ -256,6 +259,7 @@ class Plan(NamedTuple):
     """What a request asks for, once its prompts are token ids.
 
     Args:
+        continued: whether the answers continue a text: a prompt, or a begun message.
         prompts: the texts to repeat before the answers; empty if they are not repeated.
         new_tokens: None gives the default.
         logprobs: most likely tokens to report with each token, or None.
@@ -265,6 +269,7 @@ class Plan(NamedTuple):
     new_tokens: int | None
     stop: Sequence[str]
     logprobs: int | None
+    continued: bool
     prompts: Sequence[str] = ()
 
 
@@ -292,7 +297,7 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
             n,
             plan.logprobs,
             stop_ids if chat or body.stop_token_ids is None else body.stop_token_ids,
-            continued=not chat,
+            continued=plan.continued,
             client=request.scope.get("ram.client", ""),
         )
 
@@ -300,8 +305,15 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
             if plan.logprobs is None:
                 return [Echo(text, ids, None) for text, ids in zip(plan.prompts, plan.ids, strict=True)]
             law = models.scoring_law(keys)
-            waiting = [models.engine.score(replace(first, params=law)) for first in requests[::n]]
-            scores = await asyncio.gather(*map(asyncio.wrap_future, waiting))
+            waiting: list[Future[list[TokenLogprobs]]] = []
+            try:
+                for first in requests[::n]:
+                    scored = models.engine.score(replace(first, params=law))
+                    waiting.append(scored)
+                scores = await asyncio.gather(*map(asyncio.wrap_future, waiting))
+            finally:
+                for scored in waiting:  # what nobody waits for any more
+                    scored.cancel()
             return [Echo(*prompt) for prompt in zip(plan.prompts, plan.ids, scores, strict=True)]
 
         async def run() -> tuple[Answer, Running]:
@@ -309,7 +321,9 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
             reports = plan.logprobs is not None
             repeated = await echoes() if plan.prompts else []
             shown_ids = plan.ids[0] if isinstance(body, ChatRequest) and body.return_token_ids else None
-            answers = Answer(chat, served, seed, n, reports, models.tokenizer, lengths, repeated, shown_ids)
+            answers = Answer(
+                chat, served, seed, n, reports, models.tokenizer, lengths, plan.continued, repeated, shown_ids
+            )
             return answers, Running(engine, requests if plan.new_tokens != 0 else [], bool(body.stream))
 
         async def whole() -> Response:
@@ -354,7 +368,8 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
         ids = await asyncio.to_thread(models.encode_dialogue, served, turns, system, new)
         stop = [*served.stops, *body.stops()]
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return await answer(request, body, served, Plan([ids], new, stop, logprobs))
+        begun = bool(turns) and not turns[-1][0]
+        return await answer(request, body, served, Plan([ids], new, stop, logprobs, begun))
 
     @app.post(
         "/v1/completions",
@@ -382,7 +397,8 @@ def _add_answering(app: FastAPI, models: Models, metrics: Metrics) -> None:
             prompt if isinstance(prompt, str) else text_of(models.tokenizer, prompt)
             for prompt in (prompts if body.echo else ())
         ]
-        return await answer(request, body, served, Plan(ids, body.max_tokens, stop, body.logprobs, texts))
+        plan = Plan(ids, body.max_tokens, stop, body.logprobs, True, texts)
+        return await answer(request, body, served, plan)
 
 
 # ---- adding and removing aligners --------------------------------------------------------------------------

@@ -28,6 +28,11 @@ REFUSED_PER_SECOND = 1 << 20  # bytes of refused bodies that a connection can se
 DISCARDED = 8  # an oversized body is read up to this many times the limit, so that its sender gets the error
 
 
+def _plain(address: str) -> str:
+    """Return an address; one of IPv4 without the prefix that a socket of both versions gives it."""
+    return address[7:] if re.fullmatch(r"::ffff:[\d.]+", address, re.IGNORECASE) else address
+
+
 class Guard:
     """ASGI middleware around the whole application, which also answers unexpected exceptions."""
 
@@ -113,9 +118,9 @@ class Guard:
 
     def _client(self, scope: Scope, headers: dict[str, str]) -> str:
         """Return who sends a request: its peer, or whom a trusted proxy forwards; IPv6 by its network."""
-        peer = (scope.get("client") or ("?",))[0]
-        forwarded = [name.strip() for name in headers.get("x-forwarded-for", "").split(",")]
-        while peer in self.settings.config.trusted_proxies and forwarded and forwarded[-1]:
+        peer = _plain((scope.get("client") or ("?",))[0])
+        forwarded = [_plain(name.strip()) for name in headers.get("x-forwarded-for", "").split(",")]
+        while peer in map(_plain, self.settings.config.trusted_proxies) and forwarded and forwarded[-1]:
             peer = forwarded.pop()
         try:
             address = ipaddress.ip_address(peer)

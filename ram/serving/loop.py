@@ -20,6 +20,7 @@ from ram.decoding.requests import (
     Failed,
     Finished,
     Request,
+    ScoringFailed,
     TokenLogprobs,
     Tokens,
 )
@@ -97,7 +98,7 @@ class _Measurement:
             self.result.set_result(self.measure(self.models, tokenizer))
         except Exception as error:
             log.exception("a prompt could not be scored")
-            self.result.set_exception(EngineError(f"scoring failed: {error}".split("\n")[0]))
+            self.result.set_exception(ScoringFailed(f"scoring failed: {error}".split("\n")[0]))
 
 
 Listener = Callable[[Piece | Done], None]
@@ -223,16 +224,17 @@ class EngineThread:
             scheme = Scheme(request.params, "proposal", None if request.aligner is None else "aligner")
         except ValueError as error:
             raise BadRequest(str(error)) from None
-        prompt, count = request.prompt_ids, max(request.logprobs or 0, 1)
+        prompt, count = request.prompt_ids, request.logprobs or 0
 
         def logprobs(
             models: "dict[str, PreTrainedModel]", tokenizer: "PreTrainedTokenizerBase"
         ) -> list[TokenLogprobs]:
-            ((scores,),) = score(models, tokenizer, [Row(prompt[:1], prompt[1:])], [scheme], top=count)
+            row, ends = Row(prompt[:1], prompt[1:]), request.ends
+            ((scores,),) = score(models, tokenizer, [row], [scheme], top=max(count, 1), ends=ends)
             ids, values = scores.top_ids, scores.top_logprobs
             if ids is None or values is None:  # a prompt of one token
                 return []
-            return TokenLogprobs.listed(scores.logprobs, ids, values)
+            return TokenLogprobs.listed(scores.logprobs, ids[:, :count], values[:, :count])
 
         return self.measure(request, logprobs)
 

@@ -50,6 +50,7 @@ class Served:
         chat: the models' own template, None for another one.
         stops: strings that end an answer.
         stop_ids: special tokens that end an answer.
+        ends: EOS of the models' own template.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Served:
     chat: ChatTemplate | None
     stops: list[str]
     stop_ids: list[int]
+    ends: tuple[int, ...]
 
     def render(self, turns: Sequence[tuple[bool, str]], system: str | None) -> str:
         """Return the prompt of a dialogue, see `prompts.render_dialogue`."""
@@ -167,7 +169,8 @@ class Models:
             template,
             chat,
             stops=prompts.template_stops(template),
-            stop_ids=[chat.end_id] if chat else stop_ids,
+            stop_ids=stop_ids,
+            ends=(chat.end_id,) if chat else (),
         )
         self.served = {**self.served, name: served}
 
@@ -282,7 +285,7 @@ class Models:
             BadRequest: The models' own template cannot render it.
             TooLong: What stays does not fit.
         """
-        starts = [index for index, (user, _) in enumerate(turns) if user] or [0]
+        starts = [index for index, (user, _) in enumerate(turns) if user or not index] or [0]
 
         def rest(start: int) -> str:
             return served.render(turns[starts[start] :], system)
@@ -392,6 +395,7 @@ class Models:
                 stop=tuple(stop),
                 logprobs=logprobs,
                 stop_token_ids=tuple(stop_token_ids),
+                ends=served.ends,
                 continued=continued,
                 client=client,
             )

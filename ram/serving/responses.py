@@ -270,12 +270,13 @@ class Answer:
         logprobs: bool,
         tokenizer: "PreTrainedTokenizerBase",
         prompts: Sequence[int],
+        continued: bool,
         echoes: Sequence[Echo] = (),
         prompt_ids: Sequence[int] | None = None,
     ) -> None:
         self.ids = None if prompt_ids is None else {"prompt_token_ids": list(prompt_ids)}
         self.chat, self.logprobs, self.n, self.tokenizer = chat, logprobs, n, tokenizer
-        self.prompts, self.echoes = prompts, echoes
+        self.prompts, self.continued, self.echoes = prompts, continued, echoes
         self.common = {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
             "created": int(time.time()),
@@ -286,7 +287,7 @@ class Answer:
 
     def choices(self) -> list[Choice]:
         count = len(self.prompts) * self.n
-        choices = [Choice(index, self.tokenizer, continued=not self.chat) for index in range(count)]
+        choices = [Choice(index, self.tokenizer, self.continued) for index in range(count)]
         for choice in choices if self.echoes else ():
             choice.echo(self.echoes[choice.index // self.n])
         return choices

@@ -14,8 +14,9 @@ from ram.decoding.requests import BadRequest, Request
 from ram.errors import UserError
 from ram.models.vocabulary import id_range
 from ram.serving import protocol
+from ram.serving.guard import HUNG_UP
 from ram.serving.registry import Models
-from ram.serving.responses import answer_json
+from ram.serving.responses import Gone, answer_json, too_slow, while_connected
 from ram.settings.serving import PROPOSAL
 
 
@@ -67,7 +68,18 @@ def add_tokens(app: FastAPI, models: Models) -> None:
 
         def measure(members: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
             proposal, aligner = members["proposal"], members["aligner"]
-            return token_figures(proposal, aligner, tokenizer, body.prompt, body.tokens, params)
+            own = served.chat.tokenizer if served.chat else tokenizer  # with the EOS of its template
+            return token_figures(proposal, aligner, own, body.prompt, body.tokens, params)
 
-        figures = await asyncio.wrap_future(models.engine.measure(whole, measure))
-        return answer_json({"tokens": token_texts(models.tokenizer, body.tokens)} | shown(figures))
+        async def figures() -> dict[str, Any]:
+            return await asyncio.wrap_future(models.engine.measure(whole, measure))
+
+        seconds = models.settings.config.limits.seconds
+        try:
+            async with asyncio.timeout(seconds):
+                found = await while_connected(request.receive, figures())
+        except TimeoutError:
+            raise too_slow(seconds) from None
+        except Gone:
+            return Response(status_code=HUNG_UP)
+        return answer_json({"tokens": token_texts(models.tokenizer, body.tokens)} | shown(found))

@@ -43,7 +43,7 @@ def served(resolve, folders, monkeypatch):
         pair = Pair(folders["large"], folders["small"], "float32")
         job = dataclasses.replace(job, pair=pair, params=params)
         digests = dict(zip(("proposal", "aligner"), pair.fingerprint(), strict=True))
-        report.update(digests=digests, settings=laws.fixed_settings(params))
+        report.update(digests=digests, settings=laws.fixed_settings(params), dtype="float32")
         return job, stage, report, bodies
 
     yield make
@@ -69,6 +69,8 @@ def test_requests_have_the_settings_of_the_form(served, params):
         (lambda report: report["digests"].update(aligner="other"), "another aligner"),
         (lambda report: report["digests"].update(proposal="other"), "another proposal"),
         (lambda report: report.update(digests={}), "another proposal"),
+        (lambda report: report.update(digests=None), "has no digests or settings"),
+        (lambda report: report.update(dtype="bfloat16"), "computes in bfloat16; .* dtype=float32"),
         (lambda report: report["settings"].update(base_top_p=0.5), "base_top_p: 0.5 -> 0.95"),
         (lambda report: report["settings"].update(sample_mode="par_kl"), "sample_mode: par_kl -> par"),
     ],

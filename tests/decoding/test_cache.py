@@ -77,6 +77,30 @@ def test_pieces_equal_whole_texts(kind, by_length, share, name, dtype, near, mon
 
 
 @torch.inference_mode()
+def test_pool_survives_a_failed_allocation(monkeypatch):
+    """Keys without values would shift every layer behind them."""
+    model = kin("llama")
+    pool, ids = TransformersPool(model, Limits(VOCAB, 2, 40, COLUMNS)), [1, 5, 2]
+    assert pool.admit(0, ids, len(ids)) is not None
+    whole, new_zeros, calls = model(torch.tensor([ids])).logits[0, :, :VOCAB], torch.Tensor.new_zeros, []
+
+    def fail_once(tensor, *sizes, **keys):
+        calls.append(sizes)
+        if len(calls) == 2:
+            raise MemoryError
+        return new_zeros(tensor, *sizes, **keys)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch.Tensor, "new_zeros", fail_once)
+        list(feed(pool, [ids], random.Random(5)))
+    assert len(calls) == 2 and not pool.stored
+    pool = TransformersPool(model, Limits(VOCAB, 2, 40, COLUMNS))
+    assert pool.admit(0, ids, len(ids)) is not None
+    for _, first, logits in feed(pool, [ids], random.Random(5)):
+        torch.testing.assert_close(logits, whole[first : first + len(logits)], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
 def test_lines_are_read_without_a_copy():
     """If each row has a line, attention reads consecutive lines as a view of the pool."""
     pool = LlamaPool(kin("llama"), Limits(VOCAB, 3, 60, COLUMNS, share_prefixes=False))

@@ -29,7 +29,7 @@ ANSWERED = {  # name -> (body, the text that must be kept)
     "count is a text": (completion(usage={"completion_tokens": "4"}), "fine"),
     "count is true": (completion(usage={"completion_tokens": True}), "fine"),
     "usage is a list": (completion(usage=[1, 2]), "fine"),
-    "reason is an object": (completion(finish_reason={"a": 1}), "fine"),
+    "reason of another kind of server": (completion(finish_reason="eos_token"), "fine"),
 }
 BODIES = {  # of answers that give none
     "not a number": b'{"choices": [{"text": "x"}], "usage": {"completion_tokens": NaN}}',
@@ -38,6 +38,9 @@ BODIES = {  # of answers that give none
     "cut short": b'{"choices": [{"te',
     "not UTF-8": b'{"choices": [{"text": "\xff\xfe"}]}',
     "text is a number": completion(5),
+    "reason is an object": completion(finish_reason={"a": 1}),
+    "stopped by a filter": completion("half an", finish_reason="content_filter"),
+    "stopped without a reason": completion("half an", finish_reason=None),
     "no choice": b'{"choices": []}',
     "nothing": b"",
 }

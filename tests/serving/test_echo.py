@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from served import TOKENIZER, ask, expected, load, running, save_models
 
 from ram.decoding import par
 from ram.decoding.scoring import RAW
-from ram.serving import protocol
+from ram.serving import loop, protocol
+from ram.serving.loop import Busy
 
 HARNESS = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
 OUTSIDE = -9999.0
@@ -106,6 +108,40 @@ def test_no_request_scores_by_an_argmax(server, keys):
     """A law of one token gives every other token no probability, however a request asks for it."""
     models, _ = server
     assert models.scoring_law(keys) == models.scoring_law({})
+
+
+def test_no_alternatives_are_reported_if_none_are_asked_for(server):
+    """`logprobs: 0` gives each token's own value, in the prompt as after it."""
+    (choice,) = scored(server[1], "a", "abc", logprobs=0, max_tokens=2)
+    tops = choice["logprobs"]["top_logprobs"][1:]
+    tokens = choice["logprobs"]["tokens"][1:]
+    assert [list(top) for top in tops] == [[token] for token in tokens]
+
+
+def test_failure_of_the_models_is_not_the_requests(server, monkeypatch):
+    def fail(*_args, **_keys):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "score", fail)
+    body = HARNESS | {"model": "a", "prompt": "abc"}
+    answer = ask(server[1], body, "completions")
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_error"
+
+
+def test_prompts_of_a_refused_request_are_not_scored(server, monkeypatch):
+    """Nobody waits for the first, if there is no room for the second."""
+    models, url = server
+    waiting = []
+
+    def enqueue(request):
+        if waiting:
+            raise Busy("the queue is full")
+        waiting.append(Future())
+        return waiting[0]
+
+    monkeypatch.setattr(models.engine, "score", enqueue)
+    answer = ask(url, HARNESS | {"model": "a", "prompt": ["ab", "cd"]}, "completions")
+    assert answer.status_code == 429 and waiting[0].cancelled()
 
 
 def test_prompts_and_choices_each_get_their_own(server):

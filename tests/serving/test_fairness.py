@@ -176,11 +176,13 @@ def test_client_is_its_address_or_the_one_that_a_trusted_proxy_forwards(server, 
     clients = []
     real = models.requests
     monkeypatch.setattr(models, "requests", lambda *a, **k: clients.append(k["client"]) or real(*a, **k))
-    for forwarded in (None, "10.0.0.1", "evil, 10.0.0.2", "10.0.0.3, 127.0.0.1", "2001:db8::7", "x" * 100):
+    sent = (None, "10.0.0.1", "evil, 10.0.0.2", "10.0.0.3, 127.0.0.1", "2001:db8::7", "x" * 100)
+    for forwarded in (*sent, "::ffff:10.0.0.4", "10.0.0.5, ::FFFF:127.0.0.1"):
         headers = {} if forwarded is None else {"X-Forwarded-For": forwarded}
         body = {"model": "a", "prompt": "x", "max_tokens": 1}
         assert ask_server(url, body, "completions", headers=headers).status_code == 200
     expected = ["127.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.3", "2001:db8::/64", "x" * 64]
+    expected += ["10.0.0.4", "10.0.0.5"]  # as a socket of both versions gives them
     assert clients == expected
 
 

@@ -1,5 +1,6 @@
 """The FastChat worker: its answers, its registration, and FastChat's own servers in front of it."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -56,6 +57,30 @@ def post(worker, path, **body):
 
 def items(answer):
     return [json.loads(item) for item in answer.content.split(b"\0") if item]
+
+
+def test_stream_that_takes_too_long_ends_with_an_error():
+    """The client gets a whole body, and the answer's requests are ended."""
+    sent, ended = [], []
+
+    async def endless():
+        try:
+            yield {"text": "a", "error_code": 0}
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def receive():
+        await asyncio.sleep(60)
+        return {}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(fastchat_worker.Items(endless(), 0.2)({"type": "http"}, receive, send))
+    first, last = (json.loads(message["body"][:-1]) for message in sent[1:3])
+    assert first["text"] == "a" and last["error_code"] != 0 and "0.2 seconds" in last["text"]
+    assert sent[3:] == [{"type": "http.response.body", "body": b"", "more_body": False}] and ended
 
 
 @pytest.mark.parametrize("name", ["proposal", "a"])

@@ -1,6 +1,7 @@
 """Token ids in a chat's answer, and the aligner's influence on each of them."""
 
 import json
+from concurrent.futures import Future
 
 import pytest
 from served import TOKENIZER, ask, chat_text, load, post, running
@@ -68,6 +69,15 @@ def test_influence_of_what_no_pair_answered_is_refused(server, changes, status, 
     body = {"model": "a", "prompt": [5, 6], "tokens": [7]} | changes
     answer = post(f"{server[1]}/influence", json=body)
     assert answer.status_code == status and message in answer.json()["error"]["message"]
+
+
+def test_influence_that_takes_too_long_is_cancelled(folder, monkeypatch):
+    with running(folder, "limits.seconds=0.5") as (models, url):
+        never = Future()
+        monkeypatch.setattr(models.engine, "measure", lambda *_: never)
+        answer = post(f"{url}/influence", json={"model": "a", "prompt": [5, 6], "tokens": [7]})
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+        assert never.cancelled()
 
 
 def test_models_are_listed_with_the_defaults_of_a_request(server):

@@ -1,5 +1,6 @@
 """What a request means: nothing of it is lost without a word, and no key that says nothing is refused."""
 
+import re
 from types import SimpleNamespace
 from typing import cast
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ram.data import prompts
+from ram.data.text import text_of
 from ram.decoding import par, reference
 from ram.serving.protocol import ApiError
 from ram.serving.registry import Models
@@ -71,6 +73,20 @@ def test_every_cut_is_the_longest_that_fits(server):
             assert models.encode_dialogue(models.served["a"], turns, "S", new) == TOKENIZER(fitting).input_ids
 
 
+def test_first_message_of_the_assistant_stays(server):
+    """A dialogue may begin with a greeting; it goes first if there is no room."""
+    models, url = server
+    turns = [(False, "I am Bob."), (True, "Who are you?")]
+    ids = TOKENIZER(prompts.render_dialogue(turns)).input_ids
+    assert models.encode_dialogue(models.served["a"], turns, None, 4) == ids
+    messages = [{"role": "user" if user else "assistant", "content": text} for user, text in turns]
+    answer = ask(url, {"model": "a", "messages": messages, "max_tokens": 2}).json()
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    new = models.max_length - len(ids) + 1
+    rest = TOKENIZER(chat_text("Who are you?")).input_ids
+    assert models.encode_dialogue(models.served["a"], turns, None, new) == rest
+
+
 def test_last_message_of_the_assistant_is_continued(server):
     models, url = server
     answer = ask(url, {"model": "a", "messages": said("hello", "Well, "), "seed": 4, "max_tokens": 12}).json()
@@ -93,6 +109,27 @@ def test_temperature_0_is_greedy_for_the_whole_pair(server, sampling):
     own = ask(server[1], request | {"base_temperature": 1.3, "seed": 3}, "completions").json()
     whole = expected(server[0], "a", "abc", 3, 12, temperature=0.0, base_temperature=1.3, **sampling)
     assert own["choices"][0]["text"] == whole.text
+
+
+@pytest.mark.parametrize("mode", ["product", "mixture", "mds", "par"])
+def test_token_at_temperature_0_is_the_most_likely_of_the_reported_law(server, mode):
+    """The aligner's temperature is a part of the law: at 0 either model would decide alone."""
+    models, url = server
+    keys = {"sample_mode": mode, "base_top_p": 1.0, "mixture_weight": 0.5}
+    request = {"model": "a", "prompt": "abc", "max_tokens": 6, "temperature": 0, "logprobs": 2, **keys}
+    answer = ask(url, request, "completions").json()["choices"][0]
+    pair, law = [load(models.proposal), load(models.served["a"].path)], models.law(keys)
+    assert law.temperature == 1.0 and not law.greedy
+    context = TOKENIZER("abc").input_ids
+    for logprob in answer["logprobs"]["token_logprobs"]:
+        ids = torch.tensor([context])
+        with torch.inference_mode():
+            logits = [model(ids).logits[:, -1, : len(TOKENIZER)] for model in pair]
+        known = par.token_logprobs(*logits, law, ids)[0]
+        assert logprob == pytest.approx(float(known.max()), abs=1e-4)
+        context = [*context, int(known.argmax())]
+    end = len(context) - (context[-1] == TOKENIZER.eos_token_id)
+    assert answer["text"] == text_of(TOKENIZER, context[3:end])
 
 
 @pytest.mark.parametrize(
@@ -227,6 +264,23 @@ def test_completion_keeps_the_space_after_its_prompt(spaced):
         for mark in ("<unk>", "<s>", "</s>"):
             spelt = spelt.replace(mark, "")
         assert choice["text"] == spelt
+    assert leading
+
+
+def test_begun_message_keeps_the_space_after_it(spaced):
+    """As a completion does: the client joins the two."""
+    leading = 0
+    for seed in range(8):
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        request = {"model": "a", "messages": messages, "seed": seed, "max_tokens": 4, "logprobs": True}
+        choice = ask(spaced.url, request | {"return_token_ids": True}).json()["choices"][0]
+        spelt = "".join(spaced.tokenizer.convert_ids_to_tokens(choice["token_ids"])).replace("▁", " ")
+        spelt = re.sub("<unk>|</?s>", "", spelt)
+        leading += spelt.startswith(" ")
+        assert choice["message"]["content"] == spelt
+        assert (
+            "".join(token["token"] for token in choice["logprobs"]["content"]) == choice["message"]["content"]
+        )
     assert leading
 
 

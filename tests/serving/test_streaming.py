@@ -41,7 +41,7 @@ def test_stream_ends_with_the_text_of_generate(pair):
 def test_sampling_settings_of_a_request_are_used(pair):
     """A temperature near 0 means argmax of the whole pair; PAR's own keys are accepted too."""
     assert request_params(PARAMS, {"temperature": 1e-6, "top_k": 3}) == PARParams(
-        sample_mode="par", temperature=0.0, top_k=3, base_temperature=1.0, greedy=True
+        sample_mode="par", temperature=1.0, top_k=3, base_temperature=1.0, greedy=True
     )
     own = {"temperature": 0, "base_temperature": 0.9}
     assert request_params(PARAMS, own) == PARParams("par", temperature=0, base_temperature=0.9)

@@ -56,8 +56,8 @@ class PairModel:
 def request_params(params: PARParams, request: dict[str, Any]) -> PARParams:
     """Return `params` with the values of all PARParams keys in a request.
 
-    Temperature 0 makes the whole pair greedy, unless the request gives the proposal's temperature too. The
-    proposal's nucleus stays: at base_temperature 0 it is one token, and the aligner decides nothing.
+    Temperature 0 makes the whole pair greedy, unless the request gives the proposal's temperature too. Both
+    temperatures stay as they are in `params`: at 0 either model would decide without the other.
 
     Raises:
         ValueError: A value is out of range.
@@ -67,6 +67,7 @@ def request_params(params: PARParams, request: dict[str, Any]) -> PARParams:
         if key in values and 0 <= values[key] < LEAST_TEMPERATURE:
             values[key] = 0.0
     if values.get("temperature") == 0 and "base_temperature" not in values:
+        del values["temperature"]
         values.setdefault("greedy", True)
     return replace(params, **values)
 

@@ -18,7 +18,7 @@ import runpy
 import secrets
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -41,7 +41,15 @@ from ram.serving.loop import Busy, Done
 from ram.serving.metrics import Metrics
 from ram.serving.protocol import ApiError
 from ram.serving.registry import Models, Served
-from ram.serving.responses import Gone, Running, answer_json, to_json, while_connected
+from ram.serving.responses import (
+    CLOSE_SECONDS,
+    Gone,
+    Running,
+    answer_json,
+    to_json,
+    too_slow,
+    while_connected,
+)
 from ram.settings.serving import PROPOSAL, Settings, is_loopback
 
 HEART_BEAT = 45  # seconds; the controller forgets a worker after 90
@@ -188,24 +196,40 @@ async def growing(running: Running, shown: str) -> AsyncIterator[dict[str, Any]]
 
 
 class Items(Response):
-    """A stream of JSON items, each followed by a zero byte, until the client disconnects."""
+    """A stream of JSON items, each followed by a zero byte, until the client disconnects.
 
-    def __init__(self, items: AsyncIterator[dict[str, Any]], seconds: float) -> None:
+    If it takes longer than `seconds`, the last item is an error.
+    """
+
+    def __init__(self, items: AsyncGenerator[dict[str, Any]], seconds: float) -> None:
         super().__init__()
         del self.headers["content-length"]
         self.items, self.seconds = items, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_items() -> None:
-            async for item in self.items:
-                body = to_json(item).encode() + b"\0"
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async def send_item(item: dict[str, Any]) -> None:
+            body = to_json(item).encode() + b"\0"
+            await send({"type": "http.response.body", "body": body, "more_body": True})
 
-        with contextlib.suppress(Gone, OSError, TimeoutError):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async with asyncio.timeout(self.seconds):
+        async def send_items() -> None:
+            failed = None
+            try:
+                async with asyncio.timeout(self.seconds):
+                    async for item in self.items:
+                        await send_item(item)
+            except TimeoutError:
+                failed = failure(too_slow(self.seconds))
+            async with asyncio.timeout(CLOSE_SECONDS):  # the client may have stopped reading
+                if failed is not None:
+                    await send_item(failed)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        try:
+            with contextlib.suppress(Gone, OSError, TimeoutError):
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 await while_connected(receive, send_items())
+        finally:
+            await self.items.aclose()  # ends its requests
 
 
 def create_worker(models: Models) -> Guard:
@@ -222,7 +246,7 @@ def create_worker(models: Models) -> Guard:
             "over HTTP (`serve.py` without `worker`), or give template=ram"
         )
 
-    async def items(params: dict[str, Any], client: str) -> AsyncIterator[dict[str, Any]]:
+    async def items(params: dict[str, Any], client: str) -> AsyncGenerator[dict[str, Any]]:
         try:
             served = models.find(str(params.get("model")))
             requests, shown = await asyncio.to_thread(to_request, models, params, served, client)
