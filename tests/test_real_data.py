@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 
+import pytest
 import torch
 from small import run
 from tiny import SHARED, needs_shared
@@ -42,7 +43,7 @@ def overrides(recipe, root, aligners):
         "batch_size=8",
         "gradient_accumulation_steps=2",
         "lr=2e-3",
-        "n_examples=96",
+        "n_examples=48",
         "heldout_fraction=0.1",
         "do_first_eval=true",
         "sampling.batch_size=32",
@@ -86,6 +87,7 @@ def check(root, dataset, sampled, tasks, n_test):
         assert "proposal+aligner[par_kl]" in (report / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_tldr(tmp_path):
     """Warm-up, sampling, aligner and evaluation on real TL;DR posts."""
     rows = [
@@ -119,9 +121,9 @@ def test_hh_helpful_and_harmless(tmp_path):
 
 
 def test_packed_equals_padded():
-    """Log-probability sums of both answers and the gradient for 24 real dialogues."""
+    """Log-probability sums of both answers and the gradient for 8 real dialogues."""
     examples = []
-    for index, row in enumerate(head(SHARED / "data" / "hh" / "helpful-base.test.jsonl.gz", 24)):
+    for index, row in enumerate(head(SHARED / "data" / "hh" / "helpful-base.test.jsonl.gz", 8)):
         (prompt, chosen), (_, rejected) = (split_dialogue(row[key]) for key in ("chosen", "rejected"))
         examples.append(Example(index, prompt, chosen, rejected))
     data = tokenize(examples, checkpoints.load_tokenizer(STORIES), 512, 384)
@@ -130,7 +132,7 @@ def test_packed_equals_padded():
         model = checkpoints.load_model(STORIES, "float32")
         if compute is logps.packed_logps:
             logps.use_packed(model)
-        sums, _ = compute(model, data, range(24), ("target", "negative"), 0)
+        sums, _ = compute(model, data, range(8), ("target", "negative"), 0)
         (0.3 * sums["negative"] - sums["target"]).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         results.append((sums["target"].detach(), sums["negative"].detach(), gradient))

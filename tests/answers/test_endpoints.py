@@ -181,6 +181,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_rows_survive_two_server_kills(remote, tmp_path, monkeypatch):
     """A server fails 5 % of the requests and is killed twice: every row is answered once and in order.
 

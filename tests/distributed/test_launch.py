@@ -42,9 +42,9 @@ def script(folder, text):
     "text, code, said",
     [
         ("raise utils.UserError('no such thing')", 2, "error: no such thing\n"),
-        ("rank and sys.exit(3)", 3, ""),
+        pytest.param("rank and sys.exit(3)", 3, "", marks=pytest.mark.slow),
         ("rank and os.kill(os.getpid(), 9)", 137, "process 1 was ended by SIGKILL"),
-        ("1 / 0", 1, "ZeroDivisionError"),
+        pytest.param("1 / 0", 1, "ZeroDivisionError", marks=pytest.mark.slow),
     ],
 )
 def test_exit_code_and_words_are_the_first_process_to_end(text, code, said, tmp_path):
@@ -219,6 +219,7 @@ def test_one_process_needs_no_launcher(tmp_path):
     assert running.communicate(timeout=120)[0] == "False ['a=1']\n"
 
 
+@pytest.mark.slow
 def test_two_machines(tmp_path):
     """The same command twice with NNODES=2, as two machines run it, makes one group of four."""
     text = "print(f'here {rank} {processes.count()}\\n', end='', flush=True)"
@@ -321,12 +322,12 @@ def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
         *("experiment=demo", f"output_dir={tmp_path}", "stages=[world,general_proposal]"),
         *(
             "world.entities=20",
-            "world.general_rows=2000",
+            "world.general_rows=1000",
             "world.aligned_rows=12",
             "trainer=FSDPTrainer",
             "eval_every=100000",
         ),
-        "stage.general_proposal.n_examples=1600",
+        "stage.general_proposal.n_examples=800",
     ]
     running = launch("train.py", *given)
     while "train " not in (line := running.stdout.readline()):
@@ -338,12 +339,12 @@ def test_a_preempted_job_saves_in_time_and_goes_on(tmp_path, caplog):
     assert "(training state)" in said and "Traceback" not in errors
     (state,) = tmp_path.glob("model/*/states/[0-9]*/state.json")
     examples = json.loads(state.read_text())["examples"]
-    assert 0 < examples < 1600
+    assert 0 < examples < 800
     try:
         run(train, *given)
     finally:
         processes.stop()
-    assert f"resuming after {examples:,} of 1,600 examples" in caplog.text
+    assert f"resuming after {examples:,} of 800 examples" in caplog.text
     assert not list(tmp_path.glob("model/*/states"))
 
 

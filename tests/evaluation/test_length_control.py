@@ -128,7 +128,7 @@ def test_alpaca_model_recovers_a_known_effect(tmp_path, strength, effect, by_dif
     gamed = length_control.read_gamed(write_gamed(tmp_path / "x.csv", difficulty, effect=-effect))
     truth = length_control.sigmoid(strength + by_difficulty * difficulty).mean()
     found = []
-    for _ in range(40):
+    for _ in range(24):
         pick = rng.integers(0, N, N)
         again = gamed._replace(difficulty=gamed.difficulty[pick])
         found.append(length_control.alpaca_length_controlled(y[pick], longer[pick], again)["lc_win_rate"])

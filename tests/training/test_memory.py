@@ -121,9 +121,9 @@ def largest_pass(run, data):
     [
         ("hh", fitted_lengths, False),
         ("hh", fitted_lengths, True),
-        ("ultrachat", fitted_lengths, False),
-        pytest.param("hh", real_lengths, False, marks=needs_shared),
-        pytest.param("ultrachat", real_lengths, False, marks=needs_shared),
+        pytest.param("ultrachat", fitted_lengths, False, marks=pytest.mark.slow),
+        pytest.param("hh", real_lengths, False, marks=[needs_shared, pytest.mark.slow]),
+        pytest.param("ultrachat", real_lengths, False, marks=[needs_shared, pytest.mark.slow]),
     ],
 )
 def test_pass_stays_below_its_budget(name, source, checkpointing):
