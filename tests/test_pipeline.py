@@ -182,6 +182,7 @@ def test_demo_leaves_results_leaderboard_and_report(finished):
     assert {row["system"] for row in rows} == SYSTEMS
     for row in rows:
         assert (row["judge"], row["judge_settings"], row["commit"]) == ("exact", "", commit())
+        assert Path(row["test_file"]).is_file()
         assert row["settings"].startswith(("t", "base_t")) and row["generator"].endswith(
             f"#{row['settings']}"
         )

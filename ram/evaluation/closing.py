@@ -8,7 +8,7 @@ from ram.evaluation.context import EvaluationContext
 from ram.log import brief, log_path, notice
 from ram.settings.compose import key_of
 
-# Keys that decide neither which models are served nor how they decode.
+# Keys that decide neither which models are served nor how they decode ...
 NOT_SERVED = (
     "console",
     "report",
@@ -18,13 +18,19 @@ NOT_SERVED = (
     "overwrite",
     "judge",
     "evaluation",
+    "ablation",
     "wandb",
 )
+# ... but for these of `evaluation`.
+SERVED = ("evaluation.systems", "evaluation.tasks")
 
 
 def serve_arguments(experiment: str, overrides: Sequence[str]) -> str:
     """Return the arguments by which serve.py finds the models of an evaluation."""
-    kept = [o.lstrip("+") for o in overrides if key_of(o).split(".")[0] not in ("experiment", *NOT_SERVED)]
+    def is_served(key: str) -> bool:
+        return key.startswith(SERVED) or key.split(".")[0] not in ("experiment", *NOT_SERVED)
+
+    kept = [override.lstrip("+") for override in overrides if is_served(key_of(override))]
     return shlex.join([f"experiment={experiment}", *kept])
 
 

@@ -34,6 +34,7 @@ class EvaluationContext:
         judge: the judge, with the task's criterion.
         systems: by name, in the order of the leaderboard. The first is the one that others are compared with.
         rows: the test rows, the same for all systems.
+        test_file: the file that the rows are from, as it was given.
         gamed: AlpacaEval's data for its length-controlled win rate, None if that does not apply.
         judgements: by system, in row order; set by the step `judge`.
         board: the leaderboard's rows; set by the step `leaderboard`.
@@ -50,6 +51,7 @@ class EvaluationContext:
     judge: Judge
     systems: dict[str, System]
     rows: TestRows
+    test_file: str = ""
     gamed: length_control.Gamed | None = None
     judgements: dict[str, list[Judgement]] = field(default_factory=dict)
     board: list[dict[str, Any]] = field(default_factory=list)
@@ -138,7 +140,8 @@ def open_context(
     if not config.dry_run and processes.is_rank0():
         bad.report(folder / "bad_rows.jsonl")
     check_models(systems, stages)
-    context = EvaluationContext(config, task, folder, stages, judge.for_task(task), systems, rows)
+    judge = judge.for_task(task)
+    context = EvaluationContext(config, task, folder, stages, judge, systems, rows, str(test_file))
     if processes.is_rank0() and test_file.name == length_control.QUESTIONS_FILE:
         ids = [index for index, _ in rows]
         context.gamed = length_control.find_gamed(test_file.parent, ids, reference)

@@ -193,6 +193,7 @@ def _leaderboard_row(
         "judge": context.judge.name,
         "judge_settings": context.judge.describe(),
         "reference": config.evaluation.reference,
+        "test_file": context.test_file,
         "seed": seed,
         "generator": system.generator,
         "settings": system.tag,

@@ -123,6 +123,7 @@ COLUMNS = {
     "judge": Column("Judge", "", "the method that compared the answers"),
     "judge_settings": Column("Judge's settings", "", "its model, and the question it was asked"),
     "reference": Column("Reference", "", "the answers compared against"),
+    "test_file": Column("Test file", "", "the file of the questions"),
     "commit": Column("Commit", "", "of the checkout that made the table; +changes: files differ from it"),
 }
 LENGTH_CONTROLLED = (  # the second mark of a win rate: key, meaning
@@ -246,7 +247,7 @@ def _leaderboard(rows: list[dict], further: Sequence[str] = ()) -> dict[str, Any
     if not any(row.get("failed") for row in rows):
         keys = [key for key in keys if key != "failed"]
     common = []
-    for key in ("judge", "judge_settings", "reference", "commit"):
+    for key in ("judge", "judge_settings", "reference", "test_file", "commit"):
         # A value that is the same in the whole table is stated once below it, to save width.
         if key in keys and len({row.get(key) for row in rows}) == 1:
             keys.remove(key)
