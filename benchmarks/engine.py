@@ -7,8 +7,9 @@ ask for three aligners in turn (copies of the one, so that answers are as long);
 the proposal alone, for which the aligner drafts; `offline`: the same rows by
 `ram.decoding.generate`, 16 at once. First tokens are of a request in an idle engine: the pair's, and the
 proposal's alone in an engine without aligners. Contenders take turns in one process; figures are medians over
-the rounds. Without arguments it takes the demo's pair (`bash bin/demo.sh` first). The last line is one JSON
-object.
+the rounds. The engine keeps what it has read of earlier prompts, and `generate` reads them anew: compare the
+two only if `share_of_prompts_reused` is near 0, as it is for prompts below 16 tokens. Without arguments it
+takes the demo's pair (`bash bin/demo.sh` first). The last line is one JSON object.
 """
 
 import copy
@@ -140,6 +141,8 @@ def main() -> None:
     result["first_token_ms"] = first_tokens(served, alone, args.rounds + 1)
     figures = served.engine.figures()
     result["acceptance"], result["bytes"] = round(figures["acceptance"], 3), figures["bytes"]
+    reused = figures["prefix_hits"]["tokens"] / max(1, figures["prompt_tokens"])
+    result["share_of_prompts_reused"] = round(reused, 3)
     for each in (served, alone):
         each.engine.close(wait=False)
     print(json.dumps(result, indent=1))

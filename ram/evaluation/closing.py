@@ -27,6 +27,7 @@ SERVED = ("evaluation.systems", "evaluation.tasks")
 
 def serve_arguments(experiment: str, overrides: Sequence[str]) -> str:
     """Return the arguments by which serve.py finds the models of an evaluation."""
+
     def is_served(key: str) -> bool:
         return key.startswith(SERVED) or key.split(".")[0] not in ("experiment", *NOT_SERVED)
 

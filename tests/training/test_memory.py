@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import scaling
 from ram.data.prompts import split_dialogue
 from ram.data.tokenization import TokenizedDataset
+from ram.models import lora
 from ram.training import budget
 from trainers import BasicTrainer
 
@@ -152,6 +153,25 @@ def test_formula_of_activations_is_near(checkpointing):
     peak, _ = largest_pass(run, data)
     bound = scaling.activation_bytes(size, 5760, checkpointing, 4, 240) + scaling.gradient_bytes(size, 1)
     assert peak <= bound <= 1.5 * peak
+
+
+def test_pass_of_adapters_has_no_gradients_of_the_weights():
+    """What `lora_bytes` adds to the frozen weights bounds the peak, without the optimizer's moments."""
+    size, rank = scaling.Size(4, 256, 1024, 4, 2, 512, head_size=64), 4
+    data = dataset(np.tile([60, 40, 30], (64, 1)), 512, 512)
+    overrides = ("loss=sft", "activation_checkpointing=false", "tokens_per_pass=1024")
+    peaks = []
+    for adapted in (False, True):
+        run = trainer(size, data, 512, *overrides)
+        if adapted:
+            lora.add_adapters(run.model, lora.LoraSettings(r=rank, alpha=8.0), 0)
+        peak, _ = largest_pass(run, data)
+        peaks.append(peak)
+    weights, tokens = scaling.lora_weights(size, rank), 1024
+    inner = tokens * (7 * 4 * rank * size.layers + 4 * size.inner)
+    bound = 4 * weights + scaling.activation_bytes(size, tokens, False, 4, 512) + inner
+    assert peaks[1] <= bound <= 1.5 * peaks[1]
+    assert peaks[0] - peaks[1] >= 0.5 * (scaling.gradient_bytes(size, 1) - 4 * weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
