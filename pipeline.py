@@ -32,6 +32,7 @@ from ram.evaluation.report import gather
 from ram.log import notice, use_console
 from ram.models import checkpoints
 from ram.settings import compose, recipes
+from ram.settings.overrides import keys_given
 from ram.settings.schema import Settings, settings_of
 from ram.storage.files import how_to_get
 from utils import TABLES, start
@@ -110,7 +111,8 @@ def run(composed: DictConfig, overrides: list[str]) -> None:
         pick(STEPS, step, "step")
     judge: Judge = config.judge
     judge.check()
-    overridden = {compose.key_of(override): override.partition("=")[2] for override in overrides}
+    given = {compose.key_of(override): override.partition("=")[2] for override in overrides}
+    overridden = {*given, *(key for _, keys in keys_given(overrides) for key in keys)}
     files = {task: test_file(config, task) for task in tasks}
     # A missing file stops its own task, not the others.
     missing = {task: path for task, path in files.items() if not path.is_file()}
@@ -123,7 +125,7 @@ def run(composed: DictConfig, overrides: list[str]) -> None:
             if task in missing:
                 continue
             folder = Path(config.report_dir) / (task if len(tasks) > 1 else "")
-            context = open_context(config, task, path, folder, stages, judge, set(overridden))
+            context = open_context(config, task, path, folder, stages, judge, overridden)
             likelihood.check(context)
             if config.dry_run:
                 describe(context)
@@ -136,7 +138,7 @@ def run(composed: DictConfig, overrides: list[str]) -> None:
         tables.merge_leaderboards(Path(config.output_dir))
         boards = [context for context in contexts if context.board]
         if boards:
-            closing.say(boards, overridden.get("experiment"), overrides)
+            closing.say(boards, given.get("experiment"), overrides)
     processes.barrier()
     if missing:
         listed = ", ".join(f"{task} ({path})" for task, path in missing.items())

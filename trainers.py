@@ -257,6 +257,7 @@ class BasicTrainer:
         if state is not None:
             self.recall(state)
         at_end = self.examples >= self.total_examples
+        at_end |= early_stopping.is_over(settings, self.examples, self.best, quiet=True)
         metrics = MetricsLog(self.run_dir, settings, None if state is None else self.updates, at_end)
         batches = get_batch_iterator(
             len(self.train_data),

@@ -118,6 +118,10 @@ def check_kernels(report: Report, device: torch.device) -> None:
             report.check("attention with prefixes, one call of varlen_attn", worst(at_once, exact), bound)
             fault = by_length.kernel_fault(device, dtype, heads, kv_heads, width)
             report.figure("attention of decoding", f"masked: {fault}" if fault else "by lengths")
+        narrow = [tensor[..., :14].contiguous() for tensor in moved]  # no width that kernels like
+        exact_14 = logps.attend(*(tensor[..., :14].double() for tensor in (query, key, value)), segments)
+        found, _ = logps.attention(torch.nn.Identity(), *narrow, None, segments=segments)
+        report.check(f"attention of heads of 14, {dtype}", worst(found.transpose(1, 2), exact_14), bound)
     vocabulary, hidden = (128256, 256) if device.type == "cuda" else (4099, 32)
     states = torch.randn(64, hidden, generator=generator)
     weight = torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5

@@ -6,6 +6,7 @@ set -euo pipefail
 folder="${1:?usage: bash benchmarks/tune_toy.sh FOLDER [SEED]}"
 seed="${2:-10}"
 source "$(dirname "$0")/../bin/env.sh"
+use_python
 stages=(proposal_sft proposal_dpo aligner_sft_only corrector)
 systems=(proposal_sft proposal_dpo aligner_sft_only proposal+corrector)
 for point in "1e-3 5e-4 4e-3 4e-3" "5e-4 2e-4 2e-3 2e-3" "2e-4 1e-4 1e-3 1e-3" "1e-4 5e-5 5e-4 5e-4" "2e-4 2e-5 2e-3 2.5e-4"; do

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the other scripts, which then call use_python or make_python. Changes to the project's folder.
+unset CDPATH # with it, `cd bin/..` may go elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # Idle threads sleep instead of spinning. With two processes on two cores this was three times faster; with one process
 # decoding with small models took twice as long. If the machine is yours alone, `export OMP_WAIT_POLICY=ACTIVE`.

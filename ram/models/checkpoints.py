@@ -18,7 +18,7 @@ from ram.errors import UserError, nearest, pick
 from ram.log import log, pick_dtype, quiet_transformers
 from ram.models import hub, vocabulary
 from ram.models.abilities import max_positions
-from ram.models.lora import merged_state, plain_name
+from ram.models.lora import merged_weights, plain_name
 from ram.models.weight_files import check_weight_files
 from ram.storage.files import file_sha256, fingerprint, read_json, replacing, write_json
 from ram.storage.provenance import cached_sha256
@@ -243,19 +243,17 @@ def export_model(
         dtype: dtype of the weights. bfloat16 rounds away most of the changes of a small learning rate such
             as 2e-7; float32 keeps them.
         card: Content of `ram.json`.
-        state: The full weights by name, for a sharded model; modified in place. Adapters are merged.
+        state: The full weights by name, for a sharded model; it is emptied. Adapters are merged.
     """
     target = pick_dtype(dtype, torch.device("cpu"))
     # Tied weights appear in the state under several names, but only once here.
     names = {plain_name(name) for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    state = merged_state(model, dict(model.state_dict()) if state is None else state)
-    # Convert one tensor at a time, so that there are never two copies of all weights in memory.
-    for name in list(state):
-        value = state.pop(name)
-        if name in names:
-            state[name] = value.to(target)
+    state = dict(model.state_dict()) if state is None else state
+    # One tensor at a time, so that there are never two copies of all weights in memory, and none on a GPU.
+    weights = merged_weights(model, state)
+    exported = {name: value.to("cpu", target) for name, value in weights if name in names}
     with replacing(folder) as partial:
-        model.save_pretrained(partial, state_dict=state)
+        model.save_pretrained(partial, state_dict=exported)
         config = read_json(partial / "config.json")
         architecture = type(model).__name__.removeprefix("FSDP")  # sharding adds this prefix
         write_json(partial / "config.json", config | {"dtype": dtype, "architectures": [architecture]})

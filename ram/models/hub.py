@@ -25,10 +25,14 @@ def unreachable(hub_id: str) -> str | None:
     except OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE is set, and it is not in the cache"
     except HfHubHTTPError as error:
-        return str(error).strip().splitlines()[-1][:200]
+        return _lines(error)[-1][:200]
     except Exception as error:  # the errors of whatever library makes the connection
-        return f"no connection to the hub: {str(error).strip().splitlines()[0][:200] or type(error).__name__}"
+        return f"no connection to the hub: {_lines(error)[0][:200]}"
     return None
+
+
+def _lines(error: Exception) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 def check_gated(source: str, error: BaseException) -> None:

@@ -6,6 +6,7 @@ B (out, r) zero. Implementation: peft's layers, injected into the model, whose c
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -84,21 +85,24 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def merged_state(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the state of the plain model whose layers are the sums of frozen weights and adapters.
+def merged_weights(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield names and weights of the plain model, whose layers are the sums of frozen weights and adapters.
 
     Args:
-        model: Tells the adapters' scales; returned unchanged are the weights of a model without adapters.
-        state: All its weights by name, e.g. gathered from shards. Used up: the factors are taken out.
+        model: Tells the adapters' scales. The weights of a model without adapters are yielded as they are.
+        state: All its weights by name, e.g. gathered from shards. It is emptied on the way, so that no more
+            than one merged weight exists at a time.
     """
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for name in list(state):
         if match := FACTOR.fullmatch(name):
             factors.setdefault(match[1], {})[match[2]] = state.pop(name)
-    merged = {plain_name(name): weight for name, weight in state.items()}
-    for layer, factor in factors.items():
-        adapted = cast(Any, model.get_submodule(layer))
-        added = adapted.scaling[ADAPTER] * (factor["B"] @ factor["A"])
-        # GPT-2's layers keep their weight as (in, out).
-        merged[f"{layer}.weight"] = merged[f"{layer}.weight"] + (added.T if adapted.fan_in_fan_out else added)
-    return merged
+    for name in list(state):
+        weight, plain = state.pop(name), plain_name(name)
+        layer = plain.removesuffix(".weight")
+        if plain != layer and layer in factors:
+            adapted, factor = cast(Any, model.get_submodule(layer)), factors[layer]
+            added = adapted.scaling[ADAPTER] * (factor["B"] @ factor["A"])
+            # GPT-2's layers keep their weight as (in, out).
+            weight = weight + (added.T if adapted.fan_in_fan_out else added)
+        yield plain, weight

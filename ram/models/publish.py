@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", help="a run's folder or name")
     parser.add_argument("--push", metavar="ORG/NAME", help="upload to this repository; private if it is new")
     given = parser.parse_args(arguments)
-    folder = Path(run_folder.find_served(given.run))
+    folder = Path(run_folder.find_served(given.run)).absolute()  # whose parents are looked at
     if folder.name != run_folder.LATEST:
         raise UserError(f"{given.run}: expected the folder or the name of a run of this program")
     text = card(folder, given.push or folder.parent.name)

@@ -18,7 +18,7 @@ from ram.errors import UserError, nearest, pick
 from ram.log import log
 from ram.models import checkpoints, run_folder
 from ram.settings.compose import GROUPS, compose, has_key, key_of, leaves, set_overrides, set_values
-from ram.settings.overrides import check_names, check_used
+from ram.settings.overrides import check_names, check_used, keys_given
 from ram.settings.schema import (
     INTRODUCED,
     OMITTED,
@@ -100,6 +100,7 @@ def stage_config(spec: dict[str, Any], name: str, overrides: Sequence[str]) -> D
     set_values(config, values)
     set_overrides(config, overrides)
     given = {key_of(override) for override in overrides}
+    given |= {key for _, keys in keys_given(overrides) for key in keys}  # those below a dict, too
     set_values(
         config, {key: value for key, value in values.items() if f"stage.{name}.{in_stage(key)}" in given}
     )

@@ -28,13 +28,13 @@ def check(settings: "Settings", n_heldout: int) -> None:
         )
 
 
-def is_over(settings: "Settings", examples: int, best: Best) -> bool:
+def is_over(settings: "Settings", examples: int, best: Best, quiet: bool = False) -> bool:
     """Return whether the last `early_stopping` saved steps were all worse than the best one before them."""
     if settings.early_stopping is None or best is None:
         return False
     assert settings.save_every is not None
     over = examples - best[0] >= settings.early_stopping * settings.save_every
-    if over:
+    if over and not quiet:
         log.info(f"stopped  after {examples:,} examples: the held-out loss was lowest after {best[0]:,}")
     return over
 

@@ -207,6 +207,12 @@ def _key_layout(
     return index, cumulative(lengths), cumulative(key_lengths), int(lengths.max()), int(key_lengths.max())
 
 
+def runs_at_once(device: str, dtype: torch.dtype, head_size: int, dropout: float) -> bool:
+    """Return whether `attend_at_once` has a kernel for tensors of this kind; it pads no heads."""
+    has_type = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return has_type and not dropout and head_size % 8 == 0 and head_size <= 256
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -229,7 +235,7 @@ def attention(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if device == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+    if runs_at_once(device, query.dtype, query.shape[-1], dropout):
         output = attend_at_once(query, key, value, segments, scaling)
     else:
         output = attend(query, key, value, segments, scaling, dropout)

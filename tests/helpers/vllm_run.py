@@ -3,7 +3,8 @@
 JOBS is a list of {model, engine, requests}. `engine` has the arguments of `vllm.LLM`; a request has
 `prompts`, lists of token ids, and `sampling`, the arguments of SamplingParams. RESULTS has for each job the
 start's seconds and counts of drafts, and for each request its seconds and, per prompt, the ids and every
-position's log-probabilities, id -> value.
+position's log-probabilities, id -> value. A job with `mended` replaces a function of vLLM's CPU build that
+loses the temperatures of drafted positions.
 """
 
 import gc
@@ -17,12 +18,26 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.triton_utils.dispatcher import register_kernels
 
 ENGINE = {"dtype": "float32", "enforce_eager": True, "generation_config": "vllm", "max_num_seqs": 64}
 ENGINE |= {"logprobs_mode": "processed_logprobs", "max_logprobs": -1, "disable_log_stats": False}
 
 
+def expand(output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None):
+    """Repeat each request's value for its drafted positions, as vLLM's kernel on GPUs does.
+
+    `_expand_kernel_impl` of 0.32.0 fills a copy of `output`, of whole numbers, and drops it.
+    """
+    start = 0
+    for value, end in zip(input_val.tolist(), cu_num_tokens.tolist(), strict=True):
+        output[start:end] = replace_to if value == replace_from else value
+        start = end
+
+
 def run(job: dict) -> dict:
+    if job.get("mended"):
+        register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand})
     start = time.monotonic()
     llm = LLM(job["model"], **ENGINE | job["engine"])
     result = {"start": time.monotonic() - start, "requests": []}

@@ -141,6 +141,16 @@ def test_wrong_settings_are_one_line():
         check_lora(settings("lora={r: 4, alpha: 1, base_dtype: bfloat16}"))
 
 
+def test_weights_are_merged_one_at_a_time():
+    """All at once they would be a second copy of the model, in float32, on the device of the training."""
+    model = tiny_model(13, 1).to(torch.bfloat16)
+    lora.add_adapters(model, lora.LoraSettings(r=2, alpha=4), seed=5)
+    state = dict(model.state_dict())
+    weights = [name for name in state if "lora_" not in name]
+    left = [len(state) for _ in lora.merged_weights(model, state)]
+    assert left == list(range(len(weights)))[::-1]
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["attn.c_proj"]])
 def test_layers_of_gpt2_are_merged_transposed(targets):
     """Their weights are (in, out): a square one would be merged wrongly without an error."""
@@ -150,7 +160,7 @@ def test_layers_of_gpt2_are_merged_transposed(targets):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)
-    plain.load_state_dict(lora.merged_state(model, dict(model.state_dict())))
+    plain.load_state_dict(dict(lora.merged_weights(model, dict(model.state_dict()))))
     ids = torch.arange(6).unsqueeze(0)
     with torch.no_grad():
         expected = model(ids).logits

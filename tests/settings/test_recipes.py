@@ -142,6 +142,18 @@ def test_what_a_stage_writes_is_what_the_next_reads():
     assert hh["aligner"].source == str(hh["aligner_sft"].weights)
 
 
+@pytest.mark.parametrize(
+    ("root", "own", "expected"),
+    [
+        ("lr=1e-5", "stage.aligner.lr=2e-5", 2e-5),
+        ("lr=1e-5", "stage.aligner={lr: 2e-5}", 2e-5),
+        ("lr=1e-5", "stage.proposal={lr: 2e-5}", 1e-5),
+    ],
+)
+def test_key_of_a_stage_wins_over_that_of_all_however_it_is_written(root, own, expected):
+    assert learning_rates(root, own)["aligner"] == expected
+
+
 def learning_rates(*overrides):
     return {
         s.name: s.config.lr

@@ -5,6 +5,7 @@ import torch
 from training_runs import settings
 
 from ram.errors import UserError
+from ram.log import pick_device
 from ram.training import passes
 from ram.training.logps import attend
 
@@ -42,6 +43,17 @@ def test_kernel_that_fails_is_told(gpu):
         passes.check_device(settings("model.fsdp_policy_mp=auto"))
     passes.check_device(settings("model.fsdp_policy_mp=auto", "packed=false"))
     passes.check_device(settings("model.fsdp_policy_mp=float32"))
+
+
+def test_process_without_a_gpu_is_told(monkeypatch):
+    """NPROC from a larger machine: torch names an invalid ordinal."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert pick_device() == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="process 1 has no GPU: this machine has 1; set NPROC to at most 1"):
+        pick_device()
 
 
 def test_cpu_needs_no_check(monkeypatch):

@@ -1,5 +1,7 @@
 """early_stopping: a run ends once its held-out loss no longer falls; LATEST has the best saved weights."""
 
+import csv
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -79,6 +81,19 @@ def test_run_without_held_out_examples_is_refused(tmp_path):
     run = trainer(tmp_path, "early_stopping=null")
     with pytest.raises(UserError, match="early_stopping=2, but there are no held-out examples"):
         BasicTrainer(settings(*KEYS), run.model, run.tokenizer, run.train_data, dataset(0), tmp_path, {})
+
+
+def test_run_stopped_at_its_early_end_has_each_row_once(tmp_path, monkeypatch):
+    """The signal comes with the very update that ends the run; its evaluation is written again."""
+    monkeypatch.setattr(BasicTrainer, "heldout_averages", falling_then_rising)
+    trainer(tmp_path / "whole", *KEYS).train()
+    stopped_run(tmp_path / "parts", 4, *KEYS)
+    trainer(tmp_path / "parts", *KEYS).train(resume.newest(tmp_path / "parts", {"it": 1}))
+    rows = []
+    for name in ("whole", "parts"):
+        with open(tmp_path / name / "metrics.csv", newline="") as file:
+            rows.append([(row["split"], row["updates"]) for row in csv.DictReader(file)])
+    assert rows[0] == rows[1] and len(set(rows[0])) == len(rows[0])
 
 
 def test_early_end_evaluates_once(tmp_path, monkeypatch):

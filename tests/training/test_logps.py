@@ -196,6 +196,22 @@ def test_attention_equals_a_dense_mask(monkeypatch, block):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_size", "dropout", "at_once"),
+    [
+        ("cuda", torch.bfloat16, 64, 0.0, True),
+        ("cuda", torch.float16, 256, 0.0, True),
+        ("cuda", torch.bfloat16, 14, 0.0, False),  # of the demo's aligner: the kernel wants multiples of 8
+        ("cuda", torch.bfloat16, 320, 0.0, False),
+        ("cuda", torch.float32, 64, 0.0, False),
+        ("cuda", torch.bfloat16, 64, 0.1, False),
+        ("cpu", torch.bfloat16, 64, 0.0, False),
+    ],
+)
+def test_gpu_kernel_is_used_only_for_what_it_takes(device, dtype, head_size, dropout, at_once):
+    assert logps.runs_at_once(device, dtype, head_size, dropout) == at_once
+
+
 def test_varlen_kernel_equals_the_loop(monkeypatch):
     """A stand-in for the GPU kernel, written after its documentation, gives the result of the loop."""
     heads, key_heads, width = 4, 2, 8

@@ -3,6 +3,7 @@
 import json
 import random
 import subprocess
+from collections import Counter
 
 import pytest
 import torch
@@ -176,6 +177,57 @@ def test_texts_and_drafts(tmp_path, trained):
         rates = [sum(map(len, r["ids"])) / r["seconds"] for r in result["requests"][-3:]]
         rounded = ", ".join(f"{rate:.0f}" for rate in rates)
         report(f"{name}: {rounded} tokens/s at 1, 16, 64 requests; {result['megabytes']:.0f} MB at most")
+
+
+@torch.no_grad()
+def test_answers_with_drafts_follow_the_exact_law(tmp_path, trained):
+    """At temperature 1: 3,000 draws of two tokens, the second one drafted, against the pair's law.
+
+    vLLM's CPU build loses the temperatures of drafted positions; the helper mends that one function.
+    """
+    count = 3000
+    folder, models = trained
+    tokenizer = AutoTokenizer.from_pretrained(models["proposal"])
+    (questions,) = folder.glob("data/*/test/toy_test.json")
+    texts = [f"\n\nHuman: {row['instruction']}\n\nAssistant: " for _, row in read_rows(questions)[:64]]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    params = PARParams("par", base_top_p=0.95, base_temperature=1.0, temperature=1.0)
+    pair, size = (load(models["proposal"]), load(models["aligner"])), len(tokenizer)
+
+    def law(ids):
+        z_p, z_q = (model(torch.tensor([ids])).logits[:, -1, :size] for model in pair)
+        return token_logprobs(z_p, z_q, params, None, ())[0].exp()
+
+    def joint(prompt):
+        first = law(prompt)
+        likely = first.gt(1e-4).nonzero()[:, 0].tolist()
+        return {(a, b): float(first[a] * p) for a in likely for b, p in enumerate(law([*prompt, a])) if p > 0}
+
+    laws_of = [joint(prompt) for prompt in prompts[:16]]
+    place = max(range(16), key=lambda i: sum(p * count >= 5 for p in laws_of[i].values()))
+    expected = {cell: count * p for cell, p in laws_of[place].items() if count * p >= 5}
+    assert len(expected) >= 8
+
+    speed = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True}
+    draws = {"temperature": 1.0, "max_tokens": 2, "ignore_eos": True}
+    engine = pair_engine(models["aligner"], sample_mode="par", base_top_p=0.95, base_temperature=1.0)
+    for method in ("greedy", "probabilistic"):
+        speculative = {"method": "draft_model", "model": models["aligner"], "num_speculative_tokens": 3}
+        own = engine | {"speculative_config": speculative | {"draft_sample_method": method}}
+        job = {"model": models["proposal"], "engine": own, "mended": True}
+        drawing = {"prompts": [prompts[place]] * count, "sampling": draws}
+        drafting = {"prompts": prompts, "sampling": speed}
+        results = run_jobs([job | {"requests": [drafting]}, job | {"requests": [drawing]}], tmp_path)
+        found = Counter(map(tuple, results[1]["requests"][0]["ids"]))
+        cells = [(found[cell], mean) for cell, mean in expected.items()]
+        cells.append((count - sum(n for n, _ in cells), count - sum(mean for _, mean in cells)))
+        statistic = sum((n - mean) ** 2 / mean for n, mean in cells if mean > 0)
+        deviations = (statistic - len(cells) + 1) / (2 * (len(cells) - 1)) ** 0.5  # of a chi-square
+        report(
+            f"{method} drafts, temperature 1: {results[0]['accepted']} of {results[0]['drafted']} accepted; "
+            f"{count} answers of two tokens: chi-square {statistic:.1f} of {len(cells)} cells"
+        )
+        assert deviations < 4 and results[1]["drafted"] > 0
 
 
 def test_texts_with_tensor_parallelism(tmp_path):
