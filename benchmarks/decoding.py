@@ -122,7 +122,8 @@ def peaks(batch: int) -> dict[str, float]:
 
 
 def probe(bench: Bench, contender: str, batch: int) -> float:
-    prompts, bench.prompts = bench.prompts, bench.prompts[:1]
+    """MB above the weights at the contender's worst moment, over two batches."""
+    prompts, bench.prompts = bench.prompts[: 2 * batch], bench.prompts[:1]
     getattr(bench, contender)(1)  # what every process loads once
     bench.prompts, before = prompts, memory_status("VmRSS")
     getattr(bench, contender)(batch)

@@ -138,9 +138,9 @@ def candidates(
     return positions
 
 
-def finite(value: float) -> float | None:
-    """Round a number to six digits for a file. Return None if it is infinite or NaN."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def finite(value: float | None) -> float | None:
+    """Round a number to six digits for a file. Return None if it is infinite or NaN, or None already."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
 def shown(figures: Mapping[str, Any]) -> dict[str, list]:

@@ -25,7 +25,7 @@ PANELS = {  # column -> title; a panel is drawn if a curve has values
     "acceptance": "Acceptance",
     "average_length": "Characters per answer",
 }
-COLOURS = 6  # of report_page/charts.css
+COLOURS = 6  # of report/assets/charts.css
 Curves = dict[str, list[tuple[Any, dict[str, Any]]]]  # name -> (value of the key, leaderboard row)
 
 

@@ -14,7 +14,7 @@ from ram.storage.files import write_csv, write_text
 CHOOSABLE = {"sample_mode", "div_threshold", "kl_fallback", "kl_direction", "mixture_weight"}
 COLUMNS = {  # key -> header of likelihood.md
     "nll": "nats per token (95 %)",
-    "nll_difference": "against the first (95 %)",
+    "nll_difference": "against the first here (95 %)",
     "nll_eps0.1": "at 0.1",
     "nll_eps0.001": "at 0.001",
     "nll_uniform": "uniform",

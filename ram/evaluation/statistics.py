@@ -1,5 +1,6 @@
 """Figures of a system from a judge's preferences in [0, 1], where 1/2 is a tie."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def summarise(
     Failed judgements are left out and counted.
 
     Args:
-        judgements: one per row; may have `correct`, `aligned`, `both` and `first`.
+        judgements: one per row; may have `correct`, `aligned`, `both`, `rouge_l` and `first`.
         answers: one per row, with text and, for a pair, statistics.
         references: the texts that the answers were compared with.
 
@@ -82,7 +83,7 @@ def summarise(
         judgements, answers, references = (list(part) for part in zip(*kept, strict=True))
         figures["n"] = len(judgements)
     shares = {"win_rate": [j["preference"] for j in judgements]}
-    for key in ("correct", "aligned", "both"):
+    for key in ("correct", "aligned", "both", "rouge_l"):
         if judgements and key in judgements[0]:
             shares[key] = [float(j[key]) for j in judgements]
     for key, values in shares.items():
@@ -129,8 +130,13 @@ def decoding_figures(answers: Sequence[dict]) -> dict[str, float]:
     tokens = sum(answer["n_tokens"] for answer in pairs)
     if not tokens:
         return {}
+
+    def figure(answer: dict, key: str) -> float:
+        value = answer["stats"][key]
+        return math.inf if value is None else value  # files hold no infinite number
+
     weighted = {
-        key: sum(a["stats"][key] * a["n_tokens"] for a in pairs) / tokens
+        key: sum(figure(a, key) * a["n_tokens"] for a in pairs) / tokens
         for key in ("fallback_fraction", "changed_fraction", "mean_kl")
     }
     accepted, drafted = (sum(a["stats"][key] for a in pairs) for key in ("accepted", "drafted"))

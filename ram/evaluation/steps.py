@@ -13,6 +13,7 @@ from typing import Any
 
 from ram.answers import answer_files, influence_files
 from ram.data.text import token_texts
+from ram.errors import nearest
 from ram.evaluation import ablations, likelihood, likelihood_figures, statistics, tables, trust
 from ram.evaluation.context import EvaluationContext
 from ram.evaluation.judges.base import Judgement
@@ -151,6 +152,9 @@ def leaderboard(context: EvaluationContext) -> None:
     for row in context.board:
         if warning := statistics.gate_warning(row):
             log.warning(warning)
+    for key in evaluation.columns:
+        if not any(key in row for row in context.board):
+            log.warning(f"evaluation.columns: no row has {key!r}: {nearest(key, context.board[0])}")
     tables.write_leaderboard(folder, context.board, evaluation.columns)
     write_json(folder / "results.json", gather.results(context))
     log.info(

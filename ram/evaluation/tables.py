@@ -92,7 +92,7 @@ def cells(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[list[str]]:
         ]
         line.append(f"{row['average_length']:.0f}")
         keys = ("changed_fraction", "fallback_fraction", "mean_kl", "acceptance") if has_pair else ()
-        line += [f"{row[key]:.2f}" if "fallback_fraction" in row else "-" for key in keys]
+        line += [f"{row[key]:.2f}" if row.get(key) is not None else "-" for key in keys]
         lines.append(line)
     return lines
 

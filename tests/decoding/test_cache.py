@@ -17,7 +17,7 @@ from ram.decoding.cache import (
     open_model,
     pool_objection,
 )
-from ram.decoding.positions import PagedPositions
+from ram.decoding.positions import BLOCK, PagedPositions
 from ram.models.llama import is_plain_llama
 
 COLUMNS, VOCAB = 20, 12
@@ -124,6 +124,21 @@ def test_rows_beyond_the_positions_wait():
     second = positions.admit(1, list(range(100, 130)), 30)
     assert second is not None and not positions.kept
     assert len(np.unique(second.positions)) == 30
+
+
+def test_whole_blocks_are_found_by_later_rows():
+    """From the moment that the last token of a block is read, and no block that is not whole."""
+    positions, tokens = PagedPositions(lines=2, positions=64, columns=64), list(range(40))
+    row = positions.admit(0, tokens, 40)
+    assert row is not None
+    for read in (BLOCK - 1, BLOCK, 2 * BLOCK - 1, 2 * BLOCK):
+        row.read = read
+        positions.note(row)
+        found = positions.find(tokens)
+        assert found == ((row, read) if read >= BLOCK else (None, 0))
+    row.read = BLOCK
+    positions.release(row)
+    assert list(positions.kept) == [row] and positions.find(tokens)[1] == BLOCK
 
 
 def test_llama_models_get_their_own_forward():

@@ -97,6 +97,14 @@ def test_neighbouring_points_share_one_text():
     assert charts.ranges([1, 2, 4, 5, 6, 9]) == "1, 2, 4–6, 9"
 
 
+def test_points_have_their_numbers_in_the_leaderboard():
+    """Systems between them may have no value for a chart."""
+    points = [Point("a", 0.0, 0.5, number=1), Point("c", 9.0, 0.9, number=3)]
+    svg = charts.scatter("t", points, ("x", "y"), (None, 0.5))
+    assert re.findall(r'class="number"[^>]*>([^<]*)<', svg) == ["1", "3"]
+    assert "<b>3</b> c" in svg and "3 c: 9.0, 0.900" in svg
+
+
 def test_numbers_do_not_cover_each_other():
     """A text that would overlap another one is moved above it."""
     points = [Point("a", 0.0, 0.5), Point("b", 0.1, 0.5), Point("c", 2.0, 0.5)]

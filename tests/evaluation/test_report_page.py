@@ -109,6 +109,15 @@ def test_rows_are_filtered_and_sorted(visit):
     assert choose(page, "tokens", "changed") == []  # a model alone has none
 
 
+def test_answers_that_ended_in_other_ways_are_the_same(visit):
+    """By a token or a string; characters beyond 16 bits count once."""
+    report = make_report(rows=12)
+    for at, end in ((0, "</s>"), (1, "\n\nHuman\U0001f600")):
+        report["rows"][3]["answers"][at] |= {"runs": [["a", "Yes.\U0001f600"], ["c", end]], "tail": len(end)}
+    page = visit(report)
+    assert choose(page, "texts", "differ") == []
+
+
 def test_rows_whose_pairs_differ_are_found_and_escape_clears_the_filters(visit):
     report = make_report(rows=12)
     report["rows"][3]["answers"][1]["runs"][4] = ["c", " blue"]
@@ -246,6 +255,12 @@ def test_links_open_a_row_and_its_judgement(visit):
     page.run("location.hash = '#row-6'")
     page.run(LATER)
     assert page.run("document.activeElement.id") == "row-6" and len(page.run(IDS)) == 10
+    page.run("document.querySelectorAll('.boxes input')[0].click()")  # and a system that is not shown
+    for place in (2, 1):
+        page.run(f"location.hash = '#row-8/{place}'")
+        page.run(LATER)
+        title = "document.activeElement.closest('.card').querySelector('h4').textContent"
+        assert page.run(title).startswith(str(place)) and page.run("location.hash").endswith(f"/{place}")
 
 
 def test_page_without_scripts_has_table_and_charts(browser, tmp_path):

@@ -38,6 +38,13 @@ def test_larger_overlap_wins_and_is_reported(tmp_path):
     assert [judgement["preference"] for judgement in swapped] == [0.0, 0.0, 0.5]
 
 
+def test_reference_without_words_that_are_counted_is_not_judged(tmp_path):
+    """The package keeps a-z and digits: every pair of Russian texts would be a tie."""
+    rows = [{"output": "кот сидел"}, {"output": "the cat"}]
+    found = RougeJudge().compare(rows, ["кот", "the cat"], ["дом", "a"], tmp_path / "cache")
+    assert "no word of a-z or digits in 'output'" in found[0]["failed"] and found[1]["preference"] == 1.0
+
+
 def test_shipped_settings_are_the_judge(tmp_path):
     assert settings("judge=rouge").judge == RougeJudge()
 

@@ -73,6 +73,15 @@ def test_decoding_figures_are_weighted_by_tokens():
     assert statistics.decoding_figures([answer()]) == {}
 
 
+def test_infinite_divergence_and_overlap_have_their_means():
+    """Files hold no infinite number: None stands for it. ROUGE-L is averaged as it is reported."""
+    shares = {"fallback_fraction": 0.2, "changed_fraction": 0.4, "mean_kl": None}
+    figures = statistics.decoding_figures([answer(n_tokens=9, drafted=9, accepted=6, **shares)])
+    assert figures["mean_kl"] == math.inf
+    judged = [{"preference": 0.5, "rouge_l": value} for value in (0.2, 0.4)]
+    assert statistics.summarise(judged, [answer()] * 2, ["y"] * 2)["rouge_l"] == pytest.approx(0.3)
+
+
 def test_gate_is_warned_of_if_it_undoes_the_alignment():
     """Mostly fallen back, or the aligner changes next to nothing; only the first is the gate's doing."""
 

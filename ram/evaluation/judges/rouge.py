@@ -1,12 +1,16 @@
 """ROUGE-L against the test file's answer: the answer with the larger overlap wins (package rouge-score)."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ram.errors import UserError
 from ram.evaluation.judges.base import Judge, Judgement, Rows, Texts
 
-WARNING = "ROUGE-L counts common words in order; it follows an answer's length and wording, not what is said"
+WARNING = (
+    "ROUGE-L counts common words of a-z and digits in order; it follows an answer's length and wording, not "
+    "what is said"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class RougeJudge(Judge):
         scorer = RougeScorer(["rougeL"], use_stemmer=True)
         judgements: list[Judgement] = []
         for row, answer, reference in zip(rows, answers, references, strict=True):
+            if not re.search("[a-z0-9]", row[self.field].lower()):
+                judgements.append(
+                    {"failed": f"no word of a-z or digits in {self.field!r}, as ROUGE-L counts"}
+                )
+                continue
             own, other = (
                 scorer.score(row[self.field], text)["rougeL"].fmeasure for text in (answer, reference)
             )

@@ -25,7 +25,10 @@ VISIBLE |= dict.fromkeys(
 
 
 class Point(NamedTuple):
-    """One system in a plot; `low` and `high` are the ends of y's interval, `mark` is a second value of y."""
+    """One system in a plot; `low` and `high` are the ends of y's interval, `mark` is a second value of y.
+
+    Its `number` is its place in the leaderboard; if it is 0, that in the plot.
+    """
 
     label: str
     x: float
@@ -33,6 +36,7 @@ class Point(NamedTuple):
     low: float | None = None
     high: float | None = None
     mark: float | None = None
+    number: int = 0
 
 
 class Curve(NamedTuple):
@@ -257,18 +261,19 @@ def scatter(
     if lines_at[0] is not None:
         shapes += f'<path class="half" d="M{frame.x(lines_at[0])} {frame.top:g}V{frame.bottom:g}"/>'
     legend = ""
-    for number, point in enumerate(points, start=1):
+    numbers = [point.number or place for place, point in enumerate(points, start=1)]
+    for number, point in zip(numbers, points, strict=True):
         x, y = frame.x(point.x), frame.y(point.y)
         if point.low is not None and point.high is not None:
             shapes += f'<path class="whisker" d="M{x} {frame.y(point.low)}V{frame.y(point.high)}"/>'
         name = f"{number} {point.label}: {point.x:,.1f}, {point.y:.3f}"
         shapes += f'<circle class="point" cx="{x}" cy="{y}" r="3.5"><title>{text(name)}</title></circle>'
         legend += f"<span><b>{number}</b> {text(point.label)}</span>"
-    shapes += _numbers([(float(frame.x(p.x)), float(frame.y(p.y))) for p in points], frame)
+    shapes += _numbers([(float(frame.x(p.x)), float(frame.y(p.y))) for p in points], numbers, frame)
     return figure(title, f"{title}: {units[1]} over {units[0]}", 252, shapes, legend)
 
 
-def _numbers(places: Sequence[tuple[float, float]], frame: Frame) -> str:
+def _numbers(places: Sequence[tuple[float, float]], numbers: Sequence[int], frame: Frame) -> str:
     """The numbers of points, beside them.
 
     Points that are too close together share one text. It is on the side with more room, above any text that
@@ -277,7 +282,7 @@ def _numbers(places: Sequence[tuple[float, float]], frame: Frame) -> str:
     shapes, taken = "", []
     for cluster in clusters(places):
         xs, ys = ([places[i][axis] for i in cluster] for axis in (0, 1))
-        words = ranges([i + 1 for i in cluster])
+        words = ranges([numbers[i] for i in cluster])
         width, left = 6.5 * len(words), sum(xs) / len(xs) > (frame.left + frame.right) / 2
         x, y = min(xs) - 8 - width if left else max(xs) + 8, sum(ys) / len(ys) + 4
         while any(x < b and a < x + width and abs(y - c) < 11 for a, b, c in taken):

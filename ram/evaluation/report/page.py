@@ -96,7 +96,9 @@ COLUMNS = {
         "the anchor's distribution; lower is better; range: 95 % bootstrap over prompts",
     ),
     "nll_difference": Column(
-        "Difference", "+.3f", "of nats per token from the first system, row by row; range: 95 % bootstrap"
+        "Difference",
+        "+.3f",
+        "of nats per token from the first system that has any, row by row; range: 95 % bootstrap",
     ),
     "nll_undecided": Column(
         "Undecided against", "", "systems whose order in nats per token changes with the share of the anchor"
@@ -112,7 +114,9 @@ COLUMNS = {
     "changed_fraction": Column(
         "Changed", ".3f", "share of tokens that differ from those the proposal alone would have drawn"
     ),
-    "fallback_fraction": Column("Fell back", ".3f", "share of tokens with KL(P_M||Q) above div_threshold"),
+    "fallback_fraction": Column(
+        "Fell back", ".3f", "share of a par_kl pair's tokens whose divergence was above div_threshold"
+    ),
     "mean_kl": Column("Mean KL", ".3f", "KL(P_M||Q) in nats, mean over tokens"),
     "acceptance": Column(
         "Acceptance",
@@ -242,7 +246,8 @@ def _leaderboard(rows: list[dict], further: Sequence[str] = ()) -> dict[str, Any
             meaning = (
                 "share of answers in this style" if key.startswith("style_") else f"{key} of leaderboard.csv"
             )
-            columns.setdefault(key, COLUMNS.get(key) or Column(heading(key).capitalize(), ".3f", meaning))
+            form = ".3f" if any(isinstance(row.get(key), float) for row in rows) else ""
+            columns.setdefault(key, COLUMNS.get(key) or Column(heading(key).capitalize(), form, meaning))
     keys = [key for key in columns if any(row.get(key) not in (None, "") for row in rows)]
     if not any(row.get("failed") for row in rows):
         keys = [key for key in keys if key != "failed"]
@@ -342,8 +347,8 @@ def _plots(report: dict[str, Any]) -> dict[str, Any] | None:
         ]
         drawings.append(charts.stacks("Styles of answers", parts, names, "share of answers"))
     likely = [
-        Point(row["system"], x, y, finite(row.get("nll_low")), finite(row.get("nll_high")))
-        for row in report["board"]
+        Point(row["system"], x, y, finite(row.get("nll_low")), finite(row.get("nll_high")), number=number)
+        for number, row in enumerate(report["board"], start=1)
         if (x := finite(row.get("kl_to_anchor"))) is not None and (y := finite(row.get("nll"))) is not None
     ]
     if likely:

@@ -82,7 +82,10 @@ async function loadModels() {
   say(gone.length ? `${gone[0]} is not served any more` : "");
 }
 
+let defaultSeed = null; // the server's; null draws a new one
+
 function showDefaults(defaults) {
+  defaultSeed = defaults.seed;
   for (const [id, name] of Object.entries(FIELDS)) $(id).placeholder = String(defaults[name]);
   $("seed").placeholder = defaults.seed ?? "a new one";
   $("mode").options[0].textContent = `${defaults.sample_mode} (default)`;
@@ -213,6 +216,7 @@ async function colour(answer, model, { max_tokens, ...law }) {
   } catch {
     return; // the answer stays as it is
   }
+  if (!answer.shown.isConnected) return; // the dialogue was reset meanwhile
   if (!answer.influence.tokens.join("").startsWith(answer.text)) return;
   paint(answer);
   if (!$("scale").childElementCount) {
@@ -311,7 +315,8 @@ async function ask(text) {
   const models = [$("model").value], compared = $("compare").checked;
   if (compared && $("other").value !== models[0]) models.unshift($("other").value);
   // Both answers get the same random numbers, so that they differ only if the models do.
-  const seed = $("seed").value !== "" ? Number($("seed").value) : crypto.getRandomValues(new Uint32Array(1))[0];
+  const given = $("seed").value !== "" ? Number($("seed").value) : defaultSeed;
+  const seed = given ?? crypto.getRandomValues(new Uint32Array(1))[0];
   document.querySelectorAll(".unanswered").forEach((node) => node.remove());
   const dialogue = turns, controller = new AbortController();
   turns.push({ role: "user", content: text });
@@ -351,6 +356,9 @@ $("ask").addEventListener("submit", (event) => {
   const text = $("text").value.trim();
   if (!text) return;
   if (running) return say("the answer is still being written; Esc stops it");
+  // Such a field has no value, and the request would silently have the default.
+  const unread = ["seed", ...Object.keys(FIELDS)].map($).find((field) => field.validity.badInput);
+  if (unread) return say(`${unread.labels[0]?.textContent.trim() ?? unread.id}: expected a number`, true);
   $("text").value = "";
   ask(text);
 });

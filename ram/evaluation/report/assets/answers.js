@@ -22,15 +22,19 @@ const drawing = (() => {
     return preference > 0.5 ? "win" : preference < 0.5 ? "loss" : "tie";
   }
 
-  const written = (answer) =>
-    answer.text ?? (answer.tokens ? answer.tokens.join("") : answer.runs.map((run) => run[1]).join(""));
+  // An answer's text, without the string or token that ended it. The tail counts characters, not UTF-16 units.
+  function written(answer) {
+    if (answer.text !== undefined) return answer.text;
+    const whole = answer.tokens ? answer.tokens.join("") : answer.runs.map((run) => run[1]).join("");
+    return answer.tail ? [...whole].slice(0, -answer.tail).join("") : whole;
+  }
 
   // ---- cards ------------------------------------------------------------------------------------------------
 
   function words(answer, place, at) {
     const holder = make("p", { class: "words", dir: "auto" });
     if (answer.tokens) {
-      const end = answer.tokens.join("").length - answer.tail;
+      const end = written(answer).length;
       let start = 0;
       answer.tokens.forEach((token, step) => {
         const event = NAMES[answer.codes[step]];
@@ -42,7 +46,7 @@ const drawing = (() => {
         start += token.length;
       });
     } else if (answer.runs) {
-      const end = answer.runs.reduce((sum, run) => sum + run[1].length, 0) - answer.tail;
+      const end = written(answer).length;
       let start = 0;
       for (const [code, text] of answer.runs) {
         const event = NAMES[code];
@@ -87,7 +91,7 @@ const drawing = (() => {
     const hash = `#row-${row.id}/${at + 1}`;
     const link = make("a", { href: hash }, "link to this judgement");
     const head = judged.failed !== undefined ? "judgement failed" : `preference ${number(judged.preference)}`;
-    return make("details", { class: "judgement" }, make("summary", {}, head), list, file, link);
+    return make("details", { class: "judgement", "data-at": at }, make("summary", {}, head), list, file, link);
   }
 
   function card(place, at) {
@@ -120,7 +124,7 @@ const drawing = (() => {
     if (row.reference !== null) {
       const name = data.reference === "output" ? "Reference" : "In the test file";
       const text = make("p", { class: "words", dir: "auto" }, row.reference);
-      const length = make("p", { class: "small" }, plural(row.reference.length, "character"));
+      const length = make("p", { class: "small" }, plural([...row.reference].length, "character"));
       cards.append(make("article", { class: "card given" }, make("h4", {}, name), text, length));
     }
     systems.forEach((_, at) => hidden.has(at) || cards.append(card(place, at)));

@@ -201,7 +201,7 @@
 
   function goTo(place, at = 0) {
     let position = order.indexOf(place);
-    if (position < 0) {
+    if (position < 0 || hidden.has(at - 1)) {
       reset();
       position = order.indexOf(place);
     }
@@ -210,7 +210,7 @@
       draw();
     }
     const element = rows.children[position - page * PAGE];
-    const details = at ? element.querySelectorAll(".judgement")[at - 1] : null;
+    const details = at ? element.querySelector(`.judgement[data-at="${at - 1}"]`) : null;
     if (details) details.open = true;
     const target = details ? details.querySelector("summary") : element;
     (details ? details.closest(".card") : element).scrollIntoView();
