@@ -319,8 +319,9 @@ def _plots(report: dict[str, Any]) -> dict[str, Any] | None:
     controlled, mark = LENGTH_CONTROLLED[by_alpaca]
     points = []
     for name, row in board.items():
-        ends = [finite(row.get(key)) for key in ("win_rate_low", "win_rate_high", controlled)]
-        points.append(Point(name, finite(row.get("average_length")) or 0.0, float(row["win_rate"]), *ends))
+        low, high, other = (finite(row.get(key)) for key in ("win_rate_low", "win_rate_high", controlled))
+        length = finite(row.get("average_length")) or 0.0
+        points.append(Point(name, length, float(row["win_rate"]), low, high, other))
     reference = report["reference"]
     against = "the test file's answers" if reference == "output" else reference
     reference_lengths = [len(row["reference"]) for row in report["rows"] if row["reference"] is not None]
