@@ -90,6 +90,7 @@ def test_training_script_dry_run(small_world):
     assert not (small_world / "new").exists()
 
 
+@pytest.mark.slow
 def test_eval_ours_evaluates_the_eight_settings(small_world, tmp_path):
     """All published settings on tiny models: one recipe runs in the script, the others in this process."""
     common = [

@@ -69,6 +69,7 @@ def test_failed_process_does_not_leave_its_group(tmp_path):
     assert running.returncode == 1 and "ZeroDivisionError" in errors
 
 
+@pytest.mark.slow
 def test_only_python_objects_are_waited_for_long(tmp_path):
     """NCCL took two days to notice a stuck rank; a process that judges for hours is still waited for."""
     path = tmp_path / "script.py"

@@ -104,6 +104,7 @@ def assert_stream_survives(url: str, stop_server: Callable[[], None]) -> None:
     assert sum(reason in ("stop", "length") for reason in reasons) == 16
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_running_streams(folder, tmp_path):
     """A running stream continues to its end, new requests are rejected, and the exit code is 0."""
     port, log = free_port(), tmp_path / "log"

@@ -243,10 +243,9 @@ def _leaderboard(rows: list[dict], further: Sequence[str] = ()) -> dict[str, Any
         if known != "aligned":
             continue
         for key in further:  # beside the judge's other shares, so that they need no scrolling
-            meaning = (
-                "share of answers in this style" if key.startswith("style_") else f"{key} of leaderboard.csv"
-            )
-            form = ".3f" if any(isinstance(row.get(key), float) for row in rows) else ""
+            is_style = key.startswith("style_")
+            meaning = "share of answers in this style" if is_style else f"{key} of leaderboard.csv"
+            form = ".3f" * any(isinstance(row.get(key), float) for row in rows)
             columns.setdefault(key, COLUMNS.get(key) or Column(heading(key).capitalize(), form, meaning))
     keys = [key for key in columns if any(row.get(key) not in (None, "") for row in rows)]
     if not any(row.get("failed") for row in rows):
@@ -317,11 +316,10 @@ def _plots(report: dict[str, Any]) -> dict[str, Any] | None:
     # AlpacaEval's own figure if there is one. The two kinds are not comparable, so never both.
     by_alpaca = any(finite(row.get("lc_win_rate")) is not None for row in board.values())
     controlled, mark = LENGTH_CONTROLLED[by_alpaca]
-    points = []
+    keys, points = ("average_length", "win_rate_low", "win_rate_high", controlled), []
     for name, row in board.items():
-        low, high, other = (finite(row.get(key)) for key in ("win_rate_low", "win_rate_high", controlled))
-        length = finite(row.get("average_length")) or 0.0
-        points.append(Point(name, length, float(row["win_rate"]), low, high, other))
+        x, low, high, other = map(finite, map(row.get, keys))
+        points.append(Point(name, x or 0.0, float(row["win_rate"]), low, high, other))
     reference = report["reference"]
     against = "the test file's answers" if reference == "output" else reference
     reference_lengths = [len(row["reference"]) for row in report["rows"] if row["reference"] is not None]
