@@ -103,7 +103,7 @@ def test_template_ends_answers_of_a_model_with_another_end(tmp_path: Path):
     finally:
         models.engine.close(wait=False)
     chat = job(folder, template="chat")
-    assert chat.stop_ids(chat.encoded[0]) == [end]
+    assert chat.stop_ids(chat.encoded[0]) == [end] and chat.stops(chat.encoded[0]) == []
 
 
 def job(folder: Path, **changes: object) -> AnswerJob:

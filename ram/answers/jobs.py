@@ -134,9 +134,13 @@ class AnswerJob:
         return [self.settings.stop_str] if self.settings.stop_str else []
 
     def stops(self, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-        """The strings that end an answer, and the template's stop tokens as strings."""
+        """The strings that end an answer, and the template's stop tokens as strings.
+
+        The end of the models' own template is EOS here (`encoded`), so its spelling may occur in an answer.
+        """
         marks = spelling(tokenizer).marks
-        return [*self.stop, *(marks[token] for token in self.stop_ids(tokenizer))]
+        ids = [] if self.settings.template == prompts.CHAT else self.stop_ids(tokenizer)
+        return [*self.stop, *(marks[token] for token in ids)]
 
     def stop_ids(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """The special tokens that end an answer beside the models' EOS: those of the template."""

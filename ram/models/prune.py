@@ -90,7 +90,7 @@ def prune(model: "PreTrainedModel", layers: Sequence[int]) -> "PreTrainedModel":
 
 @torch.no_grad()
 def _logits(model: "PreTrainedModel") -> torch.Tensor:
-    return model(torch.arange(8)[None] % model.config.vocab_size).logits.float()
+    return model(torch.arange(8)[None] % model.config.get_text_config().vocab_size).logits.float()
 
 
 def _check_reload(folder: Path, expected: torch.Tensor) -> None:
